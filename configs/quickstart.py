@@ -1,0 +1,65 @@
+"""ReLoRA on the State of the Union addresses, in minutes on a laptop's two cores.
+
+    python -m relora_jax.train --config=configs/quickstart.py
+
+Reproduces nothing published: it shows the method at a size that anyone can run.
+"""
+
+from relora_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ReloraConfig,
+    TrainConfig,
+)
+from relora_jax.prune import magnitude
+
+PIECES = 4096
+
+
+def get_config(arm: str = "relora") -> Config:
+    hidden = 128
+    return Config(
+        name="quickstart",
+        arm=arm,
+        model=ModelConfig(
+            vocab_size=PIECES,
+            hidden=hidden,
+            mlp=352,
+            layers=4,
+            heads=4,
+            kv_heads=4,
+            head_dim=hidden // 4,
+            compute_dtype="float32",
+        ),
+        relora=ReloraConfig(
+            rank=16,
+            alpha=16.0,
+            product="apart",
+            base_dtype="float32",
+            warm_start_updates=0 if arm == "lora" else 60,
+            cycle_updates=30,
+            warm_up_updates=5,
+            restart_warm_up_updates=5,
+            peak_lr=6e-3,
+            prune=magnitude(0.9),
+        ),
+        optimizer=OptimizerConfig(peak_lr=4e-3, warm_up_updates=20),
+        data=DataConfig(
+            dataset="sotu",
+            train_split="train",
+            validation_split="validation",
+            tokenizer=f"bpe({PIECES})",
+            sequence_length=128,
+        ),
+        train=TrainConfig(
+            updates=210,
+            batch=16,
+            microbatch=16,
+            log_every_updates=1,
+            evaluate_every_updates=70,
+            save_every_updates=50,
+            eval_tokens=32_768,
+        ),
+    )

@@ -1,0 +1,197 @@
+"""The settings of a run, as typed dataclasses; each field says what it decides.
+
+A field marked RUN decides only how a run runs (speed, memory, cadence): a resumed run may change
+it. Every other field decides the result: a run resumed under another value is refused. Where a
+field has no default, every config states it. `validate` (validate.py) judges the values.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from relora_jax.prune import Prune, parse
+
+ARMS = ("full", "control", "lora", "lora_warm", "relora")
+LOW_RANK_ARMS = ("lora", "lora_warm", "relora")
+RUN: dict[str, Any] = {"decides": "run"}
+
+
+def run_field(default: Any = dataclasses.MISSING) -> Any:
+    """A field that decides only the run, not the result."""
+    return dataclasses.field(default=default, metadata=RUN)
+
+
+@dataclasses.dataclass(kw_only=True)
+class ModelConfig:
+    """The shape of the LLaMA decoder and how it is computed."""
+
+    vocab_size: int
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    compute_dtype: str
+    tied_embeddings: bool = False
+    rope_theta: float = 1e4
+    rms_eps: float = 1e-6
+    init_std: float = 0.02
+    remat: str = run_field("none")
+    attention: str = run_field("xla")
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReloraConfig:
+    """The low-rank phase: its shape, its restarts and its rates."""
+
+    product: str = run_field()
+    base_dtype: str
+    warm_start_updates: int
+    cycle_updates: int
+    warm_up_updates: int
+    restart_warm_up_updates: int
+    peak_lr: float
+    prune: Prune
+    rank: int = 128
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("attention", "mlp")
+    dropout: float = 0.0
+    base_init: str = "keep"
+    merges_per_cycle: int = 1
+    jagged: bool = True
+    factor_lr_ratio: float = 1.0
+    reset_count: bool = False
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW, and the cosine of the full-rank updates."""
+
+    peak_lr: float
+    warm_up_updates: int
+    floor: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(kw_only=True)
+class DataConfig:
+    """What is read: a TFDS dataset with a `text` feature, a tokenizer, and the length of a row.
+
+    `tokenizer` is the path of a SentencePiece model, the name of one under the cache's
+    `tokenizers/`, or "bpe(n)" / "unigram(n)": a model of n pieces trained on the train split.
+    """
+
+    dataset: str
+    train_split: str
+    validation_split: str
+    tokenizer: str
+    sequence_length: int
+    packing: str = "concatenate"
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainConfig:
+    """Counts and cadences in updates; `batch` and `microbatch` in sequences over all devices."""
+
+    updates: int
+    batch: int
+    microbatch: int = run_field()
+    log_every_updates: int = run_field()
+    evaluate_every_updates: int = run_field()
+    save_every_updates: int = run_field()
+    eval_tokens: int = run_field()
+    seed: int = 0
+    keep_last: int = run_field(3)
+    keep_every: int = run_field(0)
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; data = -1 takes all that are left."""
+
+    data: int = run_field(-1)
+    fsdp: int = run_field(1)
+    tensor: int = run_field(1)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Config:
+    """Everything that a run is made from; `name` and `arm` also name its default workdir."""
+
+    name: str = run_field()
+    arm: str
+    model: ModelConfig
+    relora: ReloraConfig
+    optimizer: OptimizerConfig
+    data: DataConfig
+    train: TrainConfig
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    @property
+    def low_rank_start(self) -> int:
+        """W: the update that starts the low-rank phase; `updates` where there is none."""
+        return self.relora.warm_start_updates if self.arm in LOW_RANK_ARMS else self.train.updates
+
+    @property
+    def accumulation(self) -> int:
+        """Microbatches per update."""
+        return self.train.batch // self.train.microbatch
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
+    """(dotted key, value, field) of every leaf, in the order of the dataclasses."""
+    for field in dataclasses.fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, Prune):
+            yield from flatten(value, f"{key}.")
+        else:
+            yield key, value, field
+
+
+def to_json(config: Config) -> str:
+    """The config as JSON, nested like the dataclasses; a prune choice as its text."""
+    return json.dumps(dataclasses.asdict(_written(config)), indent=2) + "\n"
+
+
+def _written(config: Config) -> Config:
+    relora = dataclasses.replace(config.relora, prune=str(config.relora.prune))  # pyright: ignore
+    return dataclasses.replace(config, relora=relora)
+
+
+def from_json(text: str) -> Config:
+    """The config that `to_json` wrote. ValueError where the text holds other fields."""
+    try:
+        groups = json.loads(text)
+        groups["relora"]["prune"] = parse(groups["relora"]["prune"])
+        groups["relora"]["targets"] = tuple(groups["relora"]["targets"])
+        return Config(
+            name=groups["name"],
+            arm=groups["arm"],
+            model=ModelConfig(**groups["model"]),
+            relora=ReloraConfig(**groups["relora"]),
+            optimizer=OptimizerConfig(**groups["optimizer"]),
+            data=DataConfig(**groups["data"]),
+            train=TrainConfig(**groups["train"]),
+            mesh=MeshConfig(**groups["mesh"]),
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"a saved config that this version cannot read: {error}") from error
+
+
+def changed_results(before: Config, now: Config) -> list[str]:
+    """Keys whose values differ and decide the result, as "key: before -> now".
+
+    The microbatch decides the result only where dropout draws a mask per microbatch.
+    """
+    changed = []
+    for (key, old, field), (_, new, _) in zip(flatten(before), flatten(now), strict=True):
+        decides = field.metadata != RUN or (key == "train.microbatch" and now.relora.dropout > 0)
+        if decides and old != new:
+            changed.append(f"{key}: {old} -> {new}")
+    return changed

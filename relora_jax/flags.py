@@ -1,0 +1,94 @@
+"""--config=FILE[:ARM] [--config.GROUP.FIELD=VALUE ...] as a Config: one line of error for any mistake.
+
+`ml_collections.config_flags` over the dataclasses of config.py, in flags of its own, so that each command
+can be imported and run twice in a process.
+"""
+
+import itertools
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from relora_jax import prune
+from relora_jax.config import ARMS, Config
+
+BAD_CONFIG = 2  # exit code: wrong usage or settings; starting again will not help
+
+
+class UsageError(ValueError):
+    """A mistake on the command line or in a setting: one line that names it and the remedy."""
+
+
+class _PruneParser(flags.ArgumentParser):
+    """The grammar of prune.py on the command line."""
+
+    def parse(self, argument: Any) -> prune.Prune:
+        return argument if isinstance(argument, prune.Prune) else prune.parse(argument)
+
+    def flag_type(self) -> str:
+        return "prune"
+
+
+config_flags.register_flag_parser_for_type(prune.Prune, _PruneParser())  # pyright: ignore
+
+
+def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
+    """(config, the values of the string flags `name=default`) of a command line; UsageError otherwise."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv), lock_config=False)
+    for name, default in strings.items():
+        flags.DEFINE_string(name, default, "", flag_values=values)
+    _check_config_file(argv)
+    try:
+        rest = values(list(argv))[1:]
+        config = values["config"].value
+    except KeyError as error:
+        raise UsageError(
+            f"unknown key: {_text(error)}; the settings are the fields of relora_jax/config.py"
+        ) from None
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(f"{_text(error)}; settings are written --config.group.field=value") from None
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UsageError(_text(error)) from None
+    except Exception as error:
+        raise UsageError(f"the config cannot be read: {type(error).__name__}: {_text(error)}") from None
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}: every setting is written --name=value")
+    if not isinstance(config, Config):
+        raise UsageError("get_config(arm) of the config file must return a relora_jax.config.Config")
+    return config, {name: values[name].value for name in strings}
+
+
+def main(run: Callable[[list[str]], int], usage: str | None) -> None:
+    """Exit with what `run(argv)` returns; a ValueError becomes one line and BAD_CONFIG, --help the usage."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage)
+        sys.exit(0)
+    try:
+        code = run(sys.argv)
+    except ValueError as error:
+        print(f"error: {_text(error)}", file=sys.stderr)
+        code = BAD_CONFIG
+    sys.exit(code)
+
+
+def _check_config_file(argv: Sequence[str]) -> None:
+    given = [a.lstrip("-").partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
+    given += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
+    if not given:
+        raise UsageError("say what to run: --config=configs/quickstart.py, or another file of configs/")
+    name, _, arm = given[-1].partition(":")
+    if not pathlib.Path(name).is_file():
+        near = ", ".join(sorted(map(str, pathlib.Path("configs").glob("*.py")))) or "none in configs/"
+        raise UsageError(f"config file {name!r} does not exist; there are: {near}")
+    if arm and arm not in ARMS:
+        raise UsageError(f"unknown arm {arm!r}: write {name}:ARM with ARM one of {', '.join(ARMS)}")
+
+
+def _text(error: BaseException) -> str:
+    """The error as one line."""
+    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())

@@ -1,0 +1,355 @@
+"""y = x W + (alpha / rank) x A B: linear layers with a frozen base kernel and trainable factors.
+
+`wrap` turns the `nnx.Linear`s of any NNX model into `LowRankDense`, `merge_and_reinit` is the
+weights' half of a restart, `unwrap` gives plain `nnx.Linear`s back (ReLoRA, arXiv 2307.05695).
+
+Shapes: `in`, `out` sides of the kernel; `r` rank; `*layers` leading axes of a stacked model.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+Path = tuple[str | int, ...]
+HIGHEST = lax.Precision.HIGHEST
+BASE_DTYPES = ("float32", "bfloat16", "float64")  # what `_round` keeps merges in without bias
+
+
+class BaseKernel(nnx.Variable):
+    """W [*layers, in, out]: frozen, so without gradient and without moments; changed by merges alone."""
+
+
+class BranchKey(nnx.Variable):
+    """Dropout keys [*layers] of one layer's branch, placed for one pass by `with_dropout_keys`."""
+
+
+class LowRankDense(nnx.Module):
+    """y = x W + (alpha / rank) x A B (+ bias): W frozen, A, B and bias trained.
+
+    Starts as the function of `linear`: A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that B has a
+    gradient from the first update. `base_init="zero"` drops the kernel's value instead and draws both
+    factors from U(-1/sqrt(r), 1/sqrt(r)). The kernel may be stacked: [*layers, in, out].
+    """
+
+    def __init__(
+        self,
+        linear: nnx.Linear,
+        *,
+        rank: int,
+        alpha: float,
+        key: Key[Array, ""],
+        dropout: float = 0.0,
+        product: str = "apart",
+        base_dtype: Any = jnp.float32,
+        base_init: str = "keep",
+    ) -> None:
+        _check(linear, rank, alpha, dropout, product, base_dtype, base_init)
+        kernel = linear.kernel[...]
+        metadata = dict(linear.kernel.get_metadata())
+        *layers, fan_in, fan_out = kernel.shape
+        keep = base_init == "keep"
+        self.kernel = BaseKernel((kernel if keep else jnp.zeros_like(kernel)).astype(base_dtype), **metadata)
+        bound = 1 / math.sqrt(fan_in if keep else rank)
+        names = metadata.pop("axes", (*("layers",) * len(layers), "in", "out"))
+        a = _uniform_layers(key, (*layers, fan_in, rank), bound, linear.param_dtype)
+        b = jnp.zeros((*layers, rank, fan_out), linear.param_dtype)
+        if not keep:
+            b = _uniform_layers(jax.random.fold_in(key, 1), b.shape, bound, linear.param_dtype)
+        self.lora_a = nnx.LoRAParam(a, axes=(*names[:-1], "rank"))
+        self.lora_b = nnx.LoRAParam(b, axes=(*names[:-2], "rank", names[-1]))
+        self.bias = linear.bias
+        self.dropout_key = nnx.data(None)
+        self.rank, self.alpha, self.dropout, self.product = rank, alpha, dropout, product
+        self.dtype, self.param_dtype, self.precision = linear.dtype, linear.param_dtype, linear.precision
+
+    @property
+    def scale(self) -> float:
+        """Alpha / rank, the weight of the branch."""
+        return self.alpha / self.rank
+
+    def __call__(self, x: Float[Array, "*tokens in"], *, key: Any = None) -> Float[Array, "*tokens out"]:
+        """X W + scale dropout(x) A B (+ bias); dropout is drawn only where a key is at hand.
+
+        The key is `key`, or what `with_dropout_keys` placed in the layer.
+        """
+        bias = None if self.bias is None else self.bias[...]
+        a, b, w = self.lora_a[...], self.lora_b[...], self.kernel[...]
+        dtype = self.dtype or jnp.result_type(x, self.param_dtype)
+        key = self.dropout_key[...] if key is None and self.dropout_key is not None else key
+        y = product(
+            x.astype(dtype),
+            lax.stop_gradient(w),
+            a,
+            b,
+            scale=self.scale,
+            form=self.product,
+            dropout=self.dropout,
+            key=key,
+            precision=self.precision,
+        )
+        return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+    def delta(self) -> Float[Array, "*layers in out"]:
+        """Scale A B, in at least float32 at highest precision."""
+        return _delta(self.lora_a[...], self.lora_b[...], self.scale)
+
+
+def product(
+    x: Float[Array, "*tokens in"],
+    w: Float[Array, "in out"],
+    a: Float[Array, "in r"],
+    b: Float[Array, "r out"],
+    *,
+    scale: float,
+    form: str,
+    dropout: float = 0.0,
+    key: Any = None,
+    precision: Any = None,
+) -> Float[Array, "*tokens out"]:
+    """X W + scale x A B in the type of x: "apart" as written, "folded" as x (W + scale A B).
+
+    Folded multiplies by tokens once and sums the kernel in at least float32. Neither form makes a
+    gradient of W.
+    """
+    if form == "folded":
+        return _folded(x, w, a, b, scale, precision)
+    w, a, b = (v.astype(x.dtype) for v in (w, a, b))
+    branch = x
+    if key is not None and dropout > 0:
+        kept = jax.random.bernoulli(key, 1 - dropout, x.shape)
+        branch = jnp.where(kept, x / (1 - dropout), jnp.zeros_like(x))
+    dot = partial(jnp.matmul, precision=precision)
+    return dot(x, w) + scale * dot(dot(branch, a), b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _folded(x: Any, w: Any, a: Any, b: Any, scale: float, precision: Any) -> Any:
+    """X (W + scale A B); its backward pass never forms x^T dy, which is as large as W."""
+    return jnp.matmul(x, _fold(x.dtype, w, a, b, scale, precision), precision=precision)
+
+
+def _fold(dtype: Any, w: Any, a: Any, b: Any, scale: float, precision: Any) -> Any:
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    delta = jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=wide)
+    return (w.astype(wide) + scale * delta).astype(dtype)
+
+
+def _folded_forward(x: Any, w: Any, a: Any, b: Any, scale: float, precision: Any) -> Any:
+    return _folded(x, w, a, b, scale, precision), (x, w, a, b)
+
+
+def _folded_backward(scale: float, precision: Any, saved: Any, dy: Any) -> Any:
+    """Dx = dy W'^T; dA = scale x^T (dy B^T); dB = scale (x A)^T dy; W is frozen."""
+    x, w, a, b = saved
+    dot = partial(jnp.matmul, precision=precision)
+    dx = dot(dy, _fold(x.dtype, w, a, b, scale, precision).T)
+    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    da = scale * dot(x.T, dot(dy, b.T.astype(dy.dtype)))
+    db = scale * dot(dot(x, a.astype(x.dtype)).T, dy)
+    return dx, None, da.astype(a.dtype), db.astype(b.dtype)
+
+
+_folded.defvjp(_folded_forward, _folded_backward)
+
+
+def wrap(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Callable[[Path, nnx.Linear], bool],
+    rngs: nnx.Rngs,
+    dropout: float = 0.0,
+    product: str = "apart",
+    base_dtype: Any = jnp.float32,
+    base_init: str = "keep",
+) -> Any:
+    """The same function, its targeted `nnx.Linear`s turned into `LowRankDense` in place.
+
+    `targets(path, module)` picks among the model's `nnx.Linear`s, by the tuple of attribute names and
+    indices that leads to one. Kernel and bias keep their values (the kernel rounded to nearest in
+    `base_dtype`); one key is taken from `rngs.params()` and folded with each layer's path. ValueError where
+    nothing is picked, or a picked layer does more than x W + bias.
+    """
+    key = rngs.params()
+    options: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "product": product}
+    options |= {"base_dtype": base_dtype, "base_init": base_init}
+    picked = [(p, m) for p, m in _modules(model, nnx.Linear) if targets(p, m)]
+    if not picked:
+        seen = ["/".join(map(str, p)) for p, _ in _modules(model, nnx.Linear)]
+        raise ValueError(
+            f"targets picks none of the model's nnx.Linear layers: {', '.join(seen) or 'it has none'}"
+        )
+    low_rank = {}
+    for path, linear in picked:
+        try:
+            low_rank[id(linear)] = LowRankDense(linear, key=path_key(key, path), **options)
+        except ValueError as error:
+            raise ValueError(f"{'/'.join(map(str, path)) or 'the model'}: {error}") from None
+    return _replace(model, low_rank)
+
+
+def unwrap(model: Any) -> Any:
+    """The same function in plain `nnx.Linear`s, in place: W + scale A B becomes the trained kernel.
+
+    Biases stay the Variables they were. ValueError where the model holds no `LowRankDense`.
+    """
+    return _replace(model, {id(dense): _linear(dense) for _, dense in low_rank_layers(model)})
+
+
+def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
+    """W += scale A B; A ~ U(-1/sqrt(in), 1/sqrt(in)) afresh; B = 0: the function stays, in place.
+
+    Layer by layer in at least float32 at highest precision; into a bfloat16 kernel the sum is rounded
+    stochastically, so that merges smaller than its spacing are not lost in the mean. `key` is folded
+    with each layer's path and index.
+    """
+    for path, dense in low_rank_layers(model):
+        w, a, b = dense.kernel[...], dense.lora_a[...], dense.lora_b[...]
+        w, a = _merge_layers(w, a, b, dense.scale, path_key(key, path))
+        dense.kernel[...], dense.lora_a[...], dense.lora_b[...] = w, a, jnp.zeros_like(b)
+    return model
+
+
+def with_dropout_keys(model: Any, *, key: Key[Array, ""]) -> Any:
+    """The model with a dropout key of its own in every low-rank layer that has dropout, in place.
+
+    For models whose calls hand no key on. Place keys for one pass only: they are state like any other.
+    """
+    for path, dense in low_rank_layers(model):
+        if dense.dropout > 0:
+            layers = dense.kernel[...].shape[:-2]
+            keys = jax.random.split(path_key(key, path), layers) if layers else path_key(key, path)
+            dense.dropout_key = nnx.data(BranchKey(keys, axes=("layers",) * len(layers)))
+    return model
+
+
+def low_rank_layers(model: Any) -> list[tuple[Path, LowRankDense]]:
+    """Every (path, layer) that `wrap` made; ValueError where there is none."""
+    layers = list(_modules(model, LowRankDense))
+    if not layers:
+        raise ValueError("the model holds no LowRankDense: call wrap first")
+    return layers
+
+
+def path_key(key: Key[Array, ""], path: Path) -> Key[Array, ""]:
+    """`key` folded with a path: a kernel's draws do not depend on which others are there."""
+    return jax.random.fold_in(key, zlib.crc32("/".join(map(str, path)).encode()))
+
+
+def _delta(a: Any, b: Any, scale: float) -> Any:
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return scale * jnp.matmul(a.astype(wide), b.astype(wide), precision=HIGHEST)
+
+
+def _uniform_layers(key: Any, shape: tuple[int, ...], bound: float, dtype: Any) -> Any:
+    """U(-bound, bound) of the shape [*layers, m, n], each layer drawn from a key of its own."""
+    *layers, m, n = shape
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(math.prod(layers)))
+    draw = jax.vmap(lambda k: jax.random.uniform(k, (m, n), dtype, -bound, bound))
+    return draw(keys).reshape(shape)
+
+
+def _merge_layers(w: Any, a: Any, b: Any, scale: float, key: Any) -> tuple[Any, Any]:
+    """(merged W, new A), one layer at a time so that no second kernel is held."""
+    w_shape, a_shape, bound = w.shape, a.shape, 1 / math.sqrt(a.shape[-2])
+    w, a, b = (v.reshape(-1, *v.shape[-2:]) for v in (w, a, b))
+
+    def merge_layer(layer: Any, carry: Any) -> Any:
+        w, a = carry
+        draw, rounding = jax.random.split(jax.random.fold_in(key, layer))
+        delta = _delta(a[layer], b[layer], scale)
+        wide = jnp.promote_types(w.dtype, delta.dtype)
+        merged = _round(w[layer].astype(wide) + delta.astype(wide), w.dtype, rounding)
+        fresh = jax.random.uniform(draw, a.shape[1:], a.dtype, -bound, bound)
+        return w.at[layer].set(merged), a.at[layer].set(fresh)
+
+    w, a = lax.fori_loop(0, w.shape[0], merge_layer, (w, a))
+    return w.reshape(w_shape), a.reshape(a_shape)
+
+
+def _round(x: Any, dtype: Any, key: Any) -> Any:
+    """X in `dtype`: bfloat16 by stochastic rounding (the mean is x), wider types as they are."""
+    if dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
+    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _modules(model: Any, kind: type) -> Iterator[tuple[Path, Any]]:
+    return ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, kind))
+
+
+def _replace(model: Any, by_id: dict[int, Any]) -> Any:
+    """The model with each module whose id is a key replaced at every place that holds it."""
+    if id(model) in by_id:
+        return by_id[id(model)]
+    old = [(path, node) for path, node in nnx.iter_graph(model) if id(node) in by_id]
+    for _, parent in list(_modules(model, nnx.Pytree)):
+        for name, child in list(vars(parent).items()):
+            if id(child) in by_id and isinstance(parent, nnx.List):
+                parent[int(name)] = by_id[id(child)]
+            elif id(child) in by_id:
+                setattr(parent, name, by_id[id(child)])
+    left = {id(node) for _, node in nnx.iter_graph(model)}
+    for path, node in old:
+        if id(node) in left:
+            raise ValueError(
+                f"{'/'.join(map(str, path))} lies in a plain container: hold it in nnx.List or nnx.Dict"
+            )
+    return model
+
+
+def _linear(dense: LowRankDense) -> nnx.Linear:
+    """The plain layer of the merged kernel."""
+    *_, fan_in, fan_out = dense.kernel[...].shape
+    types = {"dtype": dense.dtype, "param_dtype": dense.param_dtype, "precision": dense.precision}
+    linear = nnx.eval_shape(
+        lambda: nnx.Linear(fan_in, fan_out, use_bias=dense.bias is not None, rngs=nnx.Rngs(0), **types)
+    )
+    merged = dense.kernel[...].astype(dense.delta().dtype) + dense.delta()
+    linear.kernel = nnx.Param(merged.astype(dense.param_dtype), **dense.kernel.get_metadata())
+    linear.bias = dense.bias
+    return linear
+
+
+def _check(
+    linear: Any, rank: int, alpha: float, dropout: float, product: str, base_dtype: Any, base_init: str
+) -> None:
+    """ValueError, with the remedy, for what `LowRankDense` cannot be made of."""
+    plain = nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+    own = [n for n in ("dot_general", "promote_dtype") if getattr(linear, n) is not getattr(plain, n)]
+    if getattr(linear, "preferred_element_type", None) is not None:
+        own.append("preferred_element_type")
+    if type(linear) is not nnx.Linear or own:
+        what = f"its own {', '.join(own)}" if own else f"the class {type(linear).__name__}"
+        raise ValueError(
+            f"only a plain nnx.Linear becomes low-rank, not one with {what}: leave it out of targets"
+        )
+    fan_in, fan_out = linear.kernel[...].shape[-2:]
+    if not 1 <= rank <= min(fan_in, fan_out):
+        raise ValueError(
+            f"rank {rank} does not fit a {fan_in} x {fan_out} kernel: choose 1 to {min(fan_in, fan_out)}"
+        )
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha {alpha} must be finite and above 0, such as 32")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} must lie in [0, 1)")
+    if product not in ("apart", "folded") or base_init not in ("keep", "zero"):
+        raise ValueError(
+            f"product is apart or folded, base_init keep or zero: not {product!r}, {base_init!r}"
+        )
+    if jnp.dtype(base_dtype).name not in BASE_DTYPES:
+        raise ValueError(f"base_dtype {jnp.dtype(base_dtype)} would lose merges: use float32 or bfloat16")
+    if product == "folded" and dropout > 0:
+        raise ValueError(f"product 'folded' has no branch to drop out of (dropout {dropout}): use 'apart'")

@@ -1,0 +1,249 @@
+"""The rows of a run: metrics.jsonl, TensorBoard's files and the progress line, all from one queue.
+
+    train    update, loss, lr, grad_norm, tokens_seen, tokens_per_s, restarts, skipped, elapsed_s
+    eval     update, loss, perplexity, tokens
+    restart  update, merged, reset
+
+`update` counts updates done. A line is one row in strict JSON: a number that is not finite (the loss
+of a skipped update, say) is null. `elapsed_s` counts the seconds of every start of the run together.
+`tokens_per_s` is the mean since the train row before, without what `pause` leaves out; the first row
+of every start counts from the opening of `Metrics`, so it holds compilation and reads low, and so does
+the first row of the low-rank phase: `tokens_per_s`, the median over a run, is the number to quote.
+"""
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relora_jax.progress import Progress, Stream, number
+from relora_jax.tensorboard import Board
+
+SKIPS_IN_ROW = 20
+YOUNGER_ROWS = 2  # a row is waited for when this many younger ones are queued: the device has work left
+
+Row = dict[str, Any]
+_clock = time.perf_counter
+
+
+class Diverged(ArithmeticError):  # noqa: N818  (it befell the run)
+    """`SKIPS_IN_ROW` updates in a row had a loss or a gradient that was not finite."""
+
+
+class Metrics:
+    """file after opening at u == what the uninterrupted run had written when it saved u, but for times.
+
+    Values may be jax arrays that are still being computed (not ones that a later call donates): they are
+    queued, copied while the device goes on, and written in order. As a context manager, it writes all
+    that is left at the end, and after an exception what is ready.
+    """
+
+    def __init__(
+        self, workdir: Path, *, updates: int, restored_update: int, stream: Stream | None = None
+    ) -> None:
+        self._path = path(workdir)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _cut(self._path, restored_update)
+        before = [row for row in kept if row["kind"] == "train"]
+        self._last: Row = before[-1] if before else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
+        self._elapsed_s, self._opened = self._last["elapsed_s"], _clock()
+        self._start, self._last_time, self._paused_s = restored_update, self._opened, 0.0
+        self._paused_at: float | None = None
+        self._queue: deque[tuple[Row, Any]] = deque()
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = Board(self._path.parent / "tensorboard", purge_step=restored_update + 1)
+        out = sys.stdout if stream is None else stream  # the stdout of now, not the one at import
+        self._progress = Progress(out, updates=updates, done=restored_update)
+
+    def train(
+        self,
+        update: int,
+        *,
+        loss: Any,
+        lr: Any,
+        grad_norm: Any,
+        tokens_seen: Any,
+        restarts: Any,
+        skipped: Any,
+        skipped_in_row: Any = 0,
+    ) -> None:
+        """Queues a train row. Diverged, here or later, where `skipped_in_row` (not written) is 20 or more.
+
+        `tokens_seen` may come as uint32[2], its low and its high word.
+        """
+        row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_seen": tokens_seen}
+        row |= {"tokens_per_s": None, "restarts": restarts, "skipped": skipped, "elapsed_s": 0.0}
+        self._put({"kind": "train", "update": update} | row, skipped_in_row)
+
+    def eval(self, update: int, *, loss: Any, perplexity: Any, tokens: Any) -> None:
+        """Queues an eval row; one at update 0 begins the file anew (a run killed before its first save)."""
+        row = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
+        self._put({"kind": "eval", "update": update} | row)
+
+    def restart(self, update: int, *, merged: bool, reset: bool) -> None:
+        """Queues a restart row; `update` is the one that the restart is the first act of."""
+        self._put({"kind": "restart", "update": update, "merged": bool(merged), "reset": bool(reset)})
+
+    def flush(self) -> None:
+        """Every queued row is on the disk after this. Call it before a checkpoint is saved."""
+        self._drain(keep=0)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._board.flush()
+
+    @contextlib.contextmanager
+    def pause(self, after: Any = None) -> Iterator[None]:
+        """The time inside is left out of `tokens_per_s`: for evaluations, saves and restarts.
+
+        `after`: an array of the last update, waited for, so that no update is computed unclocked.
+        """
+        if self._paused_at is not None:
+            yield
+            return
+        self._drain(keep=0)
+        getattr(after, "block_until_ready", lambda: None)()
+        self._paused_at = _clock()
+        try:
+            yield
+        finally:
+            self._paused_s += _clock() - self._paused_at
+            self._paused_at = None
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+            else:
+                with contextlib.suppress(Exception):  # the first error is the one to tell
+                    self._drain(keep=len(self._queue))
+        finally:
+            for part in (self._progress, self._file, self._board):
+                with contextlib.suppress(OSError):  # a full disk was told by the write that met it
+                    part.close()
+
+    def _put(self, row: Row, skipped_in_row: Any = 0) -> None:
+        for value in (*row.values(), skipped_in_row):
+            getattr(value, "copy_to_host_async", lambda: None)()
+        self._queue.append((row, skipped_in_row))
+        self._drain(keep=YOUNGER_ROWS)
+
+    def _drain(self, *, keep: int) -> None:
+        """Writes the oldest rows: those that are ready, and all but `keep` of the others."""
+        while self._queue and (len(self._queue) > keep or _ready(*self._queue[0])):
+            row, skipped_in_row = self._queue.popleft()
+            self._write({key: _plain(key, value) for key, value in row.items()})
+            if int(skipped_in_row) >= SKIPS_IN_ROW:
+                raise Diverged(
+                    f"{int(skipped_in_row)} updates in a row up to update {row['update']} were skipped "
+                    "(loss or gradient not finite): lower the learning rate, lengthen its warm-up, or clip "
+                    "harder, and start again from an earlier checkpoint or in a new workdir"
+                )
+
+    def _write(self, row: Row) -> None:
+        if row["kind"] == "train":
+            row["tokens_per_s"] = self._tokens_per_s(row)
+            row["elapsed_s"] = round(self._elapsed_s + _clock() - self._opened, 3)
+            self._last = row
+        if (row["kind"], row["update"]) == ("eval", 0):
+            self._file.truncate(0)
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+        self._board.write(row)
+        self._show(row)
+
+    def _tokens_per_s(self, row: Row) -> float | None:
+        """Tokens since the row before, or since the start, over the time since then."""
+        now = (_clock() if self._paused_at is None else self._paused_at) - self._paused_s
+        passed_s, self._last_time = now - self._last_time, now
+        tokens = row["tokens_seen"] - self._last["tokens_seen"]
+        updates = row["update"] - self._last["update"]
+        here = row["update"] - max(self._start, self._last["update"])  # the others came before the start
+        return round(tokens * here / updates / passed_s, 1) if passed_s > 0 and updates > 0 else None
+
+    def _show(self, row: Row) -> None:
+        if row["kind"] == "train":
+            self._progress.show(row)
+        elif row["kind"] == "eval":
+            loss, perplexity = number(row["loss"], ".4f"), number(row["perplexity"], ",.1f")
+            self._progress.note(f"update {row['update']}: validation loss {loss}, perplexity {perplexity}")
+        elif row["reset"]:  # merges between resets can come every few updates: they stay in the file
+            merged = "factors merged and redrawn, " if row["merged"] else ""
+            self._progress.note(f"update {row['update']}: restart, {merged}optimizer reset")
+
+
+def path(workdir: Path) -> Path:
+    """Where a run's rows lie."""
+    return Path(workdir) / "metrics.jsonl"
+
+
+def read(workdir: Path) -> list[Row]:
+    """The rows of a run, in order; a torn last line is left out, and no file gives no rows."""
+    return [row for _, row in _rows(path(workdir))]
+
+
+def tokens_per_s(rows: Iterable[Row]) -> float | None:
+    """The median of the train rows' tokens per second; None where no row has one."""
+    speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train" and row["tokens_per_s"]]
+    return statistics.median(speeds) if speeds else None
+
+
+def joined(words: Any) -> int:
+    """low + 2^32 high: the exact count that a device keeps as uint32[2]; a single number stays itself."""
+    parts = [int(word) for word in np.ravel(np.asarray(words))]
+    return parts[0] + (parts[1] << 32) if len(parts) == 2 else parts[0]
+
+
+def _plain(key: str, value: Any) -> Any:
+    if value is None or isinstance(value, str | bool):
+        return value
+    if key in ("update", "tokens", "tokens_seen", "restarts", "skipped"):
+        return joined(value)
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _ready(row: Row, skipped_in_row: Any) -> bool:
+    return all(getattr(value, "is_ready", lambda: True)() for value in (*row.values(), skipped_in_row))
+
+
+def _rows(file: Path) -> Iterator[tuple[str, Row]]:
+    """(line, row) of every line that is whole."""
+    if not file.exists():
+        return
+    for line in file.read_bytes().decode("utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "kind" in row and "update" in row:
+                yield line, row
+
+
+def _cut(file: Path, restored_update: int) -> list[Row]:
+    """Keeps rows with update <= u, restart rows with update < u: the resumed run does that restart anew."""
+    end = {"restart": restored_update}
+    kept = [
+        (line, row) for line, row in _rows(file) if row["update"] < end.get(row["kind"], restored_update + 1)
+    ]
+    replaced = file.with_suffix(".jsonl.tmp")
+    with replaced.open("w", encoding="utf-8") as new:
+        new.writelines(f"{line}\n" for line, _ in kept)
+        new.flush()
+        os.fsync(new.fileno())
+    replaced.replace(file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the name, too, survives a power failure
+    finally:
+        os.close(folder)
+    return [row for _, row in kept]

@@ -1,0 +1,194 @@
+"""The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+Plain `nnx.Linear`s in blocks that are stacked on a leading axis and scanned; it knows nothing of low rank.
+Shapes: B rows, L positions, D hidden, H query heads, K key-value heads, h head dimension, V vocabulary.
+Every variable names its `axes`, from which sharding follows.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from relora_jax.config import ModelConfig
+
+REMAT = ("none", "dots", "full")
+ATTENTION = ("xla", "einsum", "cudnn")
+
+
+class Llama(nnx.Module):
+    """Logits [B, L, V] of ids [B, L]; each depends on the ids up to its own position."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        dtype, param_dtype = types(config)
+        normal = nnx.initializers.normal(config.init_std)
+        shape = (config.vocab_size, config.hidden)
+        self.embed = nnx.Embed(
+            *shape,
+            embedding_init=normal,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+            embedding_metadata={"axes": ("vocab", "embed")},
+        )
+        keys = jax.random.split(rngs.params(), config.layers)
+        blocks = jax.vmap(lambda key: nnx.split(Block(config, rngs=nnx.Rngs(key)))[1])(keys)
+        graph = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
+        self.blocks = nnx.merge(graph, blocks)
+        self.norm = _norm(config, axes=("norm",), rngs=rngs)
+        self.head = (
+            None if config.tied_embeddings else _linear(config, *shape[::-1], ("embed", "vocab"), rngs)
+        )
+        self.remat = config.remat
+
+    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+        """Logits in at least float32."""
+        graph, layers = nnx.split(self.blocks)
+
+        def block(x: Array, layer: Any) -> tuple[Array, None]:
+            return nnx.merge(graph, layer)(x), None
+
+        x, _ = lax.scan(_remat(block, self.remat), self.embed(ids), layers)
+        x = self.norm(x)
+        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = _norm(config, axes=("layers", "norm"), rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = _norm(config, axes=("layers", "norm"), rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """One layer of the residual stream."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nnx.Module):
+    """softmax(q k^T / sqrt(h)) v over the past; each key-value head serves H / K query heads."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        query, value = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        axes = ("layers", "in", "out")
+        self.q = _linear(config, config.hidden, query, axes, rngs)
+        self.k = _linear(config, config.hidden, value, axes, rngs)
+        self.v = _linear(config, config.hidden, value, axes, rngs)
+        self.o = _linear(config, query, config.hidden, axes, rngs)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.theta, self.kernel = config.rope_theta, config.attention
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """Causal self-attention."""
+        rows, length, _ = x.shape
+        q = self.q(x).reshape(rows, length, self.heads, self.head_dim)
+        k = self.k(x).reshape(rows, length, self.kv_heads, self.head_dim)
+        v = self.v(x).reshape(rows, length, self.kv_heads, self.head_dim)
+        q, k = rotate(q, theta=self.theta), rotate(k, theta=self.theta)
+        y = attend(q, k, v, kernel=self.kernel)
+        return self.o(y.reshape(rows, length, -1))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        axes = ("layers", "in", "out")
+        self.gate = _linear(config, config.hidden, config.mlp, axes, rngs)
+        self.up = _linear(config, config.hidden, config.mlp, axes, rngs)
+        self.down = _linear(config, config.mlp, config.hidden, axes, rngs)
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The position-wise half of a block."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def rotate(x: Float[Array, "B L heads h"], *, theta: float) -> Float[Array, "B L heads h"]:
+    """(x1 cos - x2 sin, x2 cos + x1 sin) of the head's halves, at angles position * theta^(-2i/h).
+
+    Computed in at least float32; the halves are those of the published LLaMA checkpoints.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angle = jnp.outer(jnp.arange(x.shape[1], dtype=wide), frequency)[None, :, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    x1, x2 = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B L H h"], k: Float[Array, "B L K h"], v: Float[Array, "B L K h"], *, kernel: str
+) -> Float[Array, "B L H h"]:
+    """Causal attention by jax's own kernels, or written out ("einsum") where those round to float32."""
+    if kernel != "einsum":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)  # pyright: ignore
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    rows, length, heads, dim = q.shape
+    q = q.reshape(rows, length, k.shape[2], heads // k.shape[2], dim)
+    logits = jnp.einsum("blkgh,bmkh->bkglm", q, k, preferred_element_type=wide) * dim**-0.5
+    past = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(past[None, None, None], logits, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkglm,bmkh->blkgh", weights, v).reshape(rows, length, heads, dim)
+
+
+def token_loss(
+    logits: Float[Array, "B L V"], ids: Int[Array, "B L+1"], lengths: Int[Array, " B"]
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """(summed nats, number) of the targets ids[:, 1:] that lie within their row's true length."""
+    targets = ids[:, 1:]
+    counted = jnp.arange(targets.shape[1])[None] < lengths[:, None] - 1
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(jnp.where(counted, nats, 0)), jnp.sum(counted, dtype=jnp.int32)
+
+
+def types(config: ModelConfig) -> tuple[Any, Any]:
+    """(compute type, type of trained variables and moments: at least float32)."""
+    dtype = jnp.dtype(config.compute_dtype)
+    return dtype, jnp.promote_types(dtype, jnp.float32)
+
+
+def _linear(
+    config: ModelConfig, fan_in: int, fan_out: int, axes: tuple[str, ...], rngs: nnx.Rngs
+) -> nnx.Linear:
+    dtype, param_dtype = types(config)
+    return nnx.Linear(
+        fan_in,
+        fan_out,
+        use_bias=False,
+        kernel_init=nnx.initializers.normal(config.init_std),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+        kernel_metadata={"axes": axes},
+    )
+
+
+def _norm(config: ModelConfig, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.RMSNorm:
+    dtype, param_dtype = types(config)
+    return nnx.RMSNorm(
+        config.hidden,
+        epsilon=config.rms_eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+        scale_metadata={"axes": axes},
+    )
+
+
+def _remat(block: Any, remat: str) -> Any:
+    """The block with nothing, its products without batch axes ("dots") or its input alone ("full") saved."""
+    if remat == "none":
+        return block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return partial(jax.checkpoint, prevent_cse=False, policy=policy)(block)

@@ -1,0 +1,96 @@
+"""The steps of a run compiled for a mesh: separate programs, state donated, output shardings pinned.
+
+With donation alone the partitioner may choose other output shardings than those it was given, and the
+next update compiles again; pinned, there are two training programs, before and after W.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from relora_jax import steps
+from relora_jax.config import Config
+from relora_jax.data import Batch
+from relora_jax.sharding import row_sharding, shardings
+from relora_jax.steps import Phase, TrainState
+
+
+class Program:
+    """Jitted `init`, `train_step`, `start_low_rank`, `restart` and `eval_step` of one config on one mesh."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config, self.mesh = config, mesh
+        self.rows, self.eval_rows = (
+            row_sharding(mesh, accumulated=True),
+            row_sharding(mesh, accumulated=False),
+        )
+        self.phase, full = _abstract(partial(steps.init_state, config))
+        self.full_rank = _placed(full, mesh)
+        self.init = jax.jit(lambda: steps.init_state(config)[1], out_shardings=shardings(full, mesh))
+        self._train = self._train_step(self.phase, full)
+        if config.low_rank_start < config.train.updates:
+            start = partial(steps.start_low_rank, config, self.phase)
+            self.low_phase, low = _abstract(start, full)
+            self.low_rank = _placed(low, mesh)
+            out = shardings(low, mesh)
+            self.start_low_rank = jax.jit(lambda state: start(state)[1], donate_argnums=0, out_shardings=out)
+            self._restart = jax.jit(
+                partial(steps.restart, config, self.low_phase),
+                donate_argnums=0,
+                out_shardings=out,
+                static_argnames="reset",
+            )
+            self._low_train = self._train_step(self.low_phase, low)
+        self._eval: dict[bool, Any] = {}
+
+    def state_at(self, u: int) -> TrainState:
+        """Shapes, types and shardings of the state after u updates, as a checkpoint at u holds it."""
+        return self.low_rank if u > self.config.low_rank_start else self.full_rank
+
+    def train_step(
+        self, state: TrainState, batch: Batch, rate: float
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """`steps.train_step` of the phase that the state is in; the state is donated."""
+        return (self._low_train if _is_low_rank(state) else self._train)(state, batch, rate)
+
+    def restart(self, state: TrainState, *, reset: bool) -> TrainState:
+        """`steps.restart`; the state is donated."""
+        return self._restart(state, reset=reset)
+
+    def eval_step(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """`steps.eval_step` of the phase that the state is in."""
+        low = _is_low_rank(state)
+        if low not in self._eval:
+            self._eval[low] = jax.jit(partial(steps.eval_step, self.low_phase if low else self.phase))
+        return self._eval[low](state.trained, state.frozen, batch)
+
+    def _train_step(self, phase: Phase, state: TrainState) -> Any:
+        return jax.jit(
+            partial(steps.train_step, self.config, phase),
+            donate_argnums=0,
+            out_shardings=(shardings(state, self.mesh), None),
+        )
+
+
+def _abstract(make: Any, *args: Any) -> tuple[Phase, TrainState]:
+    """(phase, shapes and types of the state) that `make` gives, without making it."""
+    phase: list[Phase] = []
+
+    def state(*args: Any) -> TrainState:
+        made, value = make(*args)
+        phase.append(made)
+        return value
+
+    shapes = jax.eval_shape(state, *args)
+    return phase[0], shapes
+
+
+def _placed(state: TrainState, mesh: Mesh) -> TrainState:
+    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(place, state, shardings(state, mesh))
+
+
+def _is_low_rank(state: TrainState) -> bool:
+    return bool(jax.tree.leaves(state.frozen))

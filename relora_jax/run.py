@@ -1,0 +1,50 @@
+"""A run's directory as values: what config.json, run.json and metrics.jsonl say."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from relora_jax import metrics
+from relora_jax.config import LOW_RANK_ARMS, Config, from_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run; `facts` is run.json, `rows` are those of metrics.jsonl."""
+
+    workdir: Path
+    config: Config
+    facts: dict[str, Any]
+    rows: list[metrics.Row]
+
+    def of(self, kind: str) -> list[metrics.Row]:
+        """The rows of one kind, in order."""
+        return [row for row in self.rows if row["kind"] == kind]
+
+    def points(self, kind: str, key: str) -> list[tuple[int, float]]:
+        """(update, value) of the rows of one kind, those without a finite value left out."""
+        return [(row["update"], row[key]) for row in self.of(kind) if row[key] is not None]
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether the arm has a low-rank phase."""
+        return self.config.arm in LOW_RANK_ARMS
+
+    @property
+    def low_rank_start(self) -> int:
+        """W: the update that the summed update is measured from, in every arm."""
+        return self.config.relora.warm_start_updates
+
+
+def read(workdir: Path) -> Run:
+    """The run in `workdir`. ValueError where there is none, or one that has not written a row."""
+    workdir = Path(workdir)
+    config, facts = workdir / "config.json", workdir / "run.json"
+    if not config.is_file():
+        raise ValueError(f"workdir {str(workdir)!r} holds no run (no config.json): give a run's --workdir")
+    rows = metrics.read(workdir)
+    if not rows:
+        raise ValueError(f"the run in {str(workdir)!r} has no metrics yet: let it train a little first")
+    written = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
+    return Run(workdir, from_json(config.read_text(encoding="utf-8")), written, rows)

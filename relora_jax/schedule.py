@@ -1,0 +1,40 @@
+"""Multiplier, merges and resets as pure functions of s, the updates done in a phase of T updates.
+
+Plain numbers in and out, so that nothing keeps a count of its own. The jagged schedule is ReLoRA's
+(arXiv 2307.05695): a cosine that drops to 0 at each reset and re-warms within a few updates.
+"""
+
+import math
+
+
+def cosine(s: int, *, total: int, warm_up: int, floor: float) -> float:
+    """C(s) = m + (1 - m)(1 + cos(pi (s - w0) / (T - w0))) / 2, with floor m and warm-up w0."""
+    return floor + (1 - floor) * (1 + math.cos(math.pi * (s - warm_up) / max(total - warm_up, 1))) / 2
+
+
+def multiplier(
+    s: int, *, total: int, warm_up: int, floor: float, cycle: int = 0, restart_warm_up: int = 0
+) -> float:
+    """s / w0 in the warm-up, then C(s); in the first wr updates of a later cycle n, (k / wr) C(n R + wr).
+
+    total, warm_up, cycle and restart_warm_up are T, w0, R and wr, in updates; k = s mod R. A cycle
+    of 0 means no dips.
+    """
+    if s < warm_up:
+        return s / warm_up
+    k = s % cycle if cycle else 0
+    if cycle and s >= cycle and k < restart_warm_up:
+        return (
+            k / restart_warm_up * cosine(s - k + restart_warm_up, total=total, warm_up=warm_up, floor=floor)
+        )
+    return cosine(s, total=total, warm_up=warm_up, floor=floor)
+
+
+def is_merge(s: int, *, cycle: int, merges_per_cycle: int = 1) -> bool:
+    """Whether update s of the low-rank phase begins with a merge: s > 0 and s mod (R / merges) = 0."""
+    return s > 0 and s % (cycle // merges_per_cycle) == 0
+
+
+def is_reset(s: int, *, cycle: int) -> bool:
+    """Whether that merge also resets the factors' statistics: s > 0 and s mod R = 0."""
+    return s > 0 and s % cycle == 0

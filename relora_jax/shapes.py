@@ -1,0 +1,95 @@
+"""The shapes of the paper's LLaMA models, each with its control; all in one place.
+
+Source: the published configurations of ReLoRA (arXiv 2307.05695); vocabulary 32,100 (T5's pieces).
+"""
+
+import dataclasses
+from typing import Any
+
+from relora_jax.config import LOW_RANK_ARMS, Config, ModelConfig
+
+#             hidden   mlp  layers heads
+SHAPES = {
+    "9m": (128, 352, 4, 4),
+    "20m": (256, 688, 4, 4),
+    "35m": (384, 1024, 6, 8),
+    "40m": (416, 1024, 8, 8),
+    "60m": (512, 1376, 8, 8),
+    "71m": (512, 1368, 12, 8),
+    "100m": (640, 1708, 12, 10),
+    "130m": (768, 2048, 12, 12),
+    "250m": (768, 2560, 24, 16),
+    "350m": (1024, 2736, 24, 16),
+    "1b": (2048, 5461, 24, 32),
+    "3b": (2560, 6848, 32, 32),
+    "7b": (4096, 11008, 32, 32),
+}
+# The full-rank model with about as many parameters as the low-rank run of the size trains (the paper's
+# "control"). The quickstart's is ours: as its vocabulary is small, the trained part is found by the widths.
+CONTROL = {"60m": "40m", "130m": "71m", "250m": "100m", "350m": "130m", "1b": "250m"}
+KERNELS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+
+
+def llama(name: str, **settings: Any) -> ModelConfig:
+    """The model of that size with multi-head attention; `settings` are the other fields of ModelConfig."""
+    hidden, mlp, layers, heads = SHAPES[name]
+    shape: dict[str, Any] = {
+        "hidden": hidden,
+        "mlp": mlp,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": heads,
+    }
+    return ModelConfig(**({"vocab_size": 32100, "head_dim": hidden // heads} | shape | settings))
+
+
+def control(name: str) -> str:
+    """The size of the control of `name`. ValueError where the paper has none."""
+    if name not in CONTROL:
+        raise ValueError(
+            f"no control is known for {name}: the arm exists for {', '.join(CONTROL)} and quickstart"
+        )
+    return CONTROL[name]
+
+
+def kernels(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(in, out) of each kind of kernel of a block."""
+    query, value = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    d, mlp = model.hidden, model.mlp
+    attention = {"q": (d, query), "k": (d, value), "v": (d, value), "o": (query, d)}
+    return attention | {"gate": (d, mlp), "up": (d, mlp), "down": (mlp, d)}
+
+
+def target_kernels(config: Config) -> dict[str, tuple[int, int]]:
+    """(in, out) of each kind of kernel that the low-rank phase freezes."""
+    chosen = set(config.relora.targets)
+    names = [n for kind, members in KERNELS.items() for n in members if {kind, n} & chosen]
+    return {name: kernels(config.model)[name] for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Parameters of a run: the full-rank model's, those trained and those frozen in its last phase."""
+
+    full_rank_total: int
+    trained: int
+    frozen: int
+
+    @property
+    def reduction_percent(self) -> float:
+        """1 - trained / full-rank total."""
+        return 100 * (1 - self.trained / self.full_rank_total)
+
+
+def count(config: Config) -> Counts:
+    """Parameters by the shapes alone; nothing is allocated."""
+    model = config.model
+    tables = model.vocab_size * model.hidden * (1 if model.tied_embeddings else 2)
+    norms = model.hidden * (2 * model.layers + 1)
+    total = tables + norms + model.layers * sum(m * n for m, n in kernels(model).values())
+    if config.arm not in LOW_RANK_ARMS:
+        return Counts(total, total, 0)
+    targets = target_kernels(config).values()
+    frozen = model.layers * sum(m * n for m, n in targets)
+    factors = model.layers * sum((m + n) * config.relora.rank for m, n in targets)
+    return Counts(total, total - frozen + factors, frozen)

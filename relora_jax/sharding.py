@@ -1,0 +1,55 @@
+"""The mesh, and the one rule that maps the names of a variable's axes to a PartitionSpec.
+
+Axes of the mesh: `data` and `fsdp` share the rows of a batch, `fsdp` also the variables and their moments;
+`tensor` is kept for later and is 1.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+# A scan or a merge walks the layers, every device needs all of the rank, and norms are small.
+WHOLE = ("layers", "rank", "norm")
+
+
+def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[Any]) -> Mesh:
+    """The devices as data x fsdp x tensor; data = -1: what the others leave. ValueError if they misfit."""
+    if data == -1:
+        data = max(len(devices) // (fsdp * tensor), 1)
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} is {data * fsdp * tensor} devices and there are "
+            f"{len(devices)}: set mesh.data=-1, or values whose product is {len(devices)}"
+        )
+    return Mesh(np.array(devices).reshape(data, fsdp, tensor), AXES)
+
+
+def spec(axes: tuple[str, ...], shape: tuple[int, ...], *, fsdp: int) -> PartitionSpec:
+    """The first axis that may be split and that `fsdp` divides, split; whole where there is none."""
+    for place, (name, size) in enumerate(zip(axes, shape, strict=True)):
+        if name not in WHOLE and size % fsdp == 0:
+            return PartitionSpec(*(None,) * place, "fsdp")
+    return PartitionSpec()
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding in the place of each array: by its `axes` where it is a Variable, else whole."""
+
+    def sharding(leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+        axes = getattr(leaf, "axes", ())
+        named = axes if len(axes) == leaf.ndim else ("layers",) * leaf.ndim
+        return leaf.replace(NamedSharding(mesh, spec(named, leaf.shape, fsdp=mesh.shape["fsdp"])))
+
+    return jax.tree.map(sharding, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def row_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
+    """Rows over data and fsdp: of [accumulation, microbatch, ...] or of [microbatch, ...] arrays."""
+    return NamedSharding(mesh, PartitionSpec(None, ROWS) if accumulated else PartitionSpec(ROWS))

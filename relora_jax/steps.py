@@ -1,0 +1,212 @@
+"""What happens to a run's state, as pure functions: init, update, start of the low-rank phase, restart.
+
+They know nothing of devices; program.py compiles them. u counts the updates done, W of them the warm start,
+and s = u - W. Shapes: A microbatches of an update, M rows of one, L positions.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+
+from relora_jax import low_rank, optimizer, schedule
+from relora_jax.config import Config
+from relora_jax.data import Batch
+from relora_jax.model import Llama, token_loss
+
+# Purposes of random keys: folded in first, so that no two uses at one update share a key.
+INIT, FACTORS, DROPOUT, REINIT, PRUNE = range(5)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run is: counters, the trained and the frozen variables, the optimizer's state."""
+
+    update: Any  # int32: u, the updates done
+    tokens_seen: Any  # uint32[2]: counted targets, low and high word
+    skipped: Any  # int32: updates skipped so far
+    skipped_in_row: Any  # int32
+    trained: Any  # nnx.State of Param and LoRAParam
+    frozen: Any  # nnx.State of BaseKernel; empty before the low-rank phase
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Phase:
+    """What is static in a phase: the model's graph and the optimizer. Two a run: before and after W."""
+
+    graph: Any
+    tx: Any
+
+    def model(self, trained: Any, frozen: Any) -> Llama:
+        """The model of these variables."""
+        return nnx.merge(self.graph, trained, frozen)
+
+
+def key(config: Config, purpose: int, update: Any) -> jax.Array:
+    """The random key of one purpose at one update."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), purpose), update)
+
+
+def rate(config: Config, u: int) -> float:
+    """The learning rate of update u: before W the full-rank cosine over all N, after it the phase's own."""
+    start, relora, floor = config.low_rank_start, config.relora, config.optimizer.floor
+    if u < start:
+        warm_up = config.optimizer.warm_up_updates
+        return config.optimizer.peak_lr * schedule.multiplier(
+            u, total=config.train.updates, warm_up=warm_up, floor=floor
+        )
+    dips = config.arm == "relora" and relora.jagged
+    return relora.peak_lr * schedule.multiplier(
+        u - start,
+        total=config.train.updates - start,
+        warm_up=relora.warm_up_updates,
+        floor=floor,
+        cycle=relora.cycle_updates if dips else 0,
+        restart_warm_up=relora.restart_warm_up_updates,
+    )
+
+
+def due(config: Config, u: int) -> tuple[bool, bool]:
+    """(merge, reset): whether update u begins with a merge, and with a reset as well."""
+    s, relora = u - config.low_rank_start, config.relora
+    if config.arm != "relora" or s <= 0:
+        return False, False
+    merges = schedule.is_merge(s, cycle=relora.cycle_updates, merges_per_cycle=relora.merges_per_cycle)
+    return merges, schedule.is_reset(s, cycle=relora.cycle_updates)
+
+
+def is_target(config: Config, path: low_rank.Path, _: nnx.Linear) -> bool:
+    """Whether a linear layer's kind ("attention", "mlp") or name ("q", "down", ...) is among the targets."""
+    return path[0] == "blocks" and bool({path[1], path[2]} & set(config.relora.targets))
+
+
+def init_state(config: Config) -> tuple[Phase, TrainState]:
+    """The run at u = 0: full-rank, drawn from the seed."""
+    model = Llama(config.model, rngs=nnx.Rngs(key(config, INIT, 0)))
+    graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
+    tx = _optimizer(config, trained)
+    zero = jnp.zeros((), jnp.int32)
+    words = jnp.zeros(2, jnp.uint32)
+    return Phase(graph, tx), TrainState(zero, words, zero, zero, trained, frozen, tx.init(trained))
+
+
+def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Phase, TrainState]:
+    """The same function with frozen base kernels and new factors.
+
+    Embeddings, norms and head keep values, moments and count; the factors' begin at 0; the moments of
+    what is frozen now are gone.
+    """
+    relora = config.relora
+    model = low_rank.wrap(
+        phase.model(state.trained, state.frozen),
+        rank=relora.rank,
+        alpha=relora.alpha,
+        targets=partial(is_target, config),
+        rngs=nnx.Rngs(params=key(config, FACTORS, state.update)),
+        dropout=relora.dropout,
+        product=relora.product,
+        base_dtype=jnp.dtype(relora.base_dtype),
+        base_init=relora.base_init,
+    )
+    graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
+    tx = _optimizer(config, trained)
+    opt_state = optimizer.keep_rest(tx.init(trained), state.opt_state)
+    return Phase(graph, tx), dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state)
+
+
+def restart(config: Config, phase: Phase, state: TrainState, *, reset: bool) -> TrainState:
+    """W += scale A B, A redrawn, B = 0: the same function; with `reset`, the factors' statistics pruned."""
+    model = phase.model(state.trained, state.frozen)
+    model = low_rank.merge_and_reinit(model, key=key(config, REINIT, state.update))
+    _, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
+    opt_state = state.opt_state
+    if reset:
+        opt_state = optimizer.reset(opt_state, key(config, PRUNE, state.update))
+    return dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state)
+
+
+def train_step(
+    config: Config, phase: Phase, state: TrainState, batch: Batch, rate: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update at this rate, and its loss (mean nats per counted target), gradient norm and counters.
+
+    A loss or gradient norm that is not finite, or no target at all, skips the update whole: counters go on,
+    weights, moments and the optimizer's counts stay.
+    """
+    loss, grads, targets = _gradients(config, phase, state, batch)
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm) & (targets > 0)
+    updates, opt_state = phase.tx.update(grads, state.opt_state, state.trained, rate=rate)
+    trained, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (optax.apply_updates(state.trained, updates), opt_state),
+        (state.trained, state.opt_state),
+    )
+    bad = (~good).astype(jnp.int32)
+    state = dataclasses.replace(
+        state,
+        update=state.update + 1,
+        tokens_seen=_add(state.tokens_seen, targets),
+        skipped=state.skipped + bad,
+        skipped_in_row=(state.skipped_in_row + 1) * bad,
+        trained=trained,
+        opt_state=opt_state,
+    )
+    metrics = {"loss": loss, "grad_norm": norm, "tokens_seen": state.tokens_seen + 0}
+    return state, metrics | {"skipped": state.skipped + 0, "skipped_in_row": state.skipped_in_row + 0}
+
+
+def eval_step(phase: Phase, trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(summed nats, number) of the counted targets of rows [M, L+1]; no dropout."""
+    return token_loss(phase.model(trained, frozen)(batch.ids[:, :-1]), batch.ids, batch.lengths)
+
+
+def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
+    """(mean loss, its gradient, targets): sums over the microbatches, divided once by all their targets."""
+    dropout_key = key(config, DROPOUT, state.update)
+
+    def summed_loss(trained: Any, index: Any, ids: Any, lengths: Any) -> tuple[Any, Any]:
+        model = phase.model(trained, state.frozen)
+        if config.relora.dropout and jax.tree.leaves(state.frozen):
+            low_rank.with_dropout_keys(model, key=jax.random.fold_in(dropout_key, index))
+        return token_loss(model(ids[:, :-1]), ids, lengths)
+
+    def accumulate(sums: Any, micro: Any) -> tuple[Any, None]:
+        (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.trained, *micro)
+        return jax.tree.map(jnp.add, sums, (loss, targets, grads)), None
+
+    first = (
+        jnp.zeros((), jnp.promote_types(config.model.compute_dtype, jnp.float32)),
+        jnp.zeros((), jnp.int32),
+    )
+    zeros = (*first, jax.tree.map(jnp.zeros_like, state.trained))
+    micros = (jnp.arange(batch.ids.shape[0]), batch.ids, batch.lengths)
+    (loss, targets, grads), _ = lax.scan(accumulate, zeros, micros)
+    count = jnp.maximum(targets, 1)
+    return loss / count, jax.tree.map(lambda g: g / count, grads), targets
+
+
+def _optimizer(config: Config, params: Any) -> Any:
+    settings = dataclasses.asdict(config.optimizer)
+    del settings["peak_lr"], settings["warm_up_updates"], settings["floor"]
+    relora = config.relora
+    return optimizer.make_optimizer(
+        params,
+        prune=relora.prune,
+        reset_count=relora.reset_count,
+        factor_lr_ratio=relora.factor_lr_ratio,
+        **settings,
+    )
+
+
+def _add(words: jax.Array, count: jax.Array) -> jax.Array:
+    """The (low, high) words of a count plus `count`: exact beyond 2^32 where jax has no 64-bit integers."""
+    low = words[0] + count.astype(jnp.uint32)
+    return jnp.stack([low, words[1] + (low < words[0]).astype(jnp.uint32)])

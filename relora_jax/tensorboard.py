@@ -1,0 +1,58 @@
+"""A run's rows as TensorBoard's files, through tensorboardX's protocol buffers."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (made when imported)
+
+FLUSH_S = 30.0  # a flush is an fsync: too dear for every row
+_NOT_CURVES = ("kind", "update", "elapsed_s")
+
+
+class Board:
+    """Points of this start replace, in TensorBoard's eyes, those from `purge_step` on of earlier ones.
+
+    Written in the caller's thread: tensorboardX's SummaryWriter waits for ever once its own thread
+    died of a full disk. The file is opened by the first row.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int) -> None:
+        self._folder, self._purge_step = folder, purge_step
+        self._writer: EventsWriter | None = None
+        self._flushed_at = time.monotonic()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """The row's finite numbers, at step `update`; restarts are a curve of the train rows already."""
+        group = {"train": "train", "eval": "validation"}.get(row["kind"])
+        if group is None:
+            return
+        if self._writer is None:
+            self._writer = self._open(min(self._purge_step, row["update"]))
+        for key, value in row.items():
+            if key not in _NOT_CURVES and value is not None:
+                scalar = summary.scalar(f"{group}/{key}", value)
+                self._writer.write_event(Event(step=row["update"], wall_time=time.time(), summary=scalar))
+        if time.monotonic() - self._flushed_at > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Every point is on the disk after this."""
+        self._flushed_at = time.monotonic()
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _open(self, purge_step: int) -> EventsWriter:
+        self._folder.mkdir(exist_ok=True)
+        # the step in the name keeps two starts within one second apart
+        writer = EventsWriter(str(self._folder / "events"), f".from_{purge_step}")
+        start = SessionLog(status=SessionLog.START)
+        writer.write_event(Event(step=purge_step, wall_time=time.time(), session_log=start))
+        return writer

@@ -1,0 +1,156 @@
+"""Documents of a TFDS dataset, read at random places without TensorFlow.
+
+A dataset is written name[/config][:version], such as "c4/en:3.1.0"; without a version the newest one
+that lies in TFDS's directory is read. Datasets are found by their directories, not by TFDS's code
+for them, so nothing is ever fetched. "sotu" is built on first use.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from relora_jax import places, sotu
+
+READ_AT_ONCE = 128  # documents of one read while iterating
+_NAME = re.compile(r"(\w+(?:/\w[\w.+=-]*)*)(?::(\d+\.\d+\.\d+))?")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+class Documents:
+    """The texts of one split; documents[i], or documents[i:j] as a list by one read.
+
+    `version` is the dataset's name with its version ("sotu:1.0.0"), `bytes` the size of all its
+    splits on disk.
+    """
+
+    def __init__(self, source: Any, *, version: str, split: str, bytes: int) -> None:
+        self._source, self._split = source, split
+        self.version, self.bytes = version, bytes
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return self._read(range(len(self))[index])
+        return self._read([range(len(self))[index]])[0]  # the range raises IndexError past the end
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), READ_AT_ONCE):
+            yield from self[start : start + READ_AT_ONCE]
+
+    def _read(self, indices: Sequence[int]) -> list[str]:
+        try:
+            examples = self._source.__getitems__(list(indices))
+        except RuntimeError as error:  # a shard that is cut or not there
+            raise _unreadable(f"{self.version} {self._split}", error) from error
+        return [self._text(i, example["text"]) for i, example in zip(indices, examples, strict=True)]
+
+    def _text(self, index: int, text: bytes) -> str:
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            place = f"document {index} of {self.version} {self._split}"
+            raise ValueError(f"{place} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def dataset_version(dataset: str) -> str:
+    """name:version of what `dataset` names; a version that is written out is not looked for."""
+    name, version = _parse(dataset)
+    return f"{name}:{version or _newest(name)}"
+
+
+def open_dataset(dataset: str, split: str) -> Documents:
+    """The documents of a split ("train", or a slice: "train[:1%]"), in the dataset's own order."""
+    version = dataset_version(dataset)
+    name, number = version.split(":")
+    path = places.datasets_dir() / name / number
+    if version == f"{sotu.NAME}:{sotu.VERSION}":
+        sotu.build()
+    if not (path / "dataset_info.json").is_file():
+        raise _missing(name, number)
+    import tensorflow_datasets as tfds  # half a second: only where documents are read
+
+    try:
+        builder: Any = tfds.builder_from_directory(path)
+    except Exception as error:  # what it raises depends on which file is damaged
+        raise _unreadable(version, error) from error
+    _check_features(version, builder.info.features)
+    _check_format(version, path, builder.info)
+    try:
+        source = builder.as_data_source(split)
+        len(source)  # a slice of negative length fails here
+    except ValueError as error:
+        there = ", ".join(builder.info.splits)
+        raise ValueError(
+            f"{version} has no split {split!r}: there are {there}, and slices of them"
+        ) from error
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return Documents(source, version=version, split=split, bytes=size)
+
+
+def _parse(dataset: str) -> tuple[str, str | None]:
+    match = _NAME.fullmatch(dataset)
+    if match is None:
+        raise ValueError(f"dataset {dataset!r} cannot be read: write name, name/config or name/config:1.2.3")
+    return match[1], match[2]
+
+
+def _versions(path: Path) -> list[str]:
+    """Versions that lie whole in `path`, oldest first; TFDS renames a dataset when it is whole."""
+    found = [entry.parent.name for entry in path.glob("*/dataset_info.json")]
+    found = [name for name in found if _VERSION.fullmatch(name)]
+    return sorted(found, key=lambda name: [int(number) for number in name.split(".")])
+
+
+def _newest(name: str) -> str:
+    if versions := _versions(places.datasets_dir() / name):
+        return versions[-1]
+    if name == sotu.NAME:
+        return sotu.VERSION
+    raise _missing(name, None)
+
+
+def _missing(name: str, version: str | None) -> ValueError:
+    root = places.datasets_dir()
+    folders = sorted(entry for entry in (root / name).glob("*") if entry.is_dir())
+    wanted = name if version is None else f"{name}:{version}"
+    if versions := _versions(root / name):
+        return ValueError(f"{root} holds {name} in {', '.join(versions)}, not {version}: name one of these")
+    if configs := [entry.name for entry in folders if _versions(entry)]:
+        return ValueError(
+            f"dataset {wanted} lies in {root} as {', '.join(configs)}: write {name}/{configs[0]}"
+        )
+    return ValueError(
+        f"dataset {wanted} is not in {root}: set TFDS_DATA_DIR to the directory that holds {name}/<version>"
+    )
+
+
+def _unreadable(what: str, error: Exception) -> ValueError:
+    reason = str(error).partition("\n")[0]
+    return ValueError(f"{what} in {places.datasets_dir()} cannot be read ({reason}): build or copy it again")
+
+
+def _check_features(version: str, features: Any) -> None:
+    """`text`, one string a document, is all that is asked of a dataset."""
+    import tensorflow_datasets as tfds
+
+    by_name = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    if not isinstance(by_name.get("text"), tfds.features.Text):
+        there = ", ".join(sorted(by_name)) or type(features).__name__
+        raise ValueError(f"{version} has no feature `text` of plain text: its features are {there}")
+
+
+def _check_format(version: str, path: Path, info: Any) -> None:
+    """ArrayRecord is what can be read at random places without TensorFlow."""
+    formats = sorted(format.value for format in info.available_file_formats())
+    if "array_record" not in formats:
+        raise ValueError(
+            f"{version} lies in {path} as {', '.join(formats)}: convert it, where TensorFlow is, by "
+            f"tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
+        )

@@ -1,0 +1,186 @@
+"""Whether a run makes sense, judged before anything is allocated: one ValueError that names the remedy."""
+
+import math
+import typing
+from typing import Any
+
+import jax
+
+from relora_jax import shapes
+from relora_jax.config import ARMS, LOW_RANK_ARMS, Config, flatten
+from relora_jax.model import ATTENTION, REMAT
+
+
+def validate(config: Config, *, devices: int) -> None:
+    """ValueError for the first setting that is wrong, alone or beside the others, on so many devices."""
+    _types(config)
+    _one_of("arm", config.arm, ARMS)
+    _model(config)
+    _optimizer(config)
+    _counts(config, devices)
+    if config.arm in LOW_RANK_ARMS:
+        _relora(config)
+        _phases(config)
+
+
+def _types(config: Config) -> None:
+    for key, value, field in flatten(config):
+        kind: Any = typing.get_origin(field.type) or field.type
+        wanted = (int, float) if kind is float else kind
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{key} = {value!r} must be of the type {kind.__name__}")
+
+
+def _model(config: Config) -> None:
+    model = config.model
+    for name in ("vocab_size", "hidden", "mlp", "layers", "heads", "kv_heads", "head_dim"):
+        _positive(f"model.{name}", getattr(model, name))
+    for name in ("rope_theta", "rms_eps", "init_std"):
+        _rate(f"model.{name}", getattr(model, name))
+    _one_of("model.remat", model.remat, REMAT)
+    _one_of("model.attention", model.attention, ATTENTION)
+    _dtype("model.compute_dtype", model.compute_dtype)
+    if model.heads % model.kv_heads:
+        raise ValueError(f"model.kv_heads {model.kv_heads} must divide model.heads {model.heads}")
+    if model.head_dim % 2:
+        raise ValueError(f"model.head_dim {model.head_dim} must be even: positions turn it in two halves")
+    if model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"model.attention cudnn needs a GPU and this is a {jax.default_backend()}: use xla")
+
+
+def _optimizer(config: Config) -> None:
+    optimizer, updates = config.optimizer, config.train.updates
+    _rate("optimizer.peak_lr", optimizer.peak_lr)
+    _rate("optimizer.eps", optimizer.eps)
+    for name, top in (("floor", 1.0), ("weight_decay", math.inf), ("clip_norm", math.inf)):
+        _between(f"optimizer.{name}", getattr(optimizer, name), 0, top)
+    for name in ("b1", "b2"):
+        _between(f"optimizer.{name}", getattr(optimizer, name), 0, 1, below=True)
+    _between("optimizer.warm_up_updates", optimizer.warm_up_updates, 0, updates, below=True)
+
+
+def _counts(config: Config, devices: int) -> None:
+    train, mesh, data = config.train, config.mesh, config.data
+    names = (
+        "updates",
+        "batch",
+        "microbatch",
+        "log_every_updates",
+        "evaluate_every_updates",
+        "save_every_updates",
+    )
+    for name in (*names, "eval_tokens", "keep_last"):
+        _positive(f"train.{name}", getattr(train, name))
+    for name in ("seed", "keep_every"):
+        _between(f"train.{name}", getattr(train, name), 0, 2**31 - 1)
+    _positive("data.sequence_length", data.sequence_length)
+    _one_of("data.packing", data.packing, ("concatenate",))
+    for name in ("data", "fsdp", "tensor"):
+        if name != "data" or mesh.data != -1:
+            _positive(f"mesh.{name}", getattr(mesh, name))
+    if mesh.tensor != 1:
+        raise ValueError(f"mesh.tensor {mesh.tensor}: tensor parallelism does not exist yet, set it to 1")
+    across = devices // mesh.fsdp if mesh.data == -1 else mesh.data
+    if across * mesh.fsdp != devices:
+        raise ValueError(
+            f"mesh.data {mesh.data} x mesh.fsdp {mesh.fsdp} must be the {devices} devices there are"
+        )
+    if train.batch % train.microbatch:
+        raise ValueError(f"train.microbatch {train.microbatch} must divide train.batch {train.batch}")
+    if train.microbatch % devices:
+        raise ValueError(
+            f"train.microbatch {train.microbatch} must be a multiple of the {devices} devices that share it"
+        )
+
+
+def _relora(config: Config) -> None:
+    relora = config.relora
+    _rate("relora.peak_lr", relora.peak_lr)
+    _rate("relora.alpha", relora.alpha)
+    _rate("relora.factor_lr_ratio", relora.factor_lr_ratio)
+    _between("relora.dropout", relora.dropout, 0, 1, below=True)
+    _one_of("relora.product", relora.product, ("apart", "folded"))
+    _one_of("relora.base_init", relora.base_init, ("keep", "zero"))
+    _dtype("relora.base_dtype", relora.base_dtype)
+    _positive("relora.rank", relora.rank)
+    if not relora.targets:
+        raise ValueError("relora.targets is empty: name attention, mlp or single kernels such as q")
+    known = (*shapes.KERNELS, *(name for names in shapes.KERNELS.values() for name in names))
+    for target in relora.targets:
+        _one_of("relora.targets", target, known)
+    for name, (m, n) in shapes.target_kernels(config).items():
+        if relora.rank > min(m, n):
+            raise ValueError(f"relora.rank {relora.rank} is above the smaller side of {name} ({m} x {n})")
+    if relora.product == "folded" and relora.dropout > 0:
+        raise ValueError(
+            f"relora.product folded has no branch for relora.dropout {relora.dropout}: use apart"
+        )
+    if relora.reset_count and relora.prune.kind != "zero":
+        raise ValueError(f"relora.reset_count needs relora.prune=zero, not {relora.prune}")
+    if relora.base_init == "zero" and relora.warm_start_updates:
+        raise ValueError(
+            "relora.base_init zero would throw the warm start away: set relora.warm_start_updates=0"
+        )
+
+
+def _phases(config: Config) -> None:
+    """The low-rank phase has room for its warm-up, its cycles, and the last re-warm-up."""
+    relora, updates = config.relora, config.train.updates
+    start = relora.warm_start_updates
+    _between("relora.warm_start_updates", start, 0, updates, below=True)
+    if config.arm == "lora" and start:
+        raise ValueError(f"the arm lora has no warm start (relora.warm_start_updates {start}): use lora_warm")
+    if config.optimizer.warm_up_updates > start > 0:
+        raise ValueError(
+            f"optimizer.warm_up_updates {config.optimizer.warm_up_updates} is longer than the warm start of "
+            f"{start} updates (relora.warm_start_updates)"
+        )
+    phase = updates - start
+    _between("relora.warm_up_updates", relora.warm_up_updates, 0, phase, below=True)
+    if config.arm != "relora":
+        return
+    cycle, rewarm = relora.cycle_updates, relora.restart_warm_up_updates
+    _positive("relora.cycle_updates", cycle)
+    _positive("relora.merges_per_cycle", relora.merges_per_cycle)
+    if cycle >= phase:
+        raise ValueError(
+            f"relora.cycle_updates {cycle} leaves no restart in the low-rank phase of {phase} updates: "
+            "shorten it, or take the arm lora_warm"
+        )
+    if cycle % relora.merges_per_cycle:
+        raise ValueError(
+            f"relora.merges_per_cycle {relora.merges_per_cycle} must divide the cycle of {cycle}"
+        )
+    _between("relora.warm_up_updates", relora.warm_up_updates, 0, cycle)
+    _between("relora.restart_warm_up_updates", rewarm, 0, cycle)
+    last = phase - (phase - 1) // cycle * cycle
+    if relora.jagged and last < rewarm:
+        raise ValueError(
+            f"train.updates {updates} ends inside a re-warm-up: the last cycle has {last} updates and "
+            f"relora.restart_warm_up_updates is {rewarm}; run {rewarm - last} more, or {last} fewer"
+        )
+
+
+def _one_of(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is not known: one of {', '.join(known)}")
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} {value} must be at least 1")
+
+
+def _rate(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} {value} must be finite and above 0")
+
+
+def _between(name: str, value: float, low: float, high: float, *, below: bool = False) -> None:
+    if not (math.isfinite(value) and low <= value and (value < high if below else value <= high)):
+        raise ValueError(f"{name} {value} must lie in [{low}, {high}{')' if below else ']'}")
+
+
+def _dtype(name: str, value: str) -> None:
+    wide = ("float64",) if jax.dtypes.canonicalize_dtype(float) == float else ()
+    _one_of(name, value, ("float32", "bfloat16", *wide))

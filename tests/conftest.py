@@ -1,0 +1,13 @@
+"""The suite runs on CPU with 8 forced devices, with jaxtyping's shapes checked by beartype."""
+
+import os
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
+
+install_import_hook("relora_jax", "beartype.beartype")

@@ -1,0 +1,342 @@
+"""report: a workdir of numbers becomes text and pictures that say the same numbers."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from relora_jax import pictures, report
+from relora_jax.config import Config
+from relora_jax.spectrum import KINDS
+from tests import small
+
+LAYERS, SIDE, MLP, RANK, UPDATES, START, CYCLE = 2, 24, 40, 3, 400, 100, 60
+FACTS = {
+    "trained": 1_234_567,
+    "frozen": 7_654_321,
+    "full_rank_total": 8_000_000,
+    "reduction_percent": 84.6,
+    "unigram_perplexity": 612.5,
+    "versions": {"jax": "1.2.3"},
+    "devices": ["cpu:0"],
+}
+
+
+def config(arm: str = "relora", **relora: Any) -> Config:
+    relora = {
+        "rank": RANK,
+        "warm_start_updates": START,
+        "cycle_updates": CYCLE,
+        "warm_up_updates": 5,
+    } | relora
+    changes = {f"relora__{key}": value for key, value in relora.items()}
+    return small.config(arm, train__updates=UPDATES, relora__restart_warm_up_updates=10, **changes)
+
+
+def rows(arm: str = "relora", every: int = 2) -> list[dict]:
+    """A run that learns: noisy, with the jagged rate, evaluations and (arm relora) restarts."""
+    random, made, restarts = np.random.default_rng(0), [], 0
+    made.append({"kind": "eval", "update": 0, "loss": 6.3, "perplexity": float(np.exp(6.3)), "tokens": 960})
+    for u in range(1, UPDATES + 1):
+        s = u - 1 - START
+        if arm == "relora" and s > 0 and s % CYCLE == 0:
+            made.append({"kind": "restart", "update": u - 1, "merged": True, "reset": True})
+            restarts += 1
+        if u % every == 0:
+            dip = min(1.0, (s % CYCLE) / 10) if arm == "relora" and s > 0 else 1.0
+            lr = 1e-3 * min(1.0, u / 20) * (0.55 + 0.45 * np.cos(np.pi * u / UPDATES)) * dip
+            loss = 3.5 + 2.8 * np.exp(-u / 80) + 0.08 * random.standard_normal()
+            row = {
+                "kind": "train",
+                "update": u,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": 1.0,
+                "tokens_seen": 256 * u,
+            }
+            row |= {"tokens_per_s": 4000.0 + u, "restarts": restarts, "skipped": 1, "elapsed_s": u / 4}
+            made.append(row)
+        if u % 50 == 0:
+            loss = 3.55 + 2.8 * np.exp(-u / 80)
+            made.append(
+                {"kind": "eval", "update": u, "loss": loss, "perplexity": float(np.exp(loss)), "tokens": 960}
+            )
+    return made
+
+
+def models(merges: int = 4, targets: str = "qkvo gate up down") -> dict[int, dict[str, np.ndarray]]:
+    """Checkpoints at START and UPDATES: `merges` merged updates of rank RANK, and one that is live."""
+    random = np.random.default_rng(1)
+    then, now = {}, {}
+    for kind, path in KINDS.items():
+        rows, columns = {"gate": (SIDE, MLP), "up": (SIDE, MLP), "down": (MLP, SIDE)}.get(kind, (SIDE, SIDE))
+        then[f"{path}/kernel"] = (0.02 * random.standard_normal((LAYERS, rows, columns))).astype(np.float32)
+        moved = then[f"{path}/kernel"].astype(np.float64)
+        if kind not in targets:
+            now[f"{path}/kernel"] = (moved + 0.1 * random.standard_normal(moved.shape)).astype(np.float32)
+            continue
+        for _ in range(merges + 1):
+            a = random.uniform(-1, 1, (LAYERS, rows, RANK)) / np.sqrt(rows)
+            b = random.standard_normal((LAYERS, RANK, columns)) * np.geomspace(0.3, 0.03, RANK)[:, None]
+            live = 2.0 * a @ b
+            moved += live
+        now[f"{path}/kernel"] = (moved - live).astype(np.float32)
+        now[f"{path}/lora_a"], now[f"{path}/lora_b"] = a.astype(np.float32), b.astype(np.float32)
+    return {START: then, UPDATES: now}
+
+
+def make(workdir: Path, *, arm: str = "relora", lines: list[dict] | None = None, **relora) -> Path:
+    workdir.mkdir(parents=True, exist_ok=True)
+    settings = config(arm, **relora)
+    groups = dataclasses.asdict(settings)
+    groups["relora"]["prune"] = str(settings.relora.prune)
+    (workdir / "config.json").write_text(json.dumps(groups, indent=2))
+    (workdir / "run.json").write_text(json.dumps(FACTS))
+    lines = rows(arm) if lines is None else lines
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    return workdir
+
+
+def saved(monkeypatch: pytest.MonkeyPatch, workdir: Path, models: dict[int, dict[str, np.ndarray]]) -> None:
+    (workdir / "checkpoints").mkdir(exist_ok=True)
+    saver = SimpleNamespace(
+        updates_saved=lambda workdir: sorted(models), load_model=lambda workdir, update: models[update]
+    )
+    monkeypatch.setattr(report, "_saver", lambda: saver)
+
+
+def text_of(workdir: Path) -> str:
+    return report.write(workdir).read_text(encoding="utf-8")
+
+
+def facts_of(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE))
+
+
+def table_of(text: str) -> dict[str, list[str]]:
+    lines = re.findall(r"^\| (\w+) \| (.*) \|$", text[text.index("## Summed update") :], re.MULTILINE)
+    return {kind: rest.split(" | ") for kind, rest in lines if kind in KINDS}
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures that a report draws, by file name, instead of files."""
+    drawn: dict[str, Figure] = {}
+    monkeypatch.setattr(pictures, "_save", lambda figure, file: drawn.__setitem__(file.name, figure))
+    return drawn
+
+
+def upright(axes: Axes) -> list[float]:
+    """Where lines from the bottom to the top of the picture stand."""
+    found = []
+    for line in axes.lines:
+        x = np.asarray(line.get_xdata(), float)
+        if len(x) == 2 and x[0] == x[1]:
+            found.append(float(x[0]))
+    return found
+
+
+def test_report_of_a_run_says_its_numbers_and_shows_every_picture(tmp_path: Path, monkeypatch) -> None:
+    workdir = make(tmp_path / "run")
+    saved(monkeypatch, workdir, models())
+    text = text_of(workdir)
+    assert report.write(workdir) == workdir / "report.md"
+    facts = facts_of(text)
+    assert facts["parameters trained"] == "1,234,567" and facts["parameters frozen"] == "7,654,321"
+    assert (
+        facts["reduction"] == "84.6 %" and facts["tokens seen"] == "102,400" and facts["restarts done"] == "4"
+    )
+    assert (
+        facts["perplexity at first"] == "544.6 (update 0)" and facts["perplexity of the unigram"] == "612.5"
+    )
+    assert facts["perplexity at last"] == f"{np.exp(3.55 + 2.8 * np.exp(-5)):.1f} (update 400)"
+    assert (
+        facts["updates skipped"] == "1" and facts["tokens/s (median)"] == "4,201" and facts["time"] == "1:40"
+    )
+    shown = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert shown == [f"report/{name}.png" for name in ("loss", "learning_rate", "perplexity", "spectrum")]
+    for name in shown:
+        assert imread(workdir / name).shape[1] >= 1000
+    config = text[text.index("<details>") :]
+    assert config.split("```json\n")[1].split("\n```")[0] == (workdir / "config.json").read_text().strip()
+
+
+def test_ranks_and_counts_are_those_of_the_checkpoints(tmp_path: Path, monkeypatch, figures) -> None:
+    workdir = make(tmp_path)
+    saved(monkeypatch, workdir, found := models())
+    table = table_of(text_of(workdir))
+    assert list(table) == list(KINDS)
+    for kind, (side, count, rank, against) in table.items():
+        path = KINDS[kind]
+        moved = found[UPDATES][f"{path}/kernel"] - found[START][f"{path}/kernel"].astype(np.float64)
+        moved += (
+            6.0
+            / RANK
+            * found[UPDATES][f"{path}/lora_a"]
+            @ found[UPDATES][f"{path}/lora_b"].astype(np.float64)
+        )
+        values = np.linalg.svd(moved, compute_uv=False)
+        assert count == f"{np.sum(values < 0.1)} of {LAYERS * SIDE}" and side == str(SIDE)
+        assert (rank, against) == (str(5 * RANK), "5.0 r")  # four merged and the live one
+
+
+def test_pictures_mark_restarts_warm_start_and_rank(tmp_path: Path, monkeypatch, figures) -> None:
+    workdir = make(tmp_path)
+    saved(monkeypatch, workdir, models())
+    report.write(workdir)
+    restarts = [START + CYCLE * n for n in (1, 2, 3, 4)]
+    for name in ("loss", "learning_rate", "perplexity"):
+        (axes,) = figures[f"{name}.png"].axes
+        assert [x for x in upright(axes) if x] == restarts
+        (warm_start,) = axes.patches
+        assert (warm_start.get_x(), warm_start.get_width()) == (0, START)
+    panels = figures["spectrum.png"].axes
+    assert [axes.get_title(loc="left") for axes in panels[:7]] == list(KINDS)
+    for axes in panels[:7]:
+        assert upright(axes) == [RANK, 5 * RANK] and axes.get_yscale() == "log"
+
+
+def test_loss_picture_holds_every_row(tmp_path: Path, figures) -> None:
+    report.write(make(tmp_path))
+    lines = figures["loss.png"].axes[0].lines
+    raw = [(row["update"], row["loss"]) for row in rows() if row["kind"] == "train"]
+    evaluated = [(row["update"], row["loss"]) for row in rows() if row["kind"] == "eval"]
+    np.testing.assert_allclose(lines[0].get_xydata(), raw)
+    np.testing.assert_allclose(lines[2].get_xydata(), evaluated)
+
+
+def test_kinds_trained_in_full_have_no_line_at_r(tmp_path: Path, monkeypatch, figures) -> None:
+    workdir = make(tmp_path, targets=("attention",))
+    saved(monkeypatch, workdir, models(targets="qkvo"))
+    table = table_of(text_of(workdir))
+    assert table["q"][-1] == "5.0 r" and table["gate"][2:] == [str(SIDE), "trained in full"]
+    panels = dict(zip(KINDS, figures["spectrum.png"].axes, strict=False))
+    assert upright(panels["q"]) and not upright(panels["gate"])
+
+
+@pytest.mark.parametrize("arm", ["full", "control"])
+def test_full_rank_arms_are_measured_from_the_same_update(
+    tmp_path: Path, monkeypatch, figures, arm: str
+) -> None:
+    workdir = make(tmp_path, arm=arm)
+    saved(monkeypatch, workdir, models(targets=""))
+    text = text_of(workdir)
+    assert {cells[-1] for cells in table_of(text).values()} == {"trained in full"}
+    assert not any(upright(axes) for axes in figures["spectrum.png"].axes[:7])
+    assert not figures["loss.png"].axes[0].patches  # the whole run is full-rank
+    assert "A [in, r]" not in text and "restart" not in text[: text.index("## Loss")].replace(
+        "restarts done", ""
+    )
+
+
+def test_arms_that_never_merge_end_at_r(tmp_path: Path, monkeypatch, figures) -> None:
+    workdir = make(tmp_path, arm="lora_warm")
+    saved(monkeypatch, workdir, models(merges=0))
+    text = text_of(workdir)
+    assert {tuple(cells[2:]) for cells in table_of(text).values()} == {(str(RANK), "1.0 r")}
+    assert "restart" not in text[: text.index("## Loss")].replace("restarts done", "")
+    assert all(upright(axes) == [RANK] for axes in figures["spectrum.png"].axes[:7])
+
+
+@pytest.mark.parametrize("kept", [(), (START,), (UPDATES,), (START - 50,)])
+def test_without_both_checkpoints_the_report_says_which_is_missing(
+    tmp_path, monkeypatch, figures, kept
+) -> None:
+    workdir = make(tmp_path)
+    (workdir / "report").mkdir()
+    (workdir / "report" / "spectrum.png").write_bytes(b"of an earlier report")
+    saved(monkeypatch, workdir, {update: {} for update in kept})
+    text = text_of(workdir)
+    wanted = "no checkpoint after update 100" if kept == (START,) else "no checkpoint of update 100"
+    assert f"Left out: {wanted}, which it is measured from, is kept" in text
+    assert "spectrum" not in text and not (workdir / "report" / "spectrum.png").exists()
+
+
+def test_checkpoint_that_cannot_be_read_costs_only_its_section(tmp_path: Path, monkeypatch, figures) -> None:
+    workdir = make(tmp_path)
+    broken = models()
+    broken[UPDATES]["blocks/mlp/up/kernel"][0, 0, 0] = np.nan
+    saved(monkeypatch, workdir, broken)
+    text = text_of(workdir)
+    assert (
+        re.search(r"## Summed update\n\nLeft out: .+\.\n", text) and "## Loss" in text and "<details>" in text
+    )
+
+
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_one_row_is_enough(tmp_path: Path, kind: str) -> None:
+    first = next(row for row in rows() if row["kind"] == kind)
+    workdir = make(tmp_path, lines=[first])
+    text = text_of(workdir)
+    assert facts_of(text)["updates done"] == f"{first['update']} of 400"
+    assert set(re.findall(r"\((report/.*)\)", text)) == {
+        f"report/{file.name}" for file in (workdir / "report").iterdir()
+    }
+
+
+def test_losses_that_are_not_finite_leave_gaps(tmp_path: Path, figures) -> None:
+    lines = [{**row, **{key: None for key in ("loss", "perplexity") if key in row}} for row in rows()]
+    text = text_of(make(tmp_path / "all", lines=lines))
+    assert "## Loss" not in text and "## Learning rate" in text and "- |" in text
+    lines[:50] = rows()[:50]
+    text_of(make(tmp_path / "some", lines=lines))
+    assert max(figures["loss.png"].axes[0].lines[0].get_xdata()) == rows()[49]["update"]
+
+
+def test_report_of_a_run_without_facts_shows_dashes(tmp_path: Path, figures) -> None:
+    workdir = make(tmp_path)
+    (workdir / "run.json").unlink()
+    facts = facts_of(text_of(workdir))
+    assert facts["parameters trained"] == facts["perplexity of the unigram"] == facts["devices"] == "-"
+
+
+def test_smoothing_keeps_lines_straight_and_halves_noise() -> None:
+    line = np.linspace(5.0, 3.0, 1000)
+    np.testing.assert_allclose(pictures.smoothed(line), line)
+    noise = np.random.default_rng(0).standard_normal(1000)
+    assert pictures.smoothed(noise).std() < 0.5 * noise.std()
+    assert pictures.smoothed(line[:99]) is not line and (pictures.smoothed(line[:99]) == line[:99]).all()
+
+
+def test_command_writes_the_report_and_prints_its_path(tmp_path: Path, capsys) -> None:
+    assert report.main([f"--workdir={make(tmp_path)}"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.md'}\n" and (tmp_path / "report.md").exists()
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "a file", "no rows", "a config of another version"])
+def test_command_refuses_a_workdir_without_a_run_in_one_line(tmp_path: Path, capsys, case: str) -> None:
+    workdir = tmp_path / "run"
+    if case == "empty":
+        workdir.mkdir()
+    elif case == "a file":
+        workdir.write_text("")
+    elif case != "missing":
+        make(workdir, lines=[] if case == "no rows" else None)
+    if case == "a config of another version":
+        (workdir / "config.json").write_text("{}")
+    assert report.main([f"--workdir={workdir}"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and (str(workdir) in err or "config" in err)
+    assert not (workdir / "report.md").exists() and not (workdir / "report").exists()
+
+
+def test_module_is_a_command_and_leaves_pyplot_alone(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['report', '--workdir={make(tmp_path)}']\n"
+        "try: runpy.run_module('relora_jax.report', run_name='__main__')\n"
+        "except SystemExit as end: sys.exit(end.code or 'matplotlib.pyplot' in sys.modules)\n"
+        "sys.exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'report.md'}\n"), done.stderr

@@ -1,0 +1,172 @@
+import io
+import string
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora_jax import tokenizer
+from tests.documents import texts
+
+LINES = [line for text in texts(50) for line in text.split("\n\n")] + [string.printable.replace("\n", "")]
+PIECES = 420
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tokenizer.train(LINES, kind="bpe", pieces=PIECES, path=tmp_path_factory.mktemp("t") / "t.model")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/relora_jax/tokenizers"
+
+
+def model_file(path, **settings):
+    """A model with other special pieces than ours, as a user may bring one."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
+        sentence_iterator=iter(LINES), model_writer=written, vocab_size=120, minloglevel=2, **settings
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(written.getvalue())
+    return path
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    text=st.text(
+        st.characters(codec="utf-8", exclude_characters="\u2581") | st.sampled_from(" \n\t"), max_size=60
+    )
+)
+def test_nothing_is_lost_in_ids(trained, text):
+    (ids,) = trained.encode_documents([text])
+    assert trained.decode(ids) == text
+    assert ids.dtype == np.int32 and ((ids > tokenizer.UNK) & (ids < PIECES)).all()
+
+
+def test_documents_are_encoded_each_alone_without_an_end(trained):
+    documents = [*texts(5), "", "one </s> two", "of"]
+    together = trained.encode_documents(documents)
+    assert [ids.tolist() for ids in together] == [
+        trained.encode_documents([t])[0].tolist() for t in documents
+    ]
+    assert all(trained.eos not in ids for ids in together)
+    assert trained.decode([trained.pad, *together[0], trained.eos]) == documents[0]
+
+
+def test_special_pieces_stand_where_t5_has_them(trained):
+    assert (trained.pad, trained.eos, trained.pieces) == (0, 1, PIECES)
+    assert [trained.model.id_to_piece(i) for i in range(5)] == ["<pad>", "</s>", "<unk>", "\n", "\n\n"]
+
+
+def test_word_has_the_same_pieces_after_a_lines_end_and_at_the_start(trained):
+    alone, after = trained.encode_documents(["people", "states\n\npeople"])
+    assert after[-len(alone) :].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_same_lines_give_the_same_model_and_say_nothing(kind, tmp_path, capfd):
+    first, second = (
+        tokenizer.train(iter(LINES), kind=kind, pieces=380, path=tmp_path / f"{i}.model") for i in (1, 2)
+    )
+    assert first.sha256 == second.sha256 == tokenizer.load(tmp_path / "1.model").sha256
+    assert first.pieces == 380
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1.model", "2.model"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_long_documents_take_part_in_training():
+    (line,) = tokenizer._lines(["thestateoftheunion " * 1000])  # SentencePiece's own limit is 4,192 bytes
+    assert len(line) < tokenizer.LONGEST_LINE == tokenizer._SETTINGS["max_sentence_length"]
+    assert list(tokenizer._lines(["a\n\nb\n", "", "c"])) == ["a", "b", "c"]
+
+
+def test_training_reads_a_bounded_part_of_a_large_dataset(monkeypatch):
+    monkeypatch.setattr(tokenizer, "TRAINING_BYTES", 10)
+    endless = iter(lambda: "four", None)
+    assert list(tokenizer._lines(endless)) == ["four"] * 3
+
+
+def test_model_of_a_dataset_is_trained_once_for_each_text(cache):
+    read = []
+
+    def documents():
+        read.append(1)
+        return texts(30)
+
+    first = tokenizer.find("bpe(380)", documents, "toy:1.0.0 train")
+    assert tokenizer.find(" bpe( 380 ) ", documents, "toy:1.0.0 train").path == first.path
+    assert first.path.parent == cache and len(read) == 1
+    others = [
+        ("bpe(381)", "toy:1.0.0 train"),
+        ("unigram(310)", "toy:1.0.0 train"),
+        ("bpe(380)", "toy:1.0.1 train"),
+    ]
+    paths = {tokenizer.find(spec, documents, key).path for spec, key in others}
+    assert len(paths | {first.path}) == 4 and len(read) == 4
+
+
+def test_model_is_found_by_path_or_by_its_name_in_the_cache(trained, cache, tmp_path):
+    def never():
+        raise AssertionError("documents are read for a model that is there")
+
+    assert tokenizer.find(str(trained.path), never, "k").sha256 == trained.sha256
+    cache.mkdir(parents=True)
+    (cache / "mine.model").write_bytes(trained.path.read_bytes())
+    assert tokenizer.find("mine", never, "k").sha256 == trained.sha256
+    with pytest.raises(ValueError, match=r"'other' is no file, nor is .*/tokenizers/other\.model"):
+        tokenizer.find("other", never, "k")
+
+
+def test_model_without_pad_pads_with_eos(tmp_path):
+    llama = tokenizer.load(model_file(tmp_path / "llama.model", pad_id=-1, bos_id=1, eos_id=2, unk_id=0))
+    assert (llama.eos, llama.pad, llama.pieces) == (2, 2, 120)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("bpe()", "write a number of pieces"),
+        ("bpe(many)", "write a number of pieces"),
+        ("bpe(0)", "write a number of pieces"),
+        ("bpe(-5)", "write a number of pieces"),
+        ("bpe(4e3)", "write a number of pieces"),
+        ("unigram(5", "write a number of pieces"),
+        ("bpe(100)", "smaller than required_chars. 100 vs"),
+        ("unigram(100000)", "Please set it to a value <="),
+        ("missing.model", "is no file"),
+        ("garbage", "is no SentencePiece model"),
+        ("empty", "is no SentencePiece model"),
+        ("endless", "has no eos piece"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(spec, said, cache):
+    model_file(cache / "endless.model", eos_id=-1)
+    (cache / "garbage.model").write_bytes(b"\x07garbage" * 9)
+    (cache / "empty.model").write_bytes(b"")
+    with pytest.raises(ValueError) as raised:
+        tokenizer.find(spec, lambda: texts(30), "key")
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_error_of_the_documents_is_raised_as_it_is():
+    def documents():
+        yield "fine"
+        raise ValueError("document 1 is not UTF-8")
+
+    with pytest.raises(ValueError, match=r"^document 1 is not UTF-8$"):
+        tokenizer.find("bpe(380)", documents, "key")
+
+
+def test_no_text_at_all_is_an_error():
+    with pytest.raises(ValueError, match="there is no text"):
+        tokenizer.find("bpe(380)", lambda: [], "key")
+
+
+def test_missing_file_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.model cannot be read"):
+        tokenizer.load(tmp_path / "none.model")
