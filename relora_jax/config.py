@@ -14,6 +14,7 @@ from relora_jax.prune import Prune, parse
 
 ARMS = ("full", "control", "lora", "lora_warm", "relora")
 LOW_RANK_ARMS = ("lora", "lora_warm", "relora")
+SKIPS_IN_ROW = 20  # so many skipped updates, one after another, stop a run
 RUN: dict[str, Any] = {"decides": "run"}
 
 

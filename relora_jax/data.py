@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from grain.experimental import index_shuffle
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Int32, Int64
 
 FORMAT = 1  # of a row store: raise it with any change of the records, the packing or the manifest
@@ -95,8 +95,8 @@ def train_batch(
 ) -> Batch:
     """Row j = a * microbatch + m of update u is row u * batch + j of the stream: pure in (seed, u).
 
-    `sharding` lays out ids; its spec, cut to two axes, lays out lengths. Each process reads the rows
-    of its own devices, whatever their number.
+    `sharding` lays out the microbatch axis of ids and of lengths alike. Each process reads the rows of
+    its own devices alone.
     """
     stream = update * batch + np.arange(batch).reshape(-1, microbatch)
     return _load(store, stream, lambda i: row_index(i, rows=store.rows, seed=seed), sharding)
@@ -124,10 +124,9 @@ def _load(store: RowStore, stream: np.ndarray, place: Callable[[int], int], shar
     mine &= stream >= 0
     ids, lengths = np.zeros(shape, np.int32), np.zeros(stream.shape, np.int32)
     ids[mine], lengths[mine] = store.read([place(int(i)) for i in stream[mine]])
-    lengths_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: stream.ndim]))
     return Batch(
         jax.make_array_from_callback(ids.shape, sharding, lambda index: ids[index]),
-        jax.make_array_from_callback(lengths.shape, lengths_sharding, lambda index: lengths[index]),
+        jax.make_array_from_callback(lengths.shape, sharding, lambda index: lengths[index]),
     )
 
 

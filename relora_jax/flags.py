@@ -4,9 +4,11 @@
 can be imported and run twice in a process.
 """
 
+import dataclasses
 import itertools
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +18,7 @@ from ml_collections import config_flags
 from relora_jax import prune
 from relora_jax.config import ARMS, Config
 
+_HERE = pathlib.Path(__file__).parent
 BAD_CONFIG = 2  # exit code: wrong usage or settings; starting again will not help
 
 
@@ -43,13 +46,12 @@ def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
     for name, default in strings.items():
         flags.DEFINE_string(name, default, "", flag_values=values)
     _check_config_file(argv)
+    _check_keys(argv)
     try:
-        rest = values(list(argv))[1:]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*load_module", DeprecationWarning)  # ml_collections' own
+            rest = values(list(argv))[1:]
         config = values["config"].value
-    except KeyError as error:
-        raise UsageError(
-            f"unknown key: {_text(error)}; the settings are the fields of relora_jax/config.py"
-        ) from None
     except flags.UnrecognizedFlagError as error:
         raise UsageError(f"{_text(error)}; settings are written --config.group.field=value") from None
     except (flags.Error, ValueError, TypeError) as error:
@@ -60,19 +62,25 @@ def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
         raise UsageError(f"unexpected argument {rest[0]!r}: every setting is written --name=value")
     if not isinstance(config, Config):
         raise UsageError("get_config(arm) of the config file must return a relora_jax.config.Config")
-    return config, {name: values[name].value for name in strings}
+    return config, {name: str(values[name].value) for name in strings}
 
 
-def main(run: Callable[[list[str]], int], usage: str | None) -> None:
-    """Exit with what `run(argv)` returns; a ValueError becomes one line and BAD_CONFIG, --help the usage."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
+def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | None = None) -> None:
+    """Exit with what `run(argv)` returns; a ValueError of ours becomes one line and BAD_CONFIG."""
+    argv = sys.argv if argv is None else argv
+    if {"-h", "--help"} & set(argv[1:]):
         print(usage)
         sys.exit(0)
     try:
-        code = run(sys.argv)
+        code = run(argv)
     except ValueError as error:
+        if not _is_ours(error):
+            raise  # a bug, and its trace tells where
         print(f"error: {_text(error)}", file=sys.stderr)
         code = BAD_CONFIG
+    except KeyboardInterrupt:
+        print("stopped before the first update", file=sys.stderr)
+        code = 130
     sys.exit(code)
 
 
@@ -87,6 +95,33 @@ def _check_config_file(argv: Sequence[str]) -> None:
         raise UsageError(f"config file {name!r} does not exist; there are: {near}")
     if arm and arm not in ARMS:
         raise UsageError(f"unknown arm {arm!r}: write {name}:ARM with ARM one of {', '.join(ARMS)}")
+
+
+def _check_keys(argv: Sequence[str]) -> None:
+    """UsageError for a --config.KEY that config.py does not have, with those that it has."""
+    for word in argv:
+        path = word.lstrip("-").removeprefix("no").partition("=")[0].split(".")
+        if not word.startswith("-") or path[0] != "config":
+            continue
+        kind: Any = Config
+        for name in path[1:]:
+            names = {field.name: field.type for field in dataclasses.fields(kind)} if _is_group(kind) else {}
+            if name not in names:
+                has = f"; it has {', '.join(names)}" if names else ""
+                raise UsageError(f"unknown setting {'.'.join(path)}: no {name!r} in {kind.__name__}{has}")
+            kind = names[name]
+
+
+def _is_group(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) and kind is not prune.Prune
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the error was raised by this package, not by what it calls."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and pathlib.Path(trace.tb_frame.f_code.co_filename).parent == _HERE
 
 
 def _text(error: BaseException) -> str:

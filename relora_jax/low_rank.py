@@ -258,8 +258,12 @@ def _uniform_layers(key: Any, shape: tuple[int, ...], bound: float, dtype: Any) 
     return draw(keys).reshape(shape)
 
 
+@partial(jax.jit, static_argnames="scale")
 def _merge_layers(w: Any, a: Any, b: Any, scale: float, key: Any) -> tuple[Any, Any]:
-    """(merged W, new A), one layer at a time so that no second kernel is held."""
+    """(merged W, new A), one layer at a time so that no second kernel is held.
+
+    Jitted, so that restarts outside of a jitted function compile once per shape and not each time.
+    """
     w_shape, a_shape, bound = w.shape, a.shape, 1 / math.sqrt(a.shape[-2])
     w, a, b = (v.reshape(-1, *v.shape[-2:]) for v in (w, a, b))
 

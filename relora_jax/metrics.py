@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 
+from relora_jax.config import SKIPS_IN_ROW
 from relora_jax.progress import Progress, Stream, number
 from relora_jax.tensorboard import Board
 
-SKIPS_IN_ROW = 20
 YOUNGER_ROWS = 2  # a row is waited for when this many younger ones are queued: the device has work left
 
 Row = dict[str, Any]

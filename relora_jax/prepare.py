@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int32, Int64
 from tqdm import tqdm
 
-from relora_jax import places, text
+from relora_jax import flags, places, text
 from relora_jax import tokenizer as tokenizers
 from relora_jax.config import DataConfig
 from relora_jax.data import COUNTS, FORMAT, MANIFEST, RowStore, record_type
@@ -217,8 +217,6 @@ def _bar(documents: int, split: str, progress: bool) -> Iterator[Callable[[int, 
 
 def main(arguments: list[str]) -> int:
     """Prepare what --config names, whatever its size; the exit code."""
-    from relora_jax import flags  # a library, too, uses this module: the command line is the command's
-
     config, _ = flags.parse(arguments)
     prepared = prepare(config.data, build_limit_bytes=math.inf, progress=True)
     for name, store in (("train", prepared.train), ("validation", prepared.validation)):
@@ -227,6 +225,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from relora_jax import flags
-
     flags.main(main, __doc__)

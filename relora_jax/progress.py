@@ -6,6 +6,7 @@ characters: the first line at once, then at most one per `EVERY_S` seconds, and 
 
 import io
 import math
+import shutil
 import time
 from collections import deque
 from typing import Any, TextIO
@@ -35,17 +36,23 @@ class Progress:
         self._bar = None
         if stream.isatty():
             shape = "{n_fmt}/{total_fmt} |{bar}| {desc}"
-            self._bar = _Bar(total=updates, initial=done, file=stream, bar_format=shape, dynamic_ncols=True)
+            columns, lines = shutil.get_terminal_size()
+            self._bar = _Bar(
+                total=updates, initial=done, file=stream, bar_format=shape, ncols=columns, nrows=lines
+            )
+            # tqdm's own measure hides the line where a terminal tells no size (0 x 0)
+            self._bar.dynamic_ncols = lambda _: shutil.get_terminal_size()
             self._bar.set_description_str("compiling; the first numbers come soon")
 
     def show(self, row: dict[str, Any]) -> None:
         """The line says `row`, a train row; it may be held back until the next is due."""
         now = time.monotonic()
         self._rows.append((row["update"], now))
-        self._pending = describe(row, left_s=self._left_s())
+        parts = describe(row, left_s=self._left_s())
         if self._bar is None:
-            self._pending = f"update {row['update']}/{self._updates}  {self._pending}"
+            self._pending = "  ".join([f"update {row['update']}/{self._updates}", *parts])
         else:
+            self._pending = " ".join(parts)  # fits into 80 columns
             self._bar.n = row["update"]
         wait_s = EVERY_S if self._bar is None else _REDRAW_S
         if now - self._shown_at >= wait_s or row["update"] >= self._updates:
@@ -83,18 +90,18 @@ class Progress:
         return (self._updates - last) * (now - began) / (last - first)
 
 
-def describe(row: dict[str, Any], *, left_s: float) -> str:
+def describe(row: dict[str, Any], *, left_s: float) -> list[str]:
     """A train row in words: loss, perplexity, learning rate, tokens/s, time left."""
     loss, rate, speed = row["loss"], row["lr"], row["tokens_per_s"]
     parts = [
-        f"loss {number(loss, '.4f')}",
+        f"loss {number(loss, '.3f')}",
         f"perplexity {number(perplexity(loss), ',.1f')}",
-        f"lr {number(rate, '.2e')}",
+        f"lr {number(rate, '.1e')}",
         f"{number(speed, ',.0f')} tokens/s",
     ]
     if math.isfinite(left_s):
         parts.append(f"{duration(left_s)} left")
-    return "  ".join(parts)
+    return parts
 
 
 def perplexity(loss: float | int | None) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from relora_jax import metrics
 from relora_jax.config import LOW_RANK_ARMS, Config, from_json
+from relora_jax.progress import number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,3 +49,15 @@ def read(workdir: Path) -> Run:
         raise ValueError(f"the run in {str(workdir)!r} has no metrics yet: let it train a little first")
     written = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
     return Run(workdir, from_json(config.read_text(encoding="utf-8")), written, rows)
+
+
+def summary(workdir: Path) -> str:
+    """Perplexity before and after, the unigram distribution's, tokens/s, and where the report is."""
+    run = read(workdir)
+    found = [value for _, value in run.points("eval", "perplexity")]
+    before, after = (f"{found[0]:,.1f}", f"{found[-1]:,.1f}") if found else ("-", "-")
+    unigram, speed = run.facts.get("unigram_perplexity"), metrics.tokens_per_s(run.rows)
+    return (
+        f"perplexity {before} -> {after} (unigram distribution {number(unigram, ',.1f')}), "
+        f"{number(speed, ',.0f')} tokens/s, report {run.workdir / 'report.md'}"
+    )

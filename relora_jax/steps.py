@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 from relora_jax import low_rank, optimizer, schedule
-from relora_jax.config import Config
+from relora_jax.config import SKIPS_IN_ROW, Config
 from relora_jax.data import Batch
 from relora_jax.model import Llama, token_loss
 
@@ -80,6 +80,12 @@ def due(config: Config, u: int) -> tuple[bool, bool]:
         return False, False
     merges = schedule.is_merge(s, cycle=relora.cycle_updates, merges_per_cycle=relora.merges_per_cycle)
     return merges, schedule.is_reset(s, cycle=relora.cycle_updates)
+
+
+def restarts_done(config: Config, u: int) -> int:
+    """Resets among the first u updates."""
+    s = u - 1 - config.low_rank_start
+    return max(s, 0) // config.relora.cycle_updates if config.arm == "relora" else 0
 
 
 def is_target(config: Config, path: low_rank.Path, _: nnx.Linear) -> bool:
@@ -150,12 +156,14 @@ def train_step(
         (state.trained, state.opt_state),
     )
     bad = (~good).astype(jnp.int32)
+    streak = state.skipped_in_row  # one that is long enough to stop the run stays, for whoever looks later
+    streak = jnp.where(streak >= SKIPS_IN_ROW, streak, (streak + 1) * bad)
     state = dataclasses.replace(
         state,
         update=state.update + 1,
         tokens_seen=_add(state.tokens_seen, targets),
         skipped=state.skipped + bad,
-        skipped_in_row=(state.skipped_in_row + 1) * bad,
+        skipped_in_row=streak,
         trained=trained,
         opt_state=opt_state,
     )

@@ -16,8 +16,8 @@ def validate(config: Config, *, devices: int) -> None:
     _types(config)
     _one_of("arm", config.arm, ARMS)
     _model(config)
-    _optimizer(config)
     _counts(config, devices)
+    _optimizer(config)
     if config.arm in LOW_RANK_ARMS:
         _relora(config)
         _phases(config)
@@ -56,7 +56,8 @@ def _optimizer(config: Config) -> None:
         _between(f"optimizer.{name}", getattr(optimizer, name), 0, top)
     for name in ("b1", "b2"):
         _between(f"optimizer.{name}", getattr(optimizer, name), 0, 1, below=True)
-    _between("optimizer.warm_up_updates", optimizer.warm_up_updates, 0, updates, below=True)
+    why = f": the run has {updates} updates"
+    _between("optimizer.warm_up_updates", optimizer.warm_up_updates, 0, updates, below=True, why=why)
 
 
 def _counts(config: Config, devices: int) -> None:
@@ -127,7 +128,8 @@ def _phases(config: Config) -> None:
     """The low-rank phase has room for its warm-up, its cycles, and the last re-warm-up."""
     relora, updates = config.relora, config.train.updates
     start = relora.warm_start_updates
-    _between("relora.warm_start_updates", start, 0, updates, below=True)
+    why = f": the run has {updates} updates"
+    _between("relora.warm_start_updates", start, 0, updates, below=True, why=why)
     if config.arm == "lora" and start:
         raise ValueError(f"the arm lora has no warm start (relora.warm_start_updates {start}): use lora_warm")
     if config.optimizer.warm_up_updates > start > 0:
@@ -136,7 +138,8 @@ def _phases(config: Config) -> None:
             f"{start} updates (relora.warm_start_updates)"
         )
     phase = updates - start
-    _between("relora.warm_up_updates", relora.warm_up_updates, 0, phase, below=True)
+    why = f": the low-rank phase has {phase} updates"
+    _between("relora.warm_up_updates", relora.warm_up_updates, 0, phase, below=True, why=why)
     if config.arm != "relora":
         return
     cycle, rewarm = relora.cycle_updates, relora.restart_warm_up_updates
@@ -151,8 +154,9 @@ def _phases(config: Config) -> None:
         raise ValueError(
             f"relora.merges_per_cycle {relora.merges_per_cycle} must divide the cycle of {cycle}"
         )
-    _between("relora.warm_up_updates", relora.warm_up_updates, 0, cycle)
-    _between("relora.restart_warm_up_updates", rewarm, 0, cycle)
+    why = f": a cycle has {cycle} updates (relora.cycle_updates)"
+    _between("relora.warm_up_updates", relora.warm_up_updates, 0, cycle, why=why)
+    _between("relora.restart_warm_up_updates", rewarm, 0, cycle, why=why)
     last = phase - (phase - 1) // cycle * cycle
     if relora.jagged and last < rewarm:
         raise ValueError(
@@ -176,9 +180,9 @@ def _rate(name: str, value: float) -> None:
         raise ValueError(f"{name} {value} must be finite and above 0")
 
 
-def _between(name: str, value: float, low: float, high: float, *, below: bool = False) -> None:
+def _between(name: str, value: float, low: float, high: float, *, below: bool = False, why: str = "") -> None:
     if not (math.isfinite(value) and low <= value and (value < high if below else value <= high)):
-        raise ValueError(f"{name} {value} must lie in [{low}, {high}{')' if below else ']'}")
+        raise ValueError(f"{name} {value} must lie in [{low}, {high}{')' if below else ']'}{why}")
 
 
 def _dtype(name: str, value: str) -> None:

@@ -5,9 +5,11 @@ import os
 import jax
 from jaxtyping import install_import_hook
 
+import tests.checked  # noqa: F401 (the hook finds it by name)
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
 
-install_import_hook("relora_jax", "beartype.beartype")
+install_import_hook("relora_jax", "tests.checked.check")

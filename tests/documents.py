@@ -36,7 +36,9 @@ def write_dataset(name: str, splits: dict[str, list[Any]], *, feature: str = "te
         code_path = None
 
         def _info(self) -> tfds.core.DatasetInfo:
-            features = tfds.features.FeaturesDict({feature: tfds.features.Text(), "url": tfds.features.Text()})
+            features = tfds.features.FeaturesDict(
+                {feature: tfds.features.Text(), "url": tfds.features.Text()}
+            )
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
         def _shard_iterators_per_split(self, dl_manager: object) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A low-rank layer is the linear layer it was made from, before, between and after its restarts."""
 
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 from relora_jax import low_rank
 from relora_jax.config import ModelConfig
@@ -23,14 +24,35 @@ FORMS = ("apart", "folded")
 TOKENS, IN, OUT, RANK = 7, 6, 5, 2
 
 
-class Mlp(nnx.Module):
-    """Unstacked: a list, a dictionary, a layer at two places, one with bias and one without."""
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    """These tests are bound by compilation: LLVM's passes are left out, XLA's own are not."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
-    def __init__(self, rngs: nnx.Rngs, **options: Any) -> None:
-        self.inlet = nnx.Linear(IN, 8, rngs=rngs, bias_init=nnx.initializers.normal(), **options)
-        self.body = nnx.List([nnx.Linear(8, 8, rngs=rngs, **options), nnx.Linear(8, 8, rngs=rngs, **options)])
-        self.again = self.body[1]
-        self.ends = nnx.Dict(out=nnx.Linear(8, OUT, use_bias=False, rngs=rngs, **options))
+
+def drawn(*shape: int) -> Any:
+    return jnp.asarray(np.random.default_rng(shape).normal(size=shape) / 2, jnp.float32)
+
+
+def plain(fan_in: int, fan_out: int, *layers: int, kind: type = nnx.Linear, **options: Any) -> Any:
+    """An `nnx.Linear`, perhaps stacked, drawn by NumPy."""
+    linear = kind(fan_in, fan_out, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.zeros, **options)
+    linear.kernel.set_value(drawn(*layers, fan_in, fan_out))
+    if linear.bias is not None:
+        linear.bias.set_value(drawn(*layers, fan_out))
+    return linear
+
+
+class Mlp(nnx.Module):
+    """Unstacked: a list, a dictionary, a layer at two places, one without bias."""
+
+    def __init__(self, **options: Any) -> None:
+        self.inlet = plain(IN, 8, **options)
+        self.body = nnx.List([plain(8, 8, **options)])
+        self.again = self.body[0]
+        self.ends = nnx.Dict(out=plain(8, OUT, use_bias=False, **options))
 
     def __call__(self, x: Any) -> Any:
         for layer in (self.inlet, *self.body, self.again):
@@ -39,25 +61,22 @@ class Mlp(nnx.Module):
 
 
 class Stack(nnx.Module):
-    """Stacked: three blocks vmapped at init and scanned."""
+    """Three layers in one, scanned."""
 
-    def __init__(self, rngs: nnx.Rngs, **options: Any) -> None:
-        def block(key: Any) -> nnx.Linear:
-            bias = nnx.initializers.normal()
-            return nnx.Linear(IN, IN, rngs=nnx.Rngs(key), bias_init=bias, **options)
-
-        self.blocks = nnx.vmap(block)(jax.random.split(rngs.params(), 3))
+    def __init__(self, **options: Any) -> None:
+        self.blocks = plain(IN, IN, 3, **options)
 
     def __call__(self, x: Any) -> Any:
         graph, layers = nnx.split(self.blocks)
-        return jax.lax.scan(lambda x, layer: (jnp.tanh(nnx.merge(graph, layer)(x)), None), x, layers)[0]
+        x = x.astype(self.blocks.dtype or x.dtype)
+        return lax.scan(lambda x, layer: (jnp.tanh(nnx.merge(graph, layer)(x)), None), x, layers)[0]
 
 
 MODELS = {"lists and shared": Mlp, "stacked": Stack}
 
 
 def make(kind: str = "lists and shared", **options: Any) -> Any:
-    return MODELS[kind](nnx.Rngs(0), **options)
+    return MODELS[kind](**options)
 
 
 def lower(model: Any, **options: Any) -> Any:
@@ -66,20 +85,18 @@ def lower(model: Any, **options: Any) -> Any:
 
 
 def dense(fan_in: int = IN, fan_out: int = OUT, **options: Any) -> LowRankDense:
-    linear = nnx.Linear(fan_in, fan_out, rngs=nnx.Rngs(2), bias_init=nnx.initializers.normal())
-    return lower(linear, **options)
+    return lower(plain(fan_in, fan_out), **options)
 
 
-def disturb(model: Any, size: float = 0.3) -> Any:
+def disturb(model: Any, size: float = 1.0) -> Any:
     """The model with a delta: every B drawn."""
-    for n, (_, layer) in enumerate(low_rank.low_rank_layers(model)):
-        b = layer.lora_b[...]
-        layer.lora_b[...] = size * jax.random.normal(jax.random.key(n), b.shape, b.dtype)
+    for _, layer in low_rank.low_rank_layers(model):
+        layer.lora_b[...] = (size * drawn(*layer.lora_b.shape)).astype(layer.lora_b.dtype)
     return model
 
 
-def inputs(dtype: Any = jnp.float32) -> Any:
-    return jax.random.normal(jax.random.key(9), (TOKENS, IN), dtype)
+def inputs() -> Any:
+    return drawn(TOKENS, IN)
 
 
 def exact_sum(layer: LowRankDense) -> np.ndarray:
@@ -115,7 +132,7 @@ def test_wrap_keeps_kernels_frozen_and_biases_as_they_were(kind: str) -> None:
         assert type(layer.lora_a) is type(layer.lora_b) is nnx.LoRAParam
     assert not any(isinstance(node, nnx.Linear) for _, node in nnx.iter_graph(model))
     if kind == "lists and shared":
-        assert model.again is model.body[1] and len(layers) == 4
+        assert model.again is model.body[0] and len(layers) == 3
 
 
 def test_targets_are_asked_by_path_and_the_rest_stays_plain() -> None:
@@ -123,15 +140,15 @@ def test_targets_are_asked_by_path_and_the_rest_stays_plain() -> None:
 
     def targets(path: low_rank.Path, module: nnx.Linear) -> bool:
         seen.append((path, type(module)))
-        return path == ("body", 0)
+        return path == ("inlet",)
 
     model = lower(make(), targets=targets)
     # the layer at two places has either name, and is asked about once
-    names = {path for path, _ in seen} - {("again",), ("body", 1)}
-    assert len(seen) == 4 and names == {("inlet",), ("body", 0), ("ends", "out")}
+    names = {path for path, _ in seen} - {("again",), ("body", 0)}
+    assert len(seen) == 3 and names == {("inlet",), ("ends", "out")}
     assert {kind for _, kind in seen} == {nnx.Linear}
-    assert [path for path, _ in low_rank.low_rank_layers(model)] == [("body", 0)]
-    assert type(model.body[1]) is type(model.inlet) is nnx.Linear
+    assert [path for path, _ in low_rank.low_rank_layers(model)] == [("inlet",)]
+    assert type(model.again) is type(model.body[0]) is type(model.ends["out"]) is nnx.Linear
 
 
 class Own(nnx.Linear):
@@ -142,42 +159,45 @@ def refused(**options: Any) -> Callable[[], Any]:
     return lambda: lower(make(), **options)
 
 
-def linear(kind: type = nnx.Linear, **options: Any) -> Callable[[], Any]:
-    return lambda: lower(kind(IN, OUT, rngs=nnx.Rngs(0), **options))
+def linear(**options: Any) -> Callable[[], Any]:
+    return lambda: lower(plain(IN, OUT, **options))
 
 
 def contained() -> Any:
     model = make()
-    model.plain = nnx.data([nnx.Linear(4, 4, rngs=nnx.Rngs(0))])
+    model.plain = nnx.data([plain(IN, OUT)])
     return lower(model, targets=lambda path, module: path[0] == "plain")
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    {
-        "rank above the smaller side": (refused(rank=6), r"ends/out: rank 6 does not fit a 8 x 5 .* 1 to 5"),
-        "rank zero": (refused(rank=0), "rank 0 does not fit"),
-        "alpha zero": (refused(alpha=0.0), "alpha 0.0 must be finite and above 0"),
-        "alpha not finite": (refused(alpha=float("inf")), "alpha inf must be finite"),
-        "dropout one": (refused(dropout=1.0), r"dropout 1.0 must lie in \[0, 1\)"),
-        "dropout not a number": (refused(dropout=float("nan")), "dropout nan must lie"),
-        "dropout folded": (refused(dropout=0.1, product="folded"), "no branch to drop out of .*use 'apart'"),
-        "product": (refused(product="fold"), "product is apart or folded.* not 'fold'"),
-        "base_init": (refused(base_init="zeros"), "base_init keep or zero.* 'zeros'"),
-        "base_dtype": (refused(base_dtype=jnp.float16), "base_dtype float16 .* use float32 or bfloat16"),
-        "nothing picked": (refused(targets=lambda p, m: False), "picks none .*: body/0, .*ends/out"),
-        "no linear": (lambda: lower(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), "picks none .*: it has none"),
-        "a subclass": (linear(Own), "the model: only a plain .* not one with the class Own: leave it out"),
-        "own product": (linear(dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k)), "own dot_general"),
-        "own promotion": (linear(promote_dtype=lambda *a, **k: a[0]), "its own promote_dtype"),
-        "own result": (linear(preferred_element_type=jnp.float32), "its own preferred_element_type"),
-        "a plain container": (contained, "plain/0 lies in a plain container: hold it in nnx.List"),
-        "merge of a plain model": (lambda: merge_and_reinit(make(), key=jax.random.key(0)), "call wrap first"),
-        "unwrap of a plain model": (lambda: unwrap(make()), "no LowRankDense: call wrap first"),
-    }.values(),
-    ids=str,
-)
-def test_what_cannot_be_low_rank_is_refused_in_one_line(call: Callable[[], Any], message: str) -> None:
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "rank above the smaller side": (refused(rank=6), r"ends/out: rank 6 does not fit a 8 x 5 .* 1 to 5"),
+    "rank zero": (refused(rank=0), "rank 0 does not fit"),
+    "alpha zero": (refused(alpha=0.0), "alpha 0.0 must be finite and above 0"),
+    "alpha not finite": (refused(alpha=float("inf")), "alpha inf must be finite"),
+    "dropout one": (refused(dropout=1.0), r"dropout 1.0 must lie in \[0, 1\)"),
+    "dropout not a number": (refused(dropout=float("nan")), "dropout nan must lie"),
+    "dropout folded": (refused(dropout=0.1, product="folded"), "no branch to drop out of .*use 'apart'"),
+    "product": (refused(product="fold"), "product is apart or folded.* not 'fold'"),
+    "base_init": (refused(base_init="zeros"), "base_init keep or zero.* 'zeros'"),
+    "base_dtype": (refused(base_dtype=jnp.float16), "base_dtype float16 .* use float32 or bfloat16"),
+    "nothing picked": (refused(targets=lambda p, m: False), "picks none .*layers: .*ends/out, inlet"),
+    "no linear": (lambda: lower(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), "picks none .*: it has none"),
+    "a subclass": (linear(kind=Own), "the model: only a plain .* not one with the class Own: leave it out"),
+    "own product": (linear(dot_general=lambda *a, **k: lax.dot_general(*a, **k)), "own dot_general"),
+    "own promotion": (linear(promote_dtype=lambda *a, **k: a[0]), "its own promote_dtype"),
+    "own result": (linear(preferred_element_type=jnp.float32), "its own preferred_element_type"),
+    "a plain container": (contained, "plain/0 lies in a plain container: hold it in nnx.List"),
+    "merge of a plain model": (
+        lambda: merge_and_reinit(make(), key=jax.random.key(0)),
+        "call wrap first",
+    ),
+    "unwrap of a plain model": (lambda: unwrap(make()), "no LowRankDense: call wrap first"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_low_rank_is_refused_in_one_line(case: str) -> None:
+    call, message = REFUSED[case]
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
@@ -209,14 +229,13 @@ def reference(layer: LowRankDense, x: Any, dy: Any) -> dict[str, np.ndarray]:
 def test_both_products_equal_the_formula_and_its_gradients(form: str, dtype: Any, tolerance: float) -> None:
     layer = disturb(dense(24, 16, rank=5, product=form))
     layer.dtype = dtype
-    x = jax.random.normal(jax.random.key(0), (3, TOKENS, 24), dtype)
-    dy = jax.random.normal(jax.random.key(1), (3, TOKENS, 16), dtype)
+    x, dy = drawn(3, TOKENS, 24).astype(dtype), drawn(3, TOKENS, 16).astype(dtype)
     graph, state = nnx.split(layer)
 
     def value(x: Any, state: Any) -> Any:
         return jnp.sum((nnx.merge(graph, state)(x) * dy).astype(jnp.float32))
 
-    dx, grads = jax.grad(value, argnums=(0, 1))(x, state)
+    dx, grads = jax.jit(jax.grad(value, argnums=(0, 1)))(x, state)
     ours = {"y": layer(x), "x": dx, "a": grads["lora_a"][...], "b": grads["lora_b"][...]}
     assert ours["y"].dtype == dtype and ours["a"].dtype == ours["b"].dtype == jnp.float32
     flat = reference(layer, x.reshape(-1, 24), dy.reshape(-1, 16))
@@ -226,26 +245,33 @@ def test_both_products_equal_the_formula_and_its_gradients(form: str, dtype: Any
     np.testing.assert_array_equal(grads["kernel"][...], 0)
 
 
-@settings(deadline=None, max_examples=30)
-@given(
-    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    rank=st.integers(1, 9),
-    alpha=st.floats(0.01, 100),
-    layers=st.lists(st.integers(1, 3), max_size=2),
-    seed=st.integers(0, 2**31),
-)
-def test_merged_kernel_is_base_plus_scaled_product_for_any_shape(
+def merged_kernel_is_base_plus_scaled_product(
     shape: tuple[int, int], rank: int, alpha: float, layers: list[int], seed: int
 ) -> None:
     rng, rank = np.random.default_rng(seed), min(rank, *shape)
     layer = dense(*shape, rank=rank, alpha=alpha)
     for name, sides in {"kernel": shape, "lora_a": (shape[0], rank), "lora_b": (rank, shape[1])}.items():
         getattr(layer, name).set_value(jnp.asarray(rng.normal(size=(*layers, *sides)), jnp.float32))
-    expected, spread = exact_sum(layer), float(1 + alpha)
-    np.testing.assert_allclose(layer.kernel[...] + layer.delta(), expected, atol=1e-5 * spread)
+    expected, tolerance = exact_sum(layer), 1e-5 * (1 + alpha)
+    np.testing.assert_allclose(layer.kernel[...] + layer.delta(), expected, atol=tolerance)
     merge_and_reinit(layer, key=jax.random.key(seed))
-    np.testing.assert_allclose(layer.kernel[...], expected, atol=1e-5 * spread)
+    np.testing.assert_allclose(layer.kernel[...], expected, atol=tolerance)
     assert not np.any(layer.lora_b[...]) and layer.lora_a.shape == (*layers, shape[0], rank)
+
+
+ANY = {
+    "shape": st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    "rank": st.integers(1, 9),
+    "alpha": st.floats(0.01, 100),
+    "layers": st.lists(st.integers(1, 3), max_size=2),
+    "seed": st.integers(0, 2**31),
+}
+test_merged_kernel_is_base_plus_scaled_product = settings(deadline=None, max_examples=5)(
+    given(**ANY)(merged_kernel_is_base_plus_scaled_product)
+)
+test_merged_kernel_is_base_plus_scaled_product_for_many_shapes = pytest.mark.slow(
+    settings(deadline=None, max_examples=100)(given(**ANY)(merged_kernel_is_base_plus_scaled_product))
+)
 
 
 def factor_gradients(model: Any) -> list[tuple[Any, Any]]:
@@ -286,11 +312,7 @@ def far(draws: list[np.ndarray]) -> None:
 
 def wide_model() -> Any:
     """Two stacked kernels of three layers each, 400 x 200."""
-    model = nnx.Dict(one=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), two=nnx.Linear(4, 4, rngs=nnx.Rngs(0)))
-    for layer in (model["one"], model["two"]):
-        layer.kernel.set_value(jnp.ones((3, 400, 200)))
-        layer.bias.set_value(jnp.ones((3, 200)))
-    return model
+    return nnx.Dict(one=plain(400, 200, 3), two=plain(400, 200, 3))
 
 
 def test_a_is_uniform_and_new_for_each_kernel_layer_and_restart() -> None:
@@ -312,11 +334,8 @@ def test_zero_base_draws_both_factors_and_drops_the_kernel() -> None:
     for layer in layers:
         assert not np.any(layer.kernel[...])
         uniform(layer.lora_a[...], 1 / 4)
-        uniform(layer.lora_b[...][:, :, :], 1 / 4) if layer.lora_b[...].size > 10_000 else None
-    far([a for layer in layers for a in np.asarray(layer.lora_a[...])])
-    far([b for layer in layers for b in np.asarray(layer.lora_b[...])])
-    far([np.asarray(layer.lora_a[...]).reshape(-1)[:9600] for layer in layers] + [
-        np.asarray(layer.lora_b[...]).reshape(-1)[:9600] for layer in layers])
+    uniform(np.stack([layer.lora_b[...] for layer in layers]), 1 / 4)
+    far([np.ravel(f)[:3200] for layer in layers for v in (layer.lora_a, layer.lora_b) for f in v[...]])
     merge_and_reinit(model, key=jax.random.key(5))
     assert all(np.any(layer.kernel[...]) and not np.any(layer.lora_b[...]) for layer in layers)
     uniform(layers[0].lora_a[...], 1 / np.sqrt(400))
@@ -355,7 +374,7 @@ def test_float64_base_keeps_its_digits_under_float32_factors() -> None:
 
 @pytest.mark.parametrize("base", (jnp.float32, jnp.bfloat16))
 def test_every_product_of_a_merge_is_float32_at_highest_precision(base: Any) -> None:
-    linear = nnx.Linear(IN, OUT, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    linear = plain(IN, OUT, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
     graph, state = nnx.split(lower(linear, base_dtype=base))
 
     def merge(state: Any) -> Any:
@@ -387,7 +406,7 @@ def many_merges(layer: LowRankDense, merges: int) -> np.ndarray:
             model.lora_a[...], model.lora_b[...] = a, b
             return nnx.split(merge_and_reinit(model, key=jax.random.fold_in(jax.random.key(1), n)))[1]
 
-        return jax.lax.fori_loop(0, merges, merge, state)
+        return lax.fori_loop(0, merges, merge, state)
 
     return np.asarray(nnx.merge(graph, run(state)).kernel[...], np.float64)
 
@@ -420,7 +439,7 @@ def test_representable_sums_and_what_is_not_finite_pass_a_merge_into_bfloat16() 
 
 def test_no_payload_of_a_nan_is_rounded_into_a_number() -> None:
     bits = jnp.asarray([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], jnp.uint32)
-    x = jax.lax.bitcast_convert_type(jnp.tile(bits, 100), jnp.float32)
+    x = lax.bitcast_convert_type(jnp.tile(bits, 100), jnp.float32)
     assert np.all(np.isnan(low_rank._round(x, jnp.bfloat16, jax.random.key(0))))
 
 
@@ -436,7 +455,7 @@ def identity_branch(dropout: float = 0.25) -> LowRankDense:
 
 
 def test_dropout_clears_its_share_of_the_branch_and_is_unbiased() -> None:
-    x = jax.random.normal(jax.random.key(0), (4000, 5)) + 3
+    x = drawn(4000, 5) + 3
     ratio = np.asarray(identity_branch()(x, key=jax.random.key(1)) / x)
     assert np.allclose(ratio[ratio != 0], 1 / 0.75, rtol=1e-5)
     deviation = np.sqrt(0.25 * 0.75 / ratio.size)
@@ -469,7 +488,7 @@ def test_dropout_keys_differ_by_kernel_and_layer_and_follow_the_key() -> None:
 
     one, same, other = keys(0), keys(0), keys(1)
     np.testing.assert_array_equal(one, same)
-    assert len(np.unique(np.concatenate([one, other]), axis=0)) == 2 * (3 + 3)
+    assert len(np.unique(np.concatenate([one, other]), axis=0)) == 2 * (3 + 2)
 
 
 def test_placed_keys_drop_like_keys_that_are_passed() -> None:
@@ -500,7 +519,7 @@ def test_unwrap_gives_plain_linears_of_the_same_function(kind: str, base: Any) -
         assert linear.kernel.dtype == jnp.float32 and linear.bias is layers[path].bias
         np.testing.assert_allclose(linear.kernel[...], sums[path], atol=1e-6)
     if kind == "lists and shared":
-        assert model.again is model.body[1]
+        assert model.again is model.body[0]
     lower(model)  # and can be wrapped again
     np.testing.assert_allclose(model(x), before, atol=1e-5)
 
@@ -551,28 +570,31 @@ def test_plain_autodiff_forms_what_the_folded_product_avoids() -> None:
     assert len(forbidden(hlo, {(20, 28)}, 33)) == 1
 
 
-@pytest.fixture(scope="module", params=FORMS)
-def llama(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
-    """(compiled gradient, abstract frozen kernels, how to make the model) of our scanned Llama."""
+def llama(form: str, base_init: str = "keep") -> Any:
+    """(graph, trained, frozen) of our scanned Llama."""
+    blocks = lambda path, module: path[0] == "blocks"  # noqa: E731
+    options = {"rank": LLAMA_RANK, "targets": blocks, "product": form, "base_init": base_init}
+    model = nnx.eval_shape(lambda: Llama(LLAMA, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.split(model)[1])
+    nnx.update(model, nnx.from_flat_state([(path, v.replace(drawn(*v.shape))) for path, v in flat]))
+    return nnx.split(lower(model, **options), nnx.Param, BaseKernel)
 
-    def make(base_init: str) -> Any:
-        blocks = lambda path, module: path[0] == "blocks"  # noqa: E731
-        options = {"rank": LLAMA_RANK, "targets": blocks, "product": request.param, "base_init": base_init}
-        model = lower(Llama(LLAMA, rngs=nnx.Rngs(0)), **options)
-        return nnx.split(model, nnx.Param, BaseKernel)
 
-    graph = nnx.split(nnx.eval_shape(lambda: nnx.merge(*make("keep"))), nnx.Param, BaseKernel)[0]
-    trained, frozen = jax.eval_shape(lambda: make("keep")[1:])
+@cache
+def gradient_of_llama(form: str) -> Any:
+    """The compiled gradient of its loss, and its frozen kernels."""
+    graph, trained, frozen = llama(form)
 
     def loss(trained: Any, frozen: Any, ids: Any) -> Any:
         return token_loss(nnx.merge(graph, trained, frozen)(ids[:, :-1]), ids, jnp.full(ROWS, LENGTH + 1))[0]
 
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH + 1), jnp.int32)
-    return jax.jit(jax.grad(loss)).lower(trained, frozen, ids).compile(), frozen, make
+    return jax.jit(jax.grad(loss)).lower(trained, frozen, ids).compile(), frozen
 
 
-def test_gradient_of_the_scanned_model_forms_no_product_shaped_like_a_base_kernel(llama: Any) -> None:
-    gradient, frozen, _ = llama
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_of_the_scanned_model_forms_no_product_shaped_like_a_base_kernel(form: str) -> None:
+    gradient, frozen = gradient_of_llama(form)
     kernels = {leaf.shape[1:] for leaf in jax.tree.leaves(frozen)}
     assert kernels == {(20, 24), (20, 12), (24, 20), (20, 28), (28, 20)}
     hlo = gradient.as_text()
@@ -580,12 +602,12 @@ def test_gradient_of_the_scanned_model_forms_no_product_shaped_like_a_base_kerne
     assert forbidden(hlo, {(20, 61)}, ROWS * LENGTH)  # the head is trained: the reader does see its product
 
 
-def test_zero_base_gives_every_factor_of_every_layer_a_gradient(llama: Any) -> None:
-    gradient, _, make = llama
-    ids = jax.random.randint(jax.random.key(0), (ROWS, LENGTH + 1), 0, 61)
-    grads = gradient(*jax.jit(lambda: make("zero")[1:])(), ids)
+def test_zero_base_gives_every_factor_of_every_layer_a_gradient() -> None:
+    _, trained, frozen = llama("apart", base_init="zero")
+    ids = np.random.default_rng(0).integers(0, 61, (ROWS, LENGTH + 1), dtype=np.int32)
+    grads = gradient_of_llama("apart")[0](trained, frozen, ids)
     factors = [v[...] for _, v in nnx.to_flat_state(grads) if isinstance(v, nnx.LoRAParam)]
-    assert len(factors) == 14 and all(np.all(np.any(np.abs(f) > 1e-12, axis=(1, 2))) for f in factors)
+    assert len(factors) == 14 and all(np.all(np.any(np.abs(f) > 1e-9, axis=(1, 2))) for f in factors)
 
 
 @pytest.mark.parametrize("base", (jnp.float32, jnp.bfloat16))
@@ -595,7 +617,8 @@ def test_merge_of_350m_needs_less_than_one_float32_kernel_of_scratch(base: Any) 
     graph, state = nnx.split(layer)
     sides = {"kernel": shape, "lora_a": (24, 1024, 128), "lora_b": (24, 128, 2736), "bias": (24, 2736)}
     state = nnx.from_flat_state(
-        (path, v.replace(jax.ShapeDtypeStruct(sides[path[0]], v.dtype))) for path, v in nnx.to_flat_state(state)
+        (path, v.replace(jax.ShapeDtypeStruct(sides[path[0]], v.dtype)))
+        for path, v in nnx.to_flat_state(state)
     )
 
     def merge(state: Any, key: Any) -> Any:

@@ -282,9 +282,13 @@ def test_tokens_per_s_is_the_mean_since_the_row_before_without_pauses(tmp_path: 
                 clock.now += 1000
             rows.eval(1, loss=1.0, perplexity=1.0, tokens=1)
         clock.now += 2
-        train(rows, 2, tokens_seen=280)
-    assert [row["tokens_per_s"] for row in read(tmp_path) if row["kind"] == "train"] == [10.0, 50.0]
-    assert [row["elapsed_s"] for row in read(tmp_path) if row["kind"] == "train"] == [8.0, 2012.0]
+        with rows.pause():
+            clock.now += 1000
+            train(rows, 2, tokens_seen=280)
+        clock.now += 5
+        train(rows, 3, tokens_seen=305)
+    assert [row["tokens_per_s"] for row in read(tmp_path) if row["kind"] == "train"] == [10.0, 50.0, 5.0]
+    assert [row["elapsed_s"] for row in read(tmp_path) if row["kind"] == "train"] == [8.0, 3012.0, 3017.0]
 
 
 def test_pause_waits_for_the_updates_before_it_while_the_clock_still_runs(
@@ -331,6 +335,14 @@ def test_curves_show_no_point_twice_after_a_resume(tmp_path: Path, u: int) -> No
     assert shown["validation/perplexity"] == [0, 10, 20, 30]
 
 
+def test_curves_hide_old_points_that_another_cadence_does_not_repeat(tmp_path: Path) -> None:
+    with opened(tmp_path) as rows:
+        run(rows, 0, 27, {})
+    with opened(tmp_path, 12) as rows:
+        train(rows, 30)
+    assert curves(tmp_path)["train/loss"] == [5, 10, 30]
+
+
 def test_curves_leave_out_what_is_not_finite(tmp_path: Path) -> None:
     with opened(tmp_path) as rows:
         train(rows, 1, loss=math.nan)
@@ -348,7 +360,7 @@ def test_plain_line_comes_every_ten_seconds_and_at_the_end(tmp_path: Path, clock
         rows.restart(57, merged=True, reset=True)
     text = out.getvalue()
     assert re.findall(r"update (\d+)/100", text) == ["1", "11", "21", "31", "41", "51", "57"]
-    assert "update 11/100  loss 2.0000  perplexity 7.4  lr 1.00e-03  1,500 tokens/s  1:29 left\n" in text
+    assert "update 11/100  loss 2.000  perplexity 7.4  lr 1.0e-03  1,500 tokens/s  1:29 left\n" in text
     assert "update 57: validation loss 1.5000, perplexity 4.5\n" in text
     assert (
         text.count("restart") == 1
@@ -363,10 +375,17 @@ def test_last_plain_line_is_the_last_update(tmp_path: Path, clock: Clock) -> Non
         for u in range(1, 31):
             clock.now += 0.01
             train(rows, u)
-    assert re.findall(r"update (\d+)/30", out.getvalue()) == ["1", "30"]
+        rows.eval(30, loss=1.5, perplexity=4.5, tokens=320)
+    assert re.findall(r"update (\d+)", out.getvalue()) == ["1", "30", "30"]
+    assert "validation" in out.getvalue().splitlines()[-1]
 
 
-def test_terminal_redraws_one_line_and_notes_stay_above_it(tmp_path: Path, clock: Clock) -> None:
+@pytest.mark.parametrize("columns", [0, 100])  # 0: a terminal that tells no size
+def test_terminal_redraws_one_line_and_notes_stay_above_it(
+    tmp_path, monkeypatch, clock, columns: int
+) -> None:
+    size = [columns]
+    monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((size[0], size[0] and 24)))
     out = io.StringIO()
     out.isatty = lambda: True
     with opened(tmp_path, 5, stream=out) as rows:
@@ -374,10 +393,12 @@ def test_terminal_redraws_one_line_and_notes_stay_above_it(tmp_path: Path, clock
             clock.now += 1
             train(rows, u, loss=2.0)
         rows.eval(30, loss=1.5, perplexity=4.5, tokens=320)
+        size[0] = columns and 70  # the user makes the window smaller
     frames = re.split(r"[\r\n]", out.getvalue())
     assert frames[1].startswith("5/30") and any(frame.startswith("7/30") for frame in frames)
+    assert any(frame.startswith("30/30") and frame.endswith("0:00 left") for frame in frames)
     assert "update 30: validation loss 1.5000, perplexity 4.5" in frames
-    assert frames[-2].startswith("30/30") and "perplexity 7.4" in frames[-2] and out.getvalue().endswith("\n")
+    assert 60 < len(frames[-2].rstrip()) <= (size[0] or 80) and out.getvalue().endswith("\n")
 
 
 def test_time_left_is_updates_to_go_at_the_pace_after_the_first_row(tmp_path: Path, clock: Clock) -> None:

@@ -250,12 +250,15 @@ def test_largest_id_is_stored_and_read_back(tokenizer, pieces, width):
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 def test_command_prepares_whatever_the_size_and_says_what_it_made(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "BUILD_LIMIT_BYTES", 0)
+    limits, made = [], prepare.prepare
+    spy = lambda data, **options: limits.append(options["build_limit_bytes"]) or made(data, **options)  # noqa: E731
+    monkeypatch.setattr(prepare, "prepare", spy)
     settings = (
         "from tests import small\nfrom tests.test_prepare import DATA\n"
         "def get_config(arm='relora'):\n    made = small.config()\n    made.data = DATA\n    return made\n"
     )
     (tmp_path / "c.py").write_text(settings)
     assert prepare.main(["prepare", f"--config={tmp_path}/c.py", "--config.data.sequence_length=20"]) == 0
-    store = prepare.prepare(dataclasses.replace(DATA, sequence_length=20)).train
+    store = made(dataclasses.replace(DATA, sequence_length=20)).train
+    assert limits == [math.inf]
     assert f"train: {store.rows:,} rows, {store.tokens:,} tokens in {store.path}" in capsys.readouterr().out

@@ -190,6 +190,20 @@ def test_ranks_and_counts_are_those_of_the_checkpoints(tmp_path: Path, monkeypat
         assert (rank, against) == (str(5 * RANK), "5.0 r")  # four merged and the live one
 
 
+def test_only_merges_that_the_checkpoint_holds_count_towards_the_reach(
+    tmp_path, monkeypatch, figures
+) -> None:
+    workdir, at = (
+        make(tmp_path),
+        START + 3 * CYCLE,
+    )  # a checkpoint lies before the restart that its update begins with
+    found = models(merges=2)
+    saved(monkeypatch, workdir, {START: found[START], at: found[UPDATES]})
+    text = text_of(workdir)
+    assert "with 2 merged before it the sum may have 3 x 3 = 9" in text and table_of(text)["q"][2] == "9"
+    assert upright(figures["spectrum.png"].axes[0]) == [RANK, 3 * RANK]
+
+
 def test_pictures_mark_restarts_warm_start_and_rank(tmp_path: Path, monkeypatch, figures) -> None:
     workdir = make(tmp_path)
     saved(monkeypatch, workdir, models())
@@ -262,11 +276,21 @@ def test_without_both_checkpoints_the_report_says_which_is_missing(
     assert "spectrum" not in text and not (workdir / "report" / "spectrum.png").exists()
 
 
-def test_checkpoint_that_cannot_be_read_costs_only_its_section(tmp_path: Path, monkeypatch, figures) -> None:
+@pytest.mark.parametrize("fault", ["not finite", "a kernel less", "unreadable"])
+def test_checkpoint_that_cannot_be_read_costs_only_its_section(
+    tmp_path, monkeypatch, figures, fault: str
+) -> None:
     workdir = make(tmp_path)
-    broken = models()
-    broken[UPDATES]["blocks/mlp/up/kernel"][0, 0, 0] = np.nan
+    broken: Any = models()
+    if fault == "not finite":
+        broken[UPDATES]["blocks/mlp/up/kernel"][0, 0, 0] = np.nan
+    elif fault == "a kernel less":
+        del broken[UPDATES]["blocks/mlp/up/kernel"]
     saved(monkeypatch, workdir, broken)
+    if fault == "unreadable":
+        monkeypatch.setattr(
+            report._saver(), "load_model", lambda *_: (_ for _ in ()).throw(Exception("a\nb"))
+        )
     text = text_of(workdir)
     assert (
         re.search(r"## Summed update\n\nLeft out: .+\.\n", text) and "## Loss" in text and "<details>" in text
@@ -326,7 +350,8 @@ def test_command_refuses_a_workdir_without_a_run_in_one_line(tmp_path: Path, cap
         (workdir / "config.json").write_text("{}")
     assert report.main([f"--workdir={workdir}"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and (str(workdir) in err or "config" in err)
+    wanted = {"no rows": "no metrics yet", "a config of another version": "cannot read"}
+    assert out == "" and err.count("\n") == 1 and wanted.get(case, "holds no run (no config.json)") in err
     assert not (workdir / "report.md").exists() and not (workdir / "report").exists()
 
 

@@ -1,0 +1,74 @@
+"""Runs of `python -m relora_jax.train` in processes of their own, on text of toy size."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from relora_jax import checkpoint, metrics
+from tests.documents import texts, write_dataset
+
+# The config file may end its own process: KILL_AT="u signal" sends the signal as update u begins.
+CONFIG = """
+import os, signal
+from relora_jax import steps
+from relora_jax.prune import magnitude
+from tests import small
+
+def get_config(arm="relora"):
+    made = small.config(arm, relora__prune=magnitude(0.7), relora__dropout=0.1, train__updates=20)
+    made.model.vocab_size = 380
+    made.data.dataset, made.data.tokenizer = "toy", "bpe(380)"
+    made.train.save_every_updates, made.train.evaluate_every_updates = 3, 5
+    kill_at, _, number = os.environ.get("KILL_AT", "").partition(" ")
+    due = steps.due
+
+    def killing(config, u):
+        if str(u) == kill_at:
+            os.kill(os.getpid(), int(number))
+        return due(config, u)
+
+    steps.due = killing
+    return made
+"""
+
+
+class Place:
+    """A folder with a config, a dataset of toy size, and caches of its own."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
+        (folder / "toy.py").write_text(CONFIG)
+        self.environment = {"TFDS_DATA_DIR": str(folder / "tfds"), "XDG_CACHE_HOME": str(folder / "cache")}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TFDS_DATA_DIR", self.environment["TFDS_DATA_DIR"])
+            write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})
+
+    def train(self, *words: str, workdir: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The finished process of one command."""
+        return subprocess.run(
+            [sys.executable, "-m", "relora_jax.train", *words, f"--workdir={self.folder / workdir}"],
+            env={**os.environ, **self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def rows(self, workdir: str) -> list[dict[str, Any]]:
+        """metrics.jsonl without its times."""
+        rows = metrics.read(self.folder / workdir)
+        return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "elapsed_s")} for row in rows]
+
+    def weights(self, workdir: str) -> dict[str, np.ndarray]:
+        """The model of the last checkpoint."""
+        place = self.folder / workdir
+        return checkpoint.load_model(place, checkpoint.updates_saved(place)[-1])
+
+    def facts(self, workdir: str) -> dict[str, Any]:
+        """run.json."""
+        return json.loads((self.folder / workdir / "run.json").read_text())

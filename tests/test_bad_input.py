@@ -1,0 +1,162 @@
+"""A mistake ends in one clear line that names value and remedy, exit code 2, nothing on disk harmed."""
+
+import pathlib
+from typing import Any
+
+import pytest
+
+from relora_jax import flags, train
+from tests.documents import texts, write_dataset
+
+CONFIG = """
+from relora_jax.prune import magnitude
+from tests import small
+
+def get_config(arm="relora"):
+    made = small.config(arm)
+    made.model.vocab_size = 380
+    made.train.batch, made.train.microbatch = 16, 8  # on the suite's 8 devices
+    made.data.dataset, made.data.tokenizer = "toy", "bpe(380)"
+    return made
+"""
+
+# command line after --config=toy.py (or all of it, where it says so) -> what the line must say
+SETTINGS = {
+    "--config.relora.rank=0": "relora.rank 0 must be at least 1",
+    "--config.relora.rank=-3": "relora.rank -3 must be at least 1",
+    "--config.relora.rank=9": "relora.rank 9 is above the smaller side of k (16 x 8)",
+    "--config.relora.rank=two": "relora.rank=two",
+    "--config.relora.rank=1.5": "relora.rank=1.5",
+    "--config.relora.rnk=3": "relora.rnk",
+    "--config.reloro.rank=3": "reloro",
+    "--config.relora.jagged=maybe": "jagged=maybe",
+    "--config.relora.cycle_updates=0": "relora.cycle_updates 0 must be at least 1",
+    "--config.relora.cycle_updates=-4": "relora.cycle_updates -4",
+    "--config.relora.cycle_updates=12": "no restart in the low-rank phase of 12 updates",
+    "--config.relora.merges_per_cycle=3": "merges_per_cycle 3 must divide the cycle of 4",
+    "--config.relora.merges_per_cycle=0": "merges_per_cycle 0",
+    "--config.relora.warm_up_updates=12": "relora.warm_up_updates 12",
+    "--config.relora.warm_up_updates=5": "relora.warm_up_updates 5",
+    "--config.relora.warm_up_updates=-1": "relora.warm_up_updates -1",
+    "--config.relora.restart_warm_up_updates=5": "relora.restart_warm_up_updates 5",
+    "--config.optimizer.warm_up_updates=5": "longer than the warm start of 4",
+    "--config.optimizer.warm_up_updates=16": "optimizer.warm_up_updates 16",
+    "--config.relora.warm_start_updates=16": "relora.warm_start_updates 16",
+    "--config.train.updates=13": "ends inside a re-warm-up",
+    "--config.train.updates=0": "train.updates 0",
+    "--config.train.batch=0": "train.batch 0",
+    "--config.train.batch=-8": "train.batch -8",
+    "--config.train.batch=6": "train.microbatch 8 must divide train.batch 6",
+    "--config.train.microbatch=0": "train.microbatch 0",
+    "--config.train.microbatch=2 --config.mesh.fsdp=2": "multiple of the 8 devices",
+    "--config.mesh.fsdp=3": "must be the 8 devices there are",
+    "--config.mesh.fsdp=0": "mesh.fsdp 0",
+    "--config.mesh.tensor=2": "mesh.tensor 2",
+    "--config.mesh.data=4": "must be the 8 devices",
+    "--config.data.sequence_length=0": "data.sequence_length 0",
+    "--config.data.packing=sorted": "data.packing 'sorted'",
+    "--config.relora.peak_lr=0": "relora.peak_lr 0",
+    "--config.relora.peak_lr=-1e-3": "relora.peak_lr -0.001",
+    "--config.optimizer.peak_lr=nan": "optimizer.peak_lr nan",
+    "--config.optimizer.peak_lr=inf": "optimizer.peak_lr inf",
+    "--config.optimizer.floor=1.5": "optimizer.floor 1.5",
+    "--config.optimizer.b2=1": "optimizer.b2 1",
+    "--config.optimizer.weight_decay=-0.1": "optimizer.weight_decay -0.1",
+    "--config.optimizer.clip_norm=-1": "optimizer.clip_norm -1",
+    "--config.relora.factor_lr_ratio=0": "relora.factor_lr_ratio 0",
+    "--config.relora.dropout=1": "relora.dropout 1",
+    "--config.relora.dropout=-0.1": "relora.dropout -0.1",
+    "--config.relora.dropout=nan": "relora.dropout nan",
+    "--config.relora.dropout=0.1 --config.relora.product=folded": "folded",
+    "--config.relora.product=sum": "relora.product 'sum'",
+    "--config.relora.prune=magnitude(1.5)": "magnitude(1.5)",
+    "--config.relora.prune=half": "'half'",
+    "--config.relora.prune=magnitude(0.9) --config.relora.reset_count=true": "reset_count needs",
+    "--config.relora.base_init=zero": "warm start",
+    "--config.relora.base_init=ones": "relora.base_init 'ones'",
+    "--config.relora.base_dtype=float16": "relora.base_dtype 'float16'",
+    "--config.relora.targets=embed": "relora.targets 'embed'",
+    "--config.relora.alpha=0": "relora.alpha 0",
+    "--config.model.kv_heads=3": "model.kv_heads 3 must divide",
+    "--config.model.head_dim=5": "model.head_dim 5 must be even",
+    "--config.model.attention=cudnn": "needs a GPU",
+    "--config.model.attention=flash": "model.attention 'flash'",
+    "--config.model.remat=all": "model.remat 'all'",
+    "--config.model.compute_dtype=half": "model.compute_dtype 'half'",
+    "--config.model.layers=0": "model.layers 0",
+    "--config.train.eval_tokens=0": "train.eval_tokens 0",
+    "--config.train.seed=-1": "train.seed -1",
+    "--confg.train.seed=1": "confg",
+    "stray": "'stray'",
+    "--config.data.dataset=nothing": "TFDS_DATA_DIR",
+    "--config.data.train_split=trian": "trian",
+    "--config.data.tokenizer=t5": "t5",
+    "--config.model.vocab_size=379": "380 pieces and model.vocab_size is 379",
+    "--config.train.batch=4096": "fewer than one train.batch",
+}
+WHOLE_LINES = {
+    "": "--config=",
+    "--config=nowhere.py": "nowhere.py",
+    "--config=toy.py:reloro": "unknown arm 'reloro'",
+    "--config=toy.py:lora --config.relora.warm_start_updates=4": "use lora_warm",
+    "--config=wrong.py": "get_config",
+    "--config=broken.py": "SyntaxError",
+    "--config=odd.py": "model.layers = 2.5 must be of the type int",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with configs and a dataset of toy size."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "toy.py").write_text(CONFIG)
+    (folder / "wrong.py").write_text("def get_config(arm=''):\n    return 3\n")
+    (folder / "broken.py").write_text("def get_config(:\n")
+    (folder / "odd.py").write_text(CONFIG.replace("vocab_size = 380", "layers = 2.5"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+        write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(place: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(place / "tfds"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+
+
+def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the command line ends in."""
+    with pytest.raises(SystemExit) as stop:
+        flags.main(train.main, train.__doc__, ["train", *words])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("line", SETTINGS)
+def test_wrong_setting_is_named_in_one_line(line: str, capsys: Any) -> None:
+    assert SETTINGS[line] in refused(["--config=toy.py", *line.split()], capsys)
+    assert not pathlib.Path("runs").exists()
+
+
+@pytest.mark.parametrize("line", WHOLE_LINES)
+def test_wrong_command_line_is_named_in_one_line(line: str, capsys: Any) -> None:
+    assert WHOLE_LINES[line] in refused(line.split(), capsys)
+    assert not pathlib.Path("runs").exists()
+
+
+def test_workdir_that_is_a_file_or_cannot_be_written_is_named(capsys: Any) -> None:
+    pathlib.Path("file").write_text("mine")
+    for workdir in ("file", "file/run", "/proc/run", "/dev/null"):
+        assert workdir in refused(["--config=toy.py", f"--workdir={workdir}"], capsys)
+    assert pathlib.Path("file").read_text() == "mine"
+
+
+def test_workdir_that_holds_something_else_is_left_alone(capsys: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert "something else" in refused(["--config=toy.py", f"--workdir={tmp_path}"], capsys)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,51 @@
+"""Imports go down only, TensorFlow is never imported, and the ground floor knows no Config."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
+# From the ground up; a module imports from lower floors, or from its own.
+FLOORS = [
+    {"prune", "places", "schedule", "low_rank", "progress", "spectrum"},
+    {"config", "optimizer", "tokenizer", "sotu", "tensorboard"},
+    {"shapes", "text", "model", "data", "metrics", "pictures", "flags"},
+    {"prepare", "sharding", "steps", "validate"},
+    {"program", "run"},
+    {"checkpoint", "evaluate"},
+    {"report", "workdir"},
+    {"train"},
+]
+# These take numbers, arrays and modules.
+GROUND = {"schedule", "low_rank", "optimizer", "prune"}
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "relora_jax":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("relora_jax."):
+            found.add(str(node.module).split(".")[1])
+    return found
+
+
+def test_imports_go_down_only() -> None:
+    floor = {name: height for height, names in enumerate(FLOORS) for name in names}
+    modules = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    assert modules.keys() == floor.keys()
+    for name, path in modules.items():
+        above = {other for other in imports(path) if floor[other] > floor[name]}
+        assert not above, f"{name} imports {above}"
+
+
+def test_the_core_knows_neither_config_nor_model() -> None:
+    for name in GROUND:
+        assert imports(PACKAGE / f"{name}.py") <= GROUND, name
+
+
+def test_nothing_imports_tensorflow_or_torch() -> None:
+    code = "import relora_jax.train, sys; print([m for m in ('tensorflow', 'torch') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

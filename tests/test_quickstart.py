@@ -1,0 +1,69 @@
+"""The quickstart, shortened: the road from the package of text to the report, as its user goes it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from relora_jax import metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHORT = """
+    --config.train.updates=20 --config.relora.warm_start_updates=6 --config.relora.cycle_updates=5
+    --config.relora.restart_warm_up_updates=2 --config.relora.warm_up_updates=2 --config.optimizer.warm_up_updates=2
+    --config.train.evaluate_every_updates=10 --config.train.save_every_updates=10 --config.train.eval_tokens=4096
+    --config.model.hidden=32 --config.model.head_dim=8 --config.model.mlp=64 --config.model.layers=2
+    --config.model.vocab_size=1024 --config.data.tokenizer=bpe(1024) --config.relora.rank=4
+""".split()
+
+
+def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c"), "TFDS_DATA_DIR": str(tmp_path / "d")}
+    command = [sys.executable, "-m", "relora_jax.train", "--config=configs/quickstart.py", *SHORT]
+
+    def train() -> subprocess.CompletedProcess[str]:
+        words = [*command, f"--workdir={tmp_path / 'run'}"]
+        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+    first = train()
+    assert first.returncode == 0, first.stderr
+    assert first.stderr == ""
+    opening, *_, last = first.stdout.strip().splitlines()
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert f"trains {facts['trained']:,} parameters and freezes {facts['frozen']:,}" in opening
+    assert "reduction" in opening and last.startswith("perplexity ") and "unigram distribution" in last
+    rows = metrics.read(tmp_path / "run")
+    assert [r["update"] for r in rows if r["kind"] == "eval"] == [0, 10, 20]
+    assert [r["update"] for r in rows if r["kind"] == "restart"] == [11, 16]
+    assert [r["update"] for r in rows if r["kind"] == "train"] == list(range(1, 21))
+    assert rows[-1]["perplexity"] < rows[0]["perplexity"]
+    assert rows[-2]["tokens_seen"] == 20 * 16 * 128 and rows[-2]["restarts"] == 2
+    report = (tmp_path / "run" / "report.md").read_text()
+    for picture in ("loss", "learning_rate", "perplexity", "spectrum"):
+        assert (
+            f"report/{picture}.png" in report
+            and (tmp_path / "run" / "report" / f"{picture}.png").stat().st_size
+        )
+    again = train()
+    assert again.returncode == 0 and "is finished" in again.stdout and not again.stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["350m", *(pytest.param(n, marks=pytest.mark.slow) for n in ("60m", "130m", "250m", "1b"))]
+)
+def test_published_size_without_its_data_says_what_is_missing(name: str, tmp_path: pathlib.Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c"), "TFDS_DATA_DIR": str(tmp_path / "d")}
+    words = [
+        sys.executable,
+        "-m",
+        "relora_jax.train",
+        f"--config=configs/{name}.py",
+        f"--workdir={tmp_path / 'r'}",
+    ]
+    run = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "c4/en" in run.stderr and str(tmp_path / "d") in run.stderr
+    assert not (tmp_path / "r").exists()

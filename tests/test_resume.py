@@ -1,0 +1,90 @@
+"""A run killed at any moment and started again ends as if nothing had happened: bit for bit on CPU."""
+
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+
+from tests.commands import Place
+
+DONE, STOPPED = 0, 75
+# u = 4 starts the low-rank phase, 8, 12 and 16 begin with a restart; every third update is saved
+MOMENTS = {"warm start": 2, "at its end": 4, "mid-cycle": 10, "before a restart": 12, "after a restart": 13}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """With one uninterrupted run in "whole"."""
+    made = Place(tmp_path_factory.mktemp("resume"))
+    config = f"--config={made.folder / 'toy.py'}"
+    finished = made.train(config, workdir="whole")
+    assert finished.returncode == DONE, finished.stderr
+    return made
+
+
+def resumed(place: Place, workdir: str) -> None:
+    """The run ends, and equals the uninterrupted one."""
+    finished = place.train(f"--config={place.folder / 'toy.py'}", workdir=workdir)
+    assert finished.returncode == DONE, finished.stderr
+    assert place.rows(workdir) == place.rows("whole")
+    weights, whole = place.weights(workdir), place.weights("whole")
+    assert weights.keys() == whole.keys()
+    assert all(np.array_equal(weights[path], whole[path]) for path in whole)
+
+
+def killed(place: Place, workdir: str, u: int, number: signal.Signals, code: int) -> None:
+    config = f"--config={place.folder / 'toy.py'}"
+    stopped = place.train(config, workdir=workdir, KILL_AT=f"{u} {int(number)}")
+    assert stopped.returncode == code, stopped.stderr
+
+
+def test_run_killed_again_and_again_equals_uninterrupted_bitwise(place: Place) -> None:
+    for u in MOMENTS.values():
+        killed(place, "often", u, signal.SIGKILL, -signal.SIGKILL)
+    resumed(place, "often")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_resume_equals_uninterrupted_bitwise(place: Place, moment: str) -> None:
+    workdir = moment.replace(" ", "_")
+    killed(place, workdir, MOMENTS[moment], signal.SIGKILL, -signal.SIGKILL)
+    resumed(place, workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_signal_finishes_the_update_saves_and_asks_to_be_started_again(
+    place: Place, number: signal.Signals
+) -> None:
+    killed(place, number.name, 10, number, STOPPED)
+    assert (place.folder / number.name / "checkpoints" / "11").is_dir()
+    resumed(place, number.name)
+
+
+def test_finished_run_says_so(place: Place) -> None:
+    again = place.train(f"--config={place.folder / 'toy.py'}", workdir="whole")
+    assert again.returncode == DONE and "is finished, 20 updates done" in again.stdout
+
+
+def test_resume_under_another_result_is_refused_and_harms_nothing(place: Place) -> None:
+    config, folder = f"--config={place.folder / 'toy.py'}", place.folder / "whole"
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    for change, said in {
+        "--config.relora.rank=2": "relora.rank: 3 -> 2",
+        "--config.train.seed=1": "train.seed: 0 -> 1",
+        "--config.train.microbatch=8": "train.microbatch: 4 -> 8",  # with dropout it draws other masks
+    }.items():
+        refused = place.train(config, change, workdir="whole")
+        assert refused.returncode == 2 and said in refused.stderr and refused.stderr.count("\n") == 1
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_snapshot_of_the_low_rank_start_is_kept_for_ever(place: Place) -> None:
+    kept = {
+        int(p.name)
+        for p in pathlib.Path(place.folder / "whole" / "checkpoints").iterdir()
+        if p.name.isdigit()
+    }
+    assert kept == {4, 15, 18, 20}
