@@ -157,12 +157,9 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclass
 
 def to_json(config: Config) -> str:
     """The config as JSON, nested like the dataclasses; a prune choice as its text."""
-    return json.dumps(dataclasses.asdict(_written(config)), indent=2) + "\n"
-
-
-def _written(config: Config) -> Config:
-    relora = dataclasses.replace(config.relora, prune=str(config.relora.prune))  # pyright: ignore
-    return dataclasses.replace(config, relora=relora)
+    groups = dataclasses.asdict(config)
+    groups["relora"]["prune"] = str(config.relora.prune)
+    return json.dumps(groups, indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:

@@ -26,9 +26,9 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         dtype, param_dtype = types(config)
         normal = nnx.initializers.normal(config.init_std)
-        shape = (config.vocab_size, config.hidden)
         self.embed = nnx.Embed(
-            *shape,
+            config.vocab_size,
+            config.hidden,
             embedding_init=normal,
             dtype=dtype,
             param_dtype=param_dtype,
@@ -40,9 +40,8 @@ class Llama(nnx.Module):
         graph = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
         self.blocks = nnx.merge(graph, blocks)
         self.norm = _norm(config, axes=("norm",), rngs=rngs)
-        self.head = (
-            None if config.tied_embeddings else _linear(config, *shape[::-1], ("embed", "vocab"), rngs)
-        )
+        head = (config.hidden, config.vocab_size, ("embed", "vocab"), rngs)
+        self.head = None if config.tied_embeddings else _linear(config, *head)
         self.remat = config.remat
 
     def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:

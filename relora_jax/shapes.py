@@ -40,7 +40,7 @@ def llama(name: str, **settings: Any) -> ModelConfig:
         "heads": heads,
         "kv_heads": heads,
     }
-    return ModelConfig(**({"vocab_size": 32100, "head_dim": hidden // heads} | shape | settings))
+    return ModelConfig(**{"vocab_size": 32100, "head_dim": hidden // heads, **shape, **settings})
 
 
 def control(name: str) -> str:

@@ -186,5 +186,5 @@ def _between(name: str, value: float, low: float, high: float, *, below: bool = 
 
 
 def _dtype(name: str, value: str) -> None:
-    wide = ("float64",) if jax.dtypes.canonicalize_dtype(float) == float else ()
+    wide = ("float64",) if jax.dtypes.canonicalize_dtype("float64") == "float64" else ()
     _one_of(name, value, ("float32", "bfloat16", *wide))

@@ -13,7 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from relora_jax.data import RowStore
 
-WORDS = "the union of states is strong and the people of the union are free to keep it so for ever".split()
+WORDS = ["the", "union", "of", "states", "is", "strong", "and", "people", "are", "free", "to", "keep", "it"]
 
 
 def texts(count: int, *, seed: int = 0) -> list[str]:

@@ -266,7 +266,7 @@ ANY = {
     "layers": st.lists(st.integers(1, 3), max_size=2),
     "seed": st.integers(0, 2**31),
 }
-test_merged_kernel_is_base_plus_scaled_product = settings(deadline=None, max_examples=5)(
+test_merged_kernel_is_base_plus_scaled_product = settings(deadline=None, max_examples=5, derandomize=True)(
     given(**ANY)(merged_kernel_is_base_plus_scaled_product)
 )
 test_merged_kernel_is_base_plus_scaled_product_for_many_shapes = pytest.mark.slow(
@@ -420,13 +420,6 @@ def test_merges_into_bfloat16_are_right_in_the_mean(sign: int) -> None:
     moved = many_merges(layer, merges) - 1.25 * base
     deviation = np.sqrt(merges * abs(step) * 2.0**-13 / moved.size)
     assert abs(moved.mean() - merges * step) < 4 * deviation < 0.1 * merges * abs(step)
-
-
-def test_float32_base_needs_no_noise() -> None:
-    layer = disturb(dense())
-    one, other = many_merges(layer, 1), exact_sum(layer)
-    np.testing.assert_allclose(one, other, rtol=0, atol=1e-6)
-    assert np.unique(np.round(many_merges(layer, 3) - one, 5)).size > 1
 
 
 def test_representable_sums_and_what_is_not_finite_pass_a_merge_into_bfloat16() -> None:

@@ -11,18 +11,19 @@ import pytest
 from relora_jax import metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHORT = """
-    --config.train.updates=20 --config.relora.warm_start_updates=6 --config.relora.cycle_updates=5
-    --config.relora.restart_warm_up_updates=2 --config.relora.warm_up_updates=2 --config.optimizer.warm_up_updates=2
-    --config.train.evaluate_every_updates=10 --config.train.save_every_updates=10 --config.train.eval_tokens=4096
-    --config.model.hidden=32 --config.model.head_dim=8 --config.model.mlp=64 --config.model.layers=2
-    --config.model.vocab_size=1024 --config.data.tokenizer=bpe(1024) --config.relora.rank=4
-""".split()
+SHORT = {
+    "train": "updates=20 evaluate_every_updates=10 save_every_updates=10 eval_tokens=4096",
+    "relora": "warm_start_updates=6 cycle_updates=5 warm_up_updates=2 restart_warm_up_updates=2 rank=4",
+    "optimizer": "warm_up_updates=2",
+    "model": "hidden=32 head_dim=8 mlp=64 layers=2 vocab_size=1024",
+    "data": "tokenizer=bpe(1024)",
+}
 
 
 def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c"), "TFDS_DATA_DIR": str(tmp_path / "d")}
-    command = [sys.executable, "-m", "relora_jax.train", "--config=configs/quickstart.py", *SHORT]
+    command = [sys.executable, "-m", "relora_jax.train", "--config=configs/quickstart.py"]
+    command += [f"--config.{group}.{word}" for group, words in SHORT.items() for word in words.split()]
 
     def train() -> subprocess.CompletedProcess[str]:
         words = [*command, f"--workdir={tmp_path / 'run'}"]

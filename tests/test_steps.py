@@ -241,3 +241,12 @@ def test_due_restarts_are_the_first_act_of_their_update_and_none_is_at_the_end()
     assert not any(
         any(steps.due(small.config(arm), u)) for arm in ("full", "lora", "lora_warm") for u in range(16)
     )
+
+
+def test_variables_and_moments_are_float32_where_computing_is_bfloat16() -> None:
+    made = small.config(model__compute_dtype="bfloat16", relora__base_dtype="bfloat16")
+    low = Program(made, small.mesh()).low_rank
+    kinds = {path: leaf.dtype for path, leaf in flatten(low).items()}
+    wide = {path for path in kinds if path.startswith("trained/") or "/mu/" in path or "/nu/" in path}
+    assert len(wide) > 40 and {kinds[path] for path in wide} == {jnp.dtype("float32")}
+    assert {kinds[path] for path in kinds if path.startswith("frozen/")} == {jnp.dtype("bfloat16")}

@@ -1,0 +1,76 @@
+"""What is saved is what is restored, bit for bit, in place on the devices; another model is refused."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from relora_jax import checkpoint
+from relora_jax.checkpoint import Checkpoints, flatten
+from relora_jax.program import Program
+from tests import small
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Any, dict[str, np.ndarray]]:
+    """(workdir, program on 1 x 2 devices, flat state) of checkpoints at 0 to 4 (full-rank) and 5 to 7."""
+    workdir = tmp_path_factory.mktemp("run")
+    made = small.config(train__keep_every=3)
+    program = Program(made, small.mesh(1, 2))
+    state = program.init()
+    with Checkpoints(workdir, made) as checkpoints:
+        for u in range(8):
+            checkpoints.save(u, state)
+            if u < 7:
+                state, _ = small.run(made, program, state=state, start=u, stop=u + 1)
+    return workdir, program, {path: np.asarray(leaf) for path, leaf in flatten(state).items()}
+
+
+def test_restored_state_is_the_saved_one_on_any_mesh(saved: Any) -> None:
+    workdir, program, flat = saved
+    for other in (program, Program(program.config, small.mesh(2, 2))):
+        with Checkpoints(workdir, program.config) as checkpoints:
+            assert checkpoints.latest() == 7
+            state = checkpoints.restore(7, other.state_at(7))
+        for (path, leaf), like in zip(
+            flatten(state).items(), jax.tree.leaves(other.state_at(7)), strict=True
+        ):
+            assert np.array_equal(np.asarray(leaf), flat[path]) and leaf.dtype == flat[path].dtype, path
+            assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim), path
+
+
+def test_last_ones_every_nth_and_the_start_of_the_low_rank_phase_are_kept(saved: Any) -> None:
+    assert checkpoint.updates_saved(saved[0]) == [0, 3, 4, 5, 6, 7]  # 0, 3, 6 by keep_every, 4 is W
+
+
+def test_model_of_a_checkpoint_is_read_without_a_program(saved: Any) -> None:
+    workdir, _, flat = saved
+    model = checkpoint.load_model(workdir, 7)
+    parts = {
+        path.partition("/")[2]: leaf
+        for path, leaf in flat.items()
+        if path.startswith(("trained/", "frozen/"))
+    }
+    assert model.keys() == parts.keys() and "blocks/attention/q/lora_a" in model
+    assert all(np.array_equal(model[path], leaf) for path, leaf in parts.items())
+    assert "blocks/attention/q/lora_a" not in checkpoint.load_model(workdir, 4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"relora__rank": 2}, {"model__mlp": 32}, {"relora__base_dtype": "bfloat16"}], ids=str
+)
+def test_checkpoint_of_another_model_is_refused_by_name(saved: Any, changes: dict[str, Any]) -> None:
+    other = small.config(**changes)
+    with (
+        Checkpoints(saved[0], other) as checkpoints,
+        pytest.raises(ValueError, match="is of another model: "),
+    ):
+        checkpoints.restore(7, Program(other, small.mesh()).state_at(7))
+
+
+def test_state_at_w_is_the_one_before_the_low_rank_phase() -> None:
+    program = Program(small.config(), small.mesh())
+    assert not jax.tree.leaves(program.state_at(4).frozen)
+    assert jax.tree.leaves(program.state_at(5).frozen)

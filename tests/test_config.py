@@ -1,0 +1,98 @@
+"""A config survives its file, and every field says whether it decides the result."""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+
+import pytest
+
+from relora_jax import config, flags, prune, shapes
+from relora_jax.validate import validate
+from tests import small
+
+CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+RUN = {
+    *(
+        "name",
+        "model.remat",
+        "model.attention",
+        "relora.product",
+        "train.microbatch",
+        "train.log_every_updates",
+    ),
+    *("train.evaluate_every_updates", "train.save_every_updates", "train.eval_tokens", "train.keep_last"),
+    *("train.keep_every", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("arm", config.ARMS)
+def test_every_config_and_arm_is_valid_and_survives_its_file(
+    name: str, arm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
+    made, _ = flags.parse(["train", f"--config=configs/{name}.py:{arm}"])
+    validate(made, devices=8)
+    assert (made.name, made.arm) == (name, arm)
+    assert config.from_json(config.to_json(made)) == made
+    assert made.relora.dropout == 0 or made.relora.product == "apart"
+    module = importlib.import_module(f"configs.{name}")
+    assert module.__doc__ and f"--config=configs/{name}.py" in module.__doc__
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_control_has_about_as_many_parameters_as_relora_trains(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
+    control, relora = (
+        flags.parse(["train", f"--config=configs/{name}.py:{arm}"])[0] for arm in ("control", "relora")
+    )
+    total, trained = shapes.count(control).full_rank_total, shapes.count(relora).trained
+    assert abs(total / trained - 1) < 0.07, (total, trained)
+    assert shapes.count(control).frozen == 0
+
+
+def test_control_of_another_size_is_refused_with_the_sizes_that_have_one() -> None:
+    with pytest.raises(ValueError, match="60m, 130m, 250m, 350m, 1b and quickstart"):
+        shapes.control("9m")
+
+
+def test_fields_that_decide_only_the_run_are_these() -> None:
+    decides_run = {key for key, _, field in config.flatten(small.config()) if field.metadata == config.RUN}
+    assert decides_run == RUN
+
+
+def test_change_of_the_result_is_told_and_change_of_the_run_is_not() -> None:
+    before = small.config()
+    for key, value, field in config.flatten(before):
+        if key in ("name", "arm") or isinstance(value, (str, tuple, prune.Prune)):
+            continue
+        group, name = key.split(".")
+        other = small.config(**{f"{group}__{name}": not value if isinstance(value, bool) else value + 1})
+        changed = config.changed_results(before, other)
+        assert changed == (
+            []
+            if field.metadata == config.RUN
+            else [f"{key}: {value} -> {getattr(getattr(other, group), name)}"]
+        )
+
+
+def test_microbatch_decides_the_result_where_there_is_dropout() -> None:
+    drop = {"relora__dropout": 0.1}
+    assert config.changed_results(small.config(**drop), small.config(**drop, train__microbatch=2))
+    assert not config.changed_results(small.config(), small.config(train__microbatch=2))
+
+
+def test_saved_config_of_another_version_is_refused_in_one_line() -> None:
+    groups = json.loads(config.to_json(small.config()))
+    groups["relora"]["ranks"] = groups["relora"].pop("rank")
+    for text in (json.dumps(groups), "{", "[]", "{}"):
+        with pytest.raises(ValueError, match="cannot read"):
+            config.from_json(text)
+
+
+def test_config_is_written_with_the_grammar_of_prune() -> None:
+    text = config.to_json(dataclasses.replace(small.config("relora", relora__prune=prune.random(0.25))))
+    assert json.loads(text)["relora"]["prune"] == "random(0.25)"

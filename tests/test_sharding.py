@@ -1,0 +1,60 @@
+"""One rule from names of axes to a PartitionSpec: layers, rank, norms and what does not divide are whole."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from relora_jax.program import Program
+from relora_jax.sharding import make_mesh, spec
+from tests import small
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("layers", "in", "out"), (4, 8, 6), P(None, "fsdp")),
+        (("layers", "in", "out"), (4, 6, 8), P(None, None, "fsdp")),  # the next that divides
+        (("layers", "in", "out"), (4, 6, 6), P()),  # none divides
+        (("layers", "in", "rank"), (4, 6, 8), P()),
+        (("layers", "rank", "out"), (4, 8, 12), P(None, None, "fsdp")),
+        (("vocab", "embed"), (32100, 512), P("fsdp")),
+        (("vocab", "embed"), (4097, 512), P(None, "fsdp")),
+        (("layers", "norm"), (4, 8), P()),
+        (("norm",), (8,), P()),
+        ((), (), P()),
+    ],
+)
+def test_names_of_axes_decide_the_sharding(
+    axes: tuple[str, ...], shape: tuple[int, ...], expected: P
+) -> None:
+    assert spec(axes, shape, fsdp=4) == expected
+
+
+def test_mesh_takes_the_devices_that_are_left_or_refuses() -> None:
+    devices = jax.devices()
+    assert dict(make_mesh(data=-1, fsdp=2, tensor=1, devices=devices).shape) == {
+        "data": 4,
+        "fsdp": 2,
+        "tensor": 1,
+    }
+    for wrong in ({"data": -1, "fsdp": 3}, {"data": 4, "fsdp": 1}, {"data": 3, "fsdp": 3}):
+        with pytest.raises(ValueError, match=r"mesh.data=-1, or values whose product is 8"):
+            make_mesh(**wrong, tensor=1, devices=devices)
+
+
+def test_moments_lie_where_their_variables_lie() -> None:
+    state = Program(small.config(), small.mesh(1, 4)).low_rank
+    places = {path: leaf.sharding.spec for path, leaf in _flat(state).items()}
+    for path, place in places.items():
+        if "/mu/" in path or "/nu/" in path:
+            variable = path.split("/mu/" if "/mu/" in path else "/nu/")[1]
+            assert place == places[f"trained/{variable}"], path
+    assert places["frozen/blocks/mlp/gate/kernel"] == P(None, "fsdp")
+    assert places["trained/blocks/mlp/gate/lora_b"] == P(None, None, "fsdp")
+    assert places["update"] == places["tokens_seen"] == P()
+
+
+def _flat(state: object) -> dict[str, jax.ShapeDtypeStruct]:
+    from relora_jax.checkpoint import flatten
+
+    return flatten(state)  # pyright: ignore
