@@ -66,7 +66,7 @@ class LowRankDense(nnx.Module):
         self.lora_a = nnx.LoRAParam(a, axes=(*names[:-1], "rank"))
         self.lora_b = nnx.LoRAParam(b, axes=(*names[:-2], "rank", names[-1]))
         self.bias = linear.bias
-        self.dropout_key = nnx.data(None)
+        self.dropout_key: Any = nnx.data(None)
         self.rank, self.alpha, self.dropout, self.product = rank, alpha, dropout, product
         self.dtype, self.param_dtype, self.precision = linear.dtype, linear.param_dtype, linear.precision
 
@@ -290,7 +290,7 @@ def _round(x: Any, dtype: Any, key: Any) -> Any:
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
-def _modules(model: Any, kind: type) -> Iterator[tuple[Path, Any]]:
+def _modules(model: Any, kind: type) -> Iterator[tuple[Any, Any]]:
     return ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, kind))
 
 

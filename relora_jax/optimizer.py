@@ -82,7 +82,7 @@ def with_reset(
         raise ValueError(f"reset_count needs prune=zero(): what survives {prune} is corrected by its count")
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> ResetState:
+    def init(params: Any) -> Any:
         leaves = _leaves(params)
         factors = tuple(
             (path, tuple(jnp.shape(_value(leaf)))) for path, leaf in leaves if is_factor(path, leaf)
@@ -91,7 +91,7 @@ def with_reset(
         _refuse_unknown(state, {path for path, _ in leaves})
         return state
 
-    def update(updates: Any, state: ResetState, params: Any = None, **extra: Any) -> tuple[Any, ResetState]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra)
         return updates, dataclasses.replace(state, inner_state=inner_state)
 
@@ -150,7 +150,7 @@ def scale_by_rate(factor: float) -> optax.GradientTransformationExtraArgs:
     def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any) -> tuple[Any, Any]:
         return jax.tree.map(lambda u: (factor * rate) * u, updates), state
 
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # pyright: ignore
 
 
 def group_labels(params: Any, is_factor: IsFactor = is_low_rank_factor) -> Any:
@@ -275,7 +275,8 @@ def _owner(node: Any, path: Path) -> tuple[str, Path]:
             classes.append(type(node).__name__)
             field, inside = name, path[depth + 1 :]
         try:
-            node = getattr(node, name) if dataclasses.is_dataclass(node) or _is_named(node) else node[name]
+            named = _is_named(node) or dataclasses.is_dataclass(node)
+            node = getattr(node, str(name)) if named else node[name]
         except (AttributeError, LookupError, TypeError):
             break
     return f"{' > '.join(classes) or 'a state'}.{field}", inside
@@ -312,7 +313,7 @@ def _with_value(leaf: Any, value: Any) -> Any:
 
 def _names(path: tuple[Any, ...]) -> Path:
     """Jax's keys as plain names and indices."""
-    return tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path)
+    return tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", ""))) for k in path)
 
 
 def _leaves(tree: Any, stop: Callable[[Any], bool] = lambda _: False) -> list[tuple[Path, Any]]:

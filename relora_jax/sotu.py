@@ -23,7 +23,7 @@ INSTALL = "pip install 'relora-jax[quickstart]'"
 
 
 def held_out(name: str) -> bool:
-    """sha256(name) = 0 mod 20, so that no other file decides where this one goes."""
+    """The first 8 bytes of sha256(name) = 0 mod 20: no other file decides where this one goes."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT == 0
 
 

@@ -74,9 +74,7 @@ def load(path: Path | str) -> Tokenizer:
             raise RuntimeError("the file is empty")
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
-        raise ValueError(
-            f"{path} is no SentencePiece model: name a .model file that train_tokenizer made"
-        ) from error
+        raise ValueError(f"{path} is no SentencePiece model: name another file, or bpe(4096)") from error
     eos, pad = model.eos_id(), model.pad_id()
     if eos < 0:
         raise ValueError(f"tokenizer {path} has no eos piece to end documents with: train it with an eos_id")
