@@ -5,16 +5,15 @@ A checkpoint at u holds the state before the restart that u may begin with, so a
 
 import logging
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
 from orbax.checkpoint import checkpoint_managers as policies
 
 from relora_jax.config import Config, to_json
+from relora_jax.paths import leaves, value_of
 from relora_jax.steps import TrainState
 
 logging.getLogger("absl").setLevel(logging.ERROR)
@@ -114,16 +113,7 @@ def load_model(workdir: pathlib.Path, update: int) -> dict[str, np.ndarray]:
 
 def flatten(state: TrainState) -> dict[str, Any]:
     """{path: array} of every leaf, in flatten order; the path names fields, attributes and indices."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    return {"/".join(_names(path)): _array(leaf) for path, leaf in leaves}
-
-
-def _array(leaf: Any) -> Any:
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-
-
-def _names(path: tuple[Any, ...]) -> Iterator[str]:
-    return (str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    return {"/".join(map(str, path)): value_of(leaf) for path, leaf in leaves(state)}
 
 
 def _kinds(arrays: Any) -> dict[str, tuple[tuple[int, ...], Any]]:

@@ -7,8 +7,7 @@ Shapes: `in`, `out` sides of the kernel; `r` rank; `*layers` leading axes of a s
 """
 
 import math
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,9 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-Path = tuple[str | int, ...]
+from relora_jax.paths import Path, holders, modules, path_key, replace_modules, said
+from relora_jax.product import product
+
 HIGHEST = lax.Precision.HIGHEST
 BASE_DTYPES = ("float32", "bfloat16", "float64")  # what `_round` keeps merges in without bias
 
@@ -102,64 +103,6 @@ class LowRankDense(nnx.Module):
         return _delta(self.lora_a[...], self.lora_b[...], self.scale)
 
 
-def product(
-    x: Float[Array, "*tokens in"],
-    w: Float[Array, "in out"],
-    a: Float[Array, "in r"],
-    b: Float[Array, "r out"],
-    *,
-    scale: float,
-    form: str,
-    dropout: float = 0.0,
-    key: Any = None,
-    precision: Any = None,
-) -> Float[Array, "*tokens out"]:
-    """X W + scale x A B in the type of x: "apart" as written, "folded" as x (W + scale A B).
-
-    Folded multiplies by tokens once and sums the kernel in at least float32. Neither form makes a
-    gradient of W.
-    """
-    if form == "folded":
-        return _folded(x, w, a, b, scale, precision)
-    w, a, b = (v.astype(x.dtype) for v in (w, a, b))
-    branch = x
-    if key is not None and dropout > 0:
-        kept = jax.random.bernoulli(key, 1 - dropout, x.shape)
-        branch = jnp.where(kept, x / (1 - dropout), jnp.zeros_like(x))
-    dot = partial(jnp.matmul, precision=precision)
-    return dot(x, w) + scale * dot(dot(branch, a), b)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _folded(x: Any, w: Any, a: Any, b: Any, scale: float, precision: Any) -> Any:
-    """X (W + scale A B); its backward pass never forms x^T dy, which is as large as W."""
-    return jnp.matmul(x, _fold(x.dtype, w, a, b, scale, precision), precision=precision)
-
-
-def _fold(dtype: Any, w: Any, a: Any, b: Any, scale: float, precision: Any) -> Any:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    delta = jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=wide)
-    return (w.astype(wide) + scale * delta).astype(dtype)
-
-
-def _folded_forward(x: Any, w: Any, a: Any, b: Any, scale: float, precision: Any) -> Any:
-    return _folded(x, w, a, b, scale, precision), (x, w, a, b)
-
-
-def _folded_backward(scale: float, precision: Any, saved: Any, dy: Any) -> Any:
-    """Dx = dy W'^T; dA = scale x^T (dy B^T); dB = scale (x A)^T dy; W is frozen."""
-    x, w, a, b = saved
-    dot = partial(jnp.matmul, precision=precision)
-    dx = dot(dy, _fold(x.dtype, w, a, b, scale, precision).T)
-    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    da = scale * dot(x.T, dot(dy, b.T.astype(dy.dtype)))
-    db = scale * dot(dot(x, a.astype(x.dtype)).T, dy)
-    return dx, None, da.astype(a.dtype), db.astype(b.dtype)
-
-
-_folded.defvjp(_folded_forward, _folded_backward)
-
-
 def wrap(
     model: Any,
     *,
@@ -182,19 +125,21 @@ def wrap(
     key = rngs.params()
     options: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "product": product}
     options |= {"base_dtype": base_dtype, "base_init": base_init}
-    picked = [(p, m) for p, m in _modules(model, nnx.Linear) if targets(p, m)]
+    picked = [(p, m) for p, m in modules(model, nnx.Linear) if targets(p, m)]
     if not picked:
-        seen = ["/".join(map(str, p)) for p, _ in _modules(model, nnx.Linear)]
+        seen = [said(p) for p, _ in modules(model, nnx.Linear)]
         raise ValueError(
             f"targets picks none of the model's nnx.Linear layers: {', '.join(seen) or 'it has none'}"
         )
     low_rank = {}
     for path, linear in picked:
+        if holders(model, linear.kernel) > 1:
+            raise ValueError(f"{said(path)} shares its kernel with another layer: leave both out of targets")
         try:
             low_rank[id(linear)] = LowRankDense(linear, key=path_key(key, path), **options)
         except ValueError as error:
-            raise ValueError(f"{'/'.join(map(str, path)) or 'the model'}: {error}") from None
-    return _replace(model, low_rank)
+            raise ValueError(f"{said(path)}: {error}") from None
+    return replace_modules(model, low_rank)
 
 
 def unwrap(model: Any) -> Any:
@@ -202,7 +147,7 @@ def unwrap(model: Any) -> Any:
 
     Biases stay the Variables they were. ValueError where the model holds no `LowRankDense`.
     """
-    return _replace(model, {id(dense): _linear(dense) for _, dense in low_rank_layers(model)})
+    return replace_modules(model, {id(dense): _linear(dense) for _, dense in low_rank_layers(model)})
 
 
 def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
@@ -234,15 +179,10 @@ def with_dropout_keys(model: Any, *, key: Key[Array, ""]) -> Any:
 
 def low_rank_layers(model: Any) -> list[tuple[Path, LowRankDense]]:
     """Every (path, layer) that `wrap` made; ValueError where there is none."""
-    layers = list(_modules(model, LowRankDense))
+    layers = list(modules(model, LowRankDense))
     if not layers:
         raise ValueError("the model holds no LowRankDense: call wrap first")
     return layers
-
-
-def path_key(key: Key[Array, ""], path: Path) -> Key[Array, ""]:
-    """`key` folded with a path: a kernel's draws do not depend on which others are there."""
-    return jax.random.fold_in(key, zlib.crc32("/".join(map(str, path)).encode()))
 
 
 def _delta(a: Any, b: Any, scale: float) -> Any:
@@ -288,30 +228,6 @@ def _round(x: Any, dtype: Any, key: Any) -> Any:
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     rounded = lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
-
-
-def _modules(model: Any, kind: type) -> Iterator[tuple[Any, Any]]:
-    return ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, kind))
-
-
-def _replace(model: Any, by_id: dict[int, Any]) -> Any:
-    """The model with each module whose id is a key replaced at every place that holds it."""
-    if id(model) in by_id:
-        return by_id[id(model)]
-    old = [(path, node) for path, node in nnx.iter_graph(model) if id(node) in by_id]
-    for _, parent in list(_modules(model, nnx.Pytree)):
-        for name, child in list(vars(parent).items()):
-            if id(child) in by_id and isinstance(parent, nnx.List):
-                parent[int(name)] = by_id[id(child)]
-            elif id(child) in by_id:
-                setattr(parent, name, by_id[id(child)])
-    left = {id(node) for _, node in nnx.iter_graph(model)}
-    for path, node in old:
-        if id(node) in left:
-            raise ValueError(
-                f"{'/'.join(map(str, path))} lies in a plain container: hold it in nnx.List or nnx.Dict"
-            )
-    return model
 
 
 def _linear(dense: LowRankDense) -> nnx.Linear:

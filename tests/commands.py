@@ -45,6 +45,7 @@ class Place:
         self.folder = folder
         (folder / "toy.py").write_text(CONFIG)
         self.environment = {"TFDS_DATA_DIR": str(folder / "tfds"), "XDG_CACHE_HOME": str(folder / "cache")}
+        self.environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in conftest.py
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TFDS_DATA_DIR", self.environment["TFDS_DATA_DIR"])
             write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})

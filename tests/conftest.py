@@ -10,6 +10,8 @@ import tests.checked  # noqa: F401 (the hook finds it by name)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The suite is bound by compilation: LLVM's passes are left out, XLA's own are not. Laws, not timings.
+jax.config.update("jax_disable_most_optimizations", True)
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
 
 install_import_hook("relora_jax", "tests.checked.check")

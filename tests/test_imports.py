@@ -8,9 +8,9 @@ import sys
 PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 # From the ground up; a module imports from lower floors, or from its own.
 FLOORS = [
-    {"prune", "places", "schedule", "low_rank", "progress", "spectrum"},
-    {"config", "optimizer", "tokenizer", "sotu", "tensorboard"},
-    {"shapes", "text", "model", "data", "metrics", "pictures", "flags"},
+    {"prune", "places", "schedule", "paths", "product", "progress", "spectrum"},
+    {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard"},
+    {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags"},
     {"prepare", "sharding", "steps", "validate"},
     {"program", "run"},
     {"checkpoint", "evaluate"},
@@ -18,7 +18,7 @@ FLOORS = [
     {"train"},
 ]
 # These take numbers, arrays and modules.
-GROUND = {"schedule", "low_rank", "optimizer", "prune"}
+GROUND = {"schedule", "paths", "product", "low_rank", "moments", "optimizer", "prune"}
 
 
 def imports(path: pathlib.Path) -> set[str]:

@@ -1,7 +1,7 @@
 """A low-rank layer is the linear layer it was made from, before, between and after its restarts."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -22,14 +22,6 @@ from relora_jax.model import Llama, token_loss
 EVERY = lambda path, module: True  # noqa: E731
 FORMS = ("apart", "folded")
 TOKENS, IN, OUT, RANK = 7, 6, 5, 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    """These tests are bound by compilation: LLVM's passes are left out, XLA's own are not."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def drawn(*shape: int) -> Any:
@@ -149,6 +141,15 @@ def test_targets_are_asked_by_path_and_the_rest_stays_plain() -> None:
     assert {kind for _, kind in seen} == {nnx.Linear}
     assert [path for path, _ in low_rank.low_rank_layers(model)] == [("inlet",)]
     assert type(model.again) is type(model.body[0]) is type(model.ends["out"]) is nnx.Linear
+
+
+def test_factors_name_their_axes_after_those_of_the_kernel() -> None:
+    named = lower(plain(IN, OUT, kernel_metadata={"axes": ("embed", "vocab")}))
+    assert named.kernel.axes == ("embed", "vocab")
+    assert (named.lora_a.axes, named.lora_b.axes) == (("embed", "rank"), ("rank", "vocab"))
+    assert unwrap(named).kernel.axes == ("embed", "vocab")
+    stack = lower(make("stacked")).blocks
+    assert (stack.lora_a.axes, stack.lora_b.axes) == (("layers", "in", "rank"), ("layers", "rank", "out"))
 
 
 class Own(nnx.Linear):
@@ -425,11 +426,11 @@ def test_merges_into_bfloat16_are_right_in_the_mean(sign: int) -> None:
 
 
 def test_representable_sums_and_what_is_not_finite_pass_a_merge_into_bfloat16() -> None:
-    layer = dense(rank=1, base_dtype=jnp.bfloat16)
+    layer = dense(64, 48, rank=1, base_dtype=jnp.bfloat16)
     special = jnp.asarray([np.inf, -np.inf, np.nan, 3.0e38, -0.0], jnp.bfloat16)
-    layer.kernel[...] = jnp.broadcast_to(special, (IN, OUT))
+    layer.kernel[...] = before = layer.kernel[...].at[0, :5].set(special)
     merge_and_reinit(layer, key=jax.random.key(0))
-    np.testing.assert_array_equal(layer.kernel[...].astype(np.float32)[0], special.astype(np.float32))
+    np.testing.assert_array_equal(layer.kernel[...].astype(np.float32), before.astype(np.float32))
 
 
 def test_no_payload_of_a_nan_is_rounded_into_a_number() -> None:

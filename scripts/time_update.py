@@ -1,0 +1,76 @@
+"""python scripts/time_update.py --config=configs/quickstart.py [--rounds=20]
+
+Times one update of `full` and of `relora` in both forms of the product, in turns within one process, on
+random ids: the median of each, and of the ratios to `full` round by round. Prints a table, then JSON.
+"""
+
+import dataclasses
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import numpy as np
+
+from relora_jax import flags
+from relora_jax.config import Config
+from relora_jax.data import Batch
+from relora_jax.program import Program
+from relora_jax.sharding import make_mesh
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table of the command line's config."""
+    config, strings = flags.parse(argv, rounds="20")
+    variants = {
+        "full": dataclasses.replace(config, arm="full"),
+        "relora apart": _with(config, product="apart"),
+        "relora folded": _with(config, product="folded", dropout=0.0),
+    }
+    updates = {name: _update(variant) for name, variant in variants.items()}
+    rounds = [{name: update() for name, update in updates.items()} for _ in range(int(strings["rounds"]))]
+    tokens = config.train.batch * config.data.sequence_length
+    rows = {}
+    for name in variants:
+        median = statistics.median(times[name] for times in rounds)
+        ratio = statistics.median(times[name] / times["full"] for times in rounds)
+        rows[name] = {"ms": round(1e3 * median, 1), "to_full": round(ratio, 3)}
+        print(f"{name:14} {1e3 * median:8.1f} ms  {ratio:6.3f} of full  {tokens / median:10,.0f} tokens/s")
+    facts = {"config": config.name, "device": str(jax.devices()[0]), "machine": platform.machine()}
+    facts |= {name: version(name) for name in ("jax", "flax")}
+    print(json.dumps(facts | {"rounds": len(rounds), "updates": rows}))
+    return 0
+
+
+def _with(config: Config, **changes: Any) -> Config:
+    return dataclasses.replace(config, arm="relora", relora=dataclasses.replace(config.relora, **changes))
+
+
+def _update(config: Config) -> Callable[[], float]:
+    """A function that does one update and returns its seconds; compiled and warm."""
+    program = Program(config, make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.devices()))
+    shape = (config.accumulation, config.train.microbatch)
+    ids = np.random.default_rng(0).integers(
+        0, config.model.vocab_size, (*shape, config.data.sequence_length + 1)
+    )
+    lengths = np.full(shape, ids.shape[-1], np.int32)
+    batch = Batch(*(jax.device_put(part, program.rows) for part in (ids.astype(np.int32), lengths)))
+    held = [program.init() if config.arm == "full" else program.start_low_rank(program.init())]
+
+    def update() -> float:
+        start = time.perf_counter()
+        held[0], values = program.train_step(held[0], batch, 1e-4)
+        values["loss"].block_until_ready()
+        return time.perf_counter() - start
+
+    update()
+    update()
+    return update
+
+
+if __name__ == "__main__":
+    flags.main(main, __doc__)
