@@ -17,11 +17,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Key
 
+from relora_jax.merge import delta, merge_layers
 from relora_jax.paths import Path, holders, modules, path_key, replace_modules, said
 from relora_jax.product import product
 
-HIGHEST = lax.Precision.HIGHEST
-BASE_DTYPES = ("float32", "bfloat16", "float64")  # what `_round` keeps merges in without bias
+BASE_DTYPES = ("float32", "bfloat16", "float64")  # what `merge.round_to` keeps merges in without bias
 
 
 class BaseKernel(nnx.Variable):
@@ -100,7 +100,7 @@ class LowRankDense(nnx.Module):
 
     def delta(self) -> Float[Array, "*layers in out"]:
         """Scale A B, in at least float32 at highest precision."""
-        return _delta(self.lora_a[...], self.lora_b[...], self.scale)
+        return delta(self.lora_a[...], self.lora_b[...], self.scale)
 
 
 def wrap(
@@ -159,7 +159,7 @@ def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
     """
     for path, dense in low_rank_layers(model):
         w, a, b = dense.kernel[...], dense.lora_a[...], dense.lora_b[...]
-        w, a = _merge_layers(w, a, b, dense.scale, path_key(key, path))
+        w, a = merge_layers(w, a, b, dense.scale, path_key(key, path))
         dense.kernel[...], dense.lora_a[...], dense.lora_b[...] = w, a, jnp.zeros_like(b)
     return model
 
@@ -185,49 +185,12 @@ def low_rank_layers(model: Any) -> list[tuple[Path, LowRankDense]]:
     return layers
 
 
-def _delta(a: Any, b: Any, scale: float) -> Any:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return scale * jnp.matmul(a.astype(wide), b.astype(wide), precision=HIGHEST)
-
-
 def _uniform_layers(key: Any, shape: tuple[int, ...], bound: float, dtype: Any) -> Any:
     """U(-bound, bound) of the shape [*layers, m, n], each layer drawn from a key of its own."""
     *layers, m, n = shape
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(math.prod(layers)))
     draw = jax.vmap(lambda k: jax.random.uniform(k, (m, n), dtype, -bound, bound))
     return draw(keys).reshape(shape)
-
-
-@partial(jax.jit, static_argnames="scale")
-def _merge_layers(w: Any, a: Any, b: Any, scale: float, key: Any) -> tuple[Any, Any]:
-    """(merged W, new A), one layer at a time so that no second kernel is held.
-
-    Jitted, so that restarts outside of a jitted function compile once per shape and not each time.
-    """
-    w_shape, a_shape, bound = w.shape, a.shape, 1 / math.sqrt(a.shape[-2])
-    w, a, b = (v.reshape(-1, *v.shape[-2:]) for v in (w, a, b))
-
-    def merge_layer(layer: Any, carry: Any) -> Any:
-        w, a = carry
-        draw, rounding = jax.random.split(jax.random.fold_in(key, layer))
-        delta = _delta(a[layer], b[layer], scale)
-        wide = jnp.promote_types(w.dtype, delta.dtype)
-        merged = _round(w[layer].astype(wide) + delta.astype(wide), w.dtype, rounding)
-        fresh = jax.random.uniform(draw, a.shape[1:], a.dtype, -bound, bound)
-        return w.at[layer].set(merged), a.at[layer].set(fresh)
-
-    w, a = lax.fori_loop(0, w.shape[0], merge_layer, (w, a))
-    return w.reshape(w_shape), a.reshape(a_shape)
-
-
-def _round(x: Any, dtype: Any, key: Any) -> Any:
-    """X in `dtype`: bfloat16 by stochastic rounding (the mean is x), wider types as they are."""
-    if dtype != jnp.bfloat16:
-        return x.astype(dtype)
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    rounded = lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
-    return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
 
 
 def _linear(dense: LowRankDense) -> nnx.Linear:

@@ -8,7 +8,7 @@ import sys
 PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 # From the ground up; a module imports from lower floors, or from its own.
 FLOORS = [
-    {"prune", "places", "schedule", "paths", "product", "progress", "spectrum"},
+    {"prune", "places", "schedule", "paths", "product", "merge", "progress", "spectrum"},
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags"},
     {"prepare", "sharding", "steps", "validate"},
@@ -18,7 +18,7 @@ FLOORS = [
     {"train"},
 ]
 # These take numbers, arrays and modules.
-GROUND = {"schedule", "paths", "product", "low_rank", "moments", "optimizer", "prune"}
+GROUND = {"schedule", "paths", "product", "merge", "low_rank", "moments", "optimizer", "prune"}
 
 
 def imports(path: pathlib.Path) -> set[str]:

@@ -14,7 +14,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from relora_jax import low_rank
+from relora_jax import low_rank, merge
 from relora_jax.config import ModelConfig
 from relora_jax.low_rank import BaseKernel, LowRankDense, merge_and_reinit, unwrap, wrap
 from relora_jax.model import Llama, token_loss
@@ -436,7 +436,7 @@ def test_representable_sums_and_what_is_not_finite_pass_a_merge_into_bfloat16() 
 def test_no_payload_of_a_nan_is_rounded_into_a_number() -> None:
     bits = jnp.asarray([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], jnp.uint32)
     x = lax.bitcast_convert_type(jnp.tile(bits, 100), jnp.float32)
-    assert np.all(np.isnan(low_rank._round(x, jnp.bfloat16, jax.random.key(0))))
+    assert np.all(np.isnan(merge.round_to(x, jnp.bfloat16, jax.random.key(0))))
 
 
 # --- dropout
