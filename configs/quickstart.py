@@ -43,10 +43,10 @@ def get_config(arm: str = "relora") -> Config:
             cycle_updates=30,
             warm_up_updates=5,
             restart_warm_up_updates=5,
-            peak_lr=6e-3,
+            peak_lr=1e-2,
             prune=magnitude(0.9),
         ),
-        optimizer=OptimizerConfig(peak_lr=4e-3, warm_up_updates=20),
+        optimizer=OptimizerConfig(peak_lr=2.5e-3, warm_up_updates=20),
         data=DataConfig(
             dataset="sotu",
             train_split="train",
@@ -55,12 +55,12 @@ def get_config(arm: str = "relora") -> Config:
             sequence_length=128,
         ),
         train=TrainConfig(
-            updates=210,
+            updates=240,
             batch=16,
             microbatch=16,
             log_every_updates=1,
-            evaluate_every_updates=70,
-            save_every_updates=50,
+            evaluate_every_updates=80,
+            save_every_updates=60,
             eval_tokens=32_768,
         ),
     )

@@ -13,10 +13,11 @@ import pytest
 from relora_jax import checkpoint, metrics
 from tests.documents import texts, write_dataset
 
-# The config file may end its own process: KILL_AT="u signal" sends the signal as update u begins.
+# The config file may end its own process: KILL_AT="u signal" sends the signal as update u begins; and it may
+# take the targets away: EMPTY_FROM="u" gives batches without any from update u on.
 CONFIG = """
 import os, signal
-from relora_jax import steps
+from relora_jax import data, steps
 from relora_jax.prune import magnitude
 from tests import small
 
@@ -34,6 +35,13 @@ def get_config(arm="relora"):
         return due(config, u)
 
     steps.due = killing
+    train_batch = data.train_batch
+
+    def emptying(store, u, **shape):
+        batch = train_batch(store, u, **shape)
+        return batch._replace(lengths=batch.lengths * (u < int(os.environ.get("EMPTY_FROM", u + 1))))
+
+    data.train_batch = emptying
     return made
 """
 

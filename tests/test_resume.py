@@ -81,6 +81,16 @@ def test_resume_under_another_result_is_refused_and_harms_nothing(place: Place) 
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
 
 
+def test_run_that_skips_20_updates_in_a_row_ends_with_70_and_says_why(place: Place) -> None:
+    config = f"--config={place.folder / 'toy.py'}"
+    words = ("--config.train.updates=32", "--config.train.log_every_updates=7")
+    skipping = place.train(config, *words, workdir="skips", EMPTY_FROM="6")
+    assert skipping.returncode == 70 and skipping.stderr.count("\n") == 1
+    assert "20 updates in a row" in skipping.stderr and "learning rate" in skipping.stderr
+    skipped = [row["skipped"] for row in place.rows("skips") if row["kind"] == "train"]
+    assert skipped[:3] == [1, 8, 15]
+
+
 def test_snapshot_of_the_low_rank_start_is_kept_for_ever(place: Place) -> None:
     kept = {
         int(p.name)
