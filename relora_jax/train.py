@@ -69,15 +69,13 @@ def train(config: Config, place: Path, prepared: prepare.Prepared) -> int:
 
     with Checkpoints(place, config) as checkpoints, _signals() as signals:
         start = checkpoints.latest()
+        state = program.init() if start is None else checkpoints.restore(start, program.state_at(start))
         if start is not None:
             print(f"goes on after update {start}")
         with Metrics(place, updates=updates, restored_update=start or 0) as metrics:
             recorder = Recorder(config, program, metrics, checkpoints, validation)
             if start is None:
-                state = program.init()
                 recorder.record(0, state)
-            else:
-                state = checkpoints.restore(start, program.state_at(start))
             for u, batch in enumerate(data.prefetch(batch_of, start or 0, updates), start or 0):
                 state = recorder.begin(u, state)
                 lr = steps.rate(config, u)
