@@ -11,6 +11,8 @@ alpha, dropout, betas, decay, updates (30K), warm start (10K), re-warm-up (50).
 Ours, where they leave a choice: batch, length and rate of a script of May 2023 whose run was shorter (20K
 updates), warm-ups of 1,000 and 500, a cycle of 5,000, pruning .9, twice the full-rank rate in the low-
 rank phase, concatenated rows, clipping at 1.0 (none at first in the published code).
+Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
+Needs C4 as a TFDS dataset (ArrayRecord) and T5's SentencePiece model as tokenizers/t5.model in the cache.
 """
 
 from relora_jax import shapes

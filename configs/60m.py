@@ -10,8 +10,11 @@ Not run here: the figures are the paper's, as quoted by its readers.
 From the published settings of that time: shape, length, batch, updates, full-rank rate and warm-up, rank,
 alpha, dropout, betas, decay, pruning, the range of the cycle (1-2K) and of its warm-up (50-100).
 Ours, where they leave a choice: a warm start of a quarter of the updates (the published script has none,
-the published figure looks as if it had one), a cycle of 1,500, its warm-up of 100, twice the full-rank
-rate in the low-rank phase, concatenated rows, clipping at 1.0 (none at first in the published code).
+the published figure looks as if it had one), a cycle of 1,500, its warm-up of 100, in the low-rank phase
+a warm-up of 500 and twice the full-rank rate, concatenated rows, clipping at 1.0 (none at first in the
+published code).
+Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
+Needs C4 as a TFDS dataset (ArrayRecord) and T5's SentencePiece model as tokenizers/t5.model in the cache.
 """
 
 from relora_jax import shapes

@@ -187,9 +187,9 @@ def changed_results(before: Config, now: Config) -> list[str]:
 
     The microbatch decides the result only where dropout draws a mask per microbatch.
     """
-    changed = []
+    changed, drops = [], now.relora.dropout > 0 and now.arm in LOW_RANK_ARMS
     for (key, old, field), (_, new, _) in zip(flatten(before), flatten(now), strict=True):
-        decides = field.metadata != RUN or (key == "train.microbatch" and now.relora.dropout > 0)
+        decides = field.metadata != RUN or (key == "train.microbatch" and drops)
         if decides and old != new:
             changed.append(f"{key}: {old} -> {new}")
     return changed

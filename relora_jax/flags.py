@@ -6,6 +6,7 @@ can be imported and run twice in a process.
 
 import dataclasses
 import itertools
+import linecache
 import pathlib
 import sys
 import warnings
@@ -79,7 +80,7 @@ def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | N
         print(f"error: {_text(error)}", file=sys.stderr)
         code = BAD_CONFIG
     except KeyboardInterrupt:
-        print("stopped before the first update", file=sys.stderr)
+        print("interrupted: the same command begins again", file=sys.stderr)
         code = 130
     sys.exit(code)
 
@@ -117,11 +118,14 @@ def _is_group(kind: Any) -> bool:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether the error was raised by this package, not by what it calls."""
+    """Whether a `raise` of this package made the error, not a bug of it or something that it calls."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and pathlib.Path(trace.tb_frame.f_code.co_filename).parent == _HERE
+    if trace is None:
+        return False
+    file = trace.tb_frame.f_code.co_filename
+    return pathlib.Path(file).parent == _HERE and "raise " in linecache.getline(file, trace.tb_lineno)
 
 
 def _text(error: BaseException) -> str:

@@ -147,8 +147,8 @@ class Metrics:
             if int(skipped_in_row) >= SKIPS_IN_ROW:
                 raise Diverged(
                     f"{int(skipped_in_row)} updates in a row up to update {row['update']} were skipped "
-                    "(loss or gradient not finite): lower the learning rate, lengthen its warm-up, or clip "
-                    "harder, and start again from an earlier checkpoint or in a new workdir"
+                    "(loss or gradient not finite, or no target): lower the learning rate, lengthen its "
+                    "warm-up, or clip harder, in a new --workdir"
                 )
 
     def _write(self, row: Row) -> None:

@@ -18,6 +18,12 @@ class Statistics(NamedTuple):
     fields: tuple[str, ...]
     first_moment: str = ""
     count: str = ""
+    also: tuple[str, ...] = ()  # settings that the state carries
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The fields that are no statistics."""
+        return (self.count, *self.also)
 
 
 # by the name of the state's class
@@ -36,13 +42,16 @@ UNDERSTOOD = {
     "FactoredState": Statistics(("v_row", "v_col", "v"), "", "count"),
     "TraceState": Statistics(("trace",), "trace"),
     "EmaState": Statistics(("ema",), "ema", "count"),
-    "MuonState": Statistics(("mu",), "mu", "count"),
+    "MuonState": Statistics(("mu",), "mu", "count", ("ns_coeffs",)),
 }
 
 
 def known(node: Any) -> Statistics | None:
     """What the table says of a state; None where the node is no state, or one that it does not know."""
-    return UNDERSTOOD.get(type(node).__name__) if _is_named(node) else None
+    kept = UNDERSTOOD.get(type(node).__name__) if _is_named(node) else None
+    if kept is None or set(node._fields) != {*kept.fields, *kept.others} - {""}:
+        return None  # another's class of the same name
+    return kept
 
 
 def states(tree: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 Path = tuple[str | int, ...]
+_HIDDEN = "lies in a plain container: hold it in nnx.List or nnx.Dict"
 
 
 def path_key(key: Key[Array, ""], path: Path) -> Key[Array, ""]:
@@ -66,15 +67,17 @@ def replace_modules(model: Any, by_id: dict[int, Any]) -> Any:
     missed = by_id.keys() - {id(child) for _, _, child in places}
     for path, node in nnx.iter_graph(model):
         if id(node) in missed:
-            place = said(path)
-            raise ValueError(f"{place} lies in a plain container: hold it in nnx.List or nnx.Dict")
+            raise ValueError(f"{said(path)} {_HIDDEN}")
+    for _, name, child in held:
+        if isinstance(child, (list, tuple, dict)):
+            inside = jax.tree.leaves(child, is_leaf=lambda node: id(node) in by_id)
+            if any(id(node) in by_id for node in inside):
+                raise ValueError(f"{name} {_HIDDEN}")
     for parent, name, child in places:
         if isinstance(parent, nnx.List):
             parent[int(name)] = by_id[id(child)]
         else:
             setattr(parent, name, by_id[id(child)])
-    if any(id(node) in by_id for _, node in nnx.iter_graph(model)):
-        raise ValueError("a layer is also held in a plain container: hold it in nnx.List or nnx.Dict")
     return model
 
 

@@ -2,7 +2,8 @@
 
 Trains, evaluates, saves and reports. The same command again resumes; a finished run says so.
 ARM: full, control, lora, lora_warm or relora (default). Exit codes: 0 finished, 2 wrong setting (starting
-again will not help), 70 diverged, 75 stopped by a signal (start me again).
+again will not help), 70 diverged, 75 stopped by a signal (start me again), 130 interrupted outside of
+the updates.
 """
 
 import signal
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line; the exit code. ValueError, in one line, for what the user can mend."""
     config, strings = flags.parse(argv, workdir="")
     validate(config, devices=jax.device_count())
-    place = Path(strings["workdir"] or f"runs/{config.name}-{config.arm}")
+    place = Path(strings["workdir"] or f"runs/{config.name}-{config.arm}").expanduser()
     workdir.check(place, config)
     updates = config.train.updates
     if updates in updates_saved(place) and (place / "report.md").is_file():
@@ -38,7 +39,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     prepared = prepare.prepare(config.data)
     check_data(config, prepared)
-    jax.config.update("jax_compilation_cache_dir", str(places.cache_dir() / "xla"))
+    workdir.check_rows(place, keys_of(prepared))
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore
+        jax.config.update("jax_compilation_cache_dir", str(places.cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     print(opening(config))
     try:
@@ -61,7 +64,7 @@ def train(config: Config, place: Path, prepared: prepare.Prepared) -> int:
     rows = {"microbatch": settings.microbatch, "sharding": program.eval_rows}
     validation = data.validation_batches(prepared.validation, eval_tokens=settings.eval_tokens, **rows)
     unigram = data.unigram_perplexity(prepared.train.counts, validation)
-    workdir.begin(place, config, unigram_perplexity=unigram)
+    workdir.begin(place, config, unigram_perplexity=unigram, rows=keys_of(prepared))
 
     def batch_of(u: int) -> data.Batch:
         shape = {"batch": settings.batch, "microbatch": settings.microbatch}
@@ -142,6 +145,11 @@ def check_data(config: Config, prepared: prepare.Prepared) -> None:
             f"the train split has {rows} rows of data.sequence_length {config.data.sequence_length}, fewer "
             f"than one train.batch of {config.train.batch}: take more text, shorter rows or a smaller batch"
         )
+
+
+def keys_of(prepared: prepare.Prepared) -> dict[str, Any]:
+    """What decides the rows of each split: dataset version, tokenizer, packing, length."""
+    return {"train": prepared.train.manifest["key"], "validation": prepared.validation.manifest["key"]}
 
 
 def opening(config: Config) -> str:

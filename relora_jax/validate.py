@@ -18,8 +18,8 @@ def validate(config: Config, *, devices: int) -> None:
     _model(config)
     _counts(config, devices)
     _optimizer(config)
+    _relora(config)
     if config.arm in LOW_RANK_ARMS:
-        _relora(config)
         _phases(config)
 
 
@@ -103,7 +103,10 @@ def _relora(config: Config) -> None:
     _one_of("relora.product", relora.product, ("apart", "folded"))
     _one_of("relora.base_init", relora.base_init, ("keep", "zero"))
     _dtype("relora.base_dtype", relora.base_dtype)
-    _positive("relora.rank", relora.rank)
+    for name in ("rank", "cycle_updates", "merges_per_cycle"):
+        _positive(f"relora.{name}", getattr(relora, name))
+    for name in ("warm_start_updates", "warm_up_updates", "restart_warm_up_updates"):
+        _between(f"relora.{name}", getattr(relora, name), 0, 2**31 - 1)
     if not relora.targets:
         raise ValueError("relora.targets is empty: name attention, mlp or single kernels such as q")
     known = (*shapes.KERNELS, *(name for names in shapes.KERNELS.values() for name in names))
@@ -143,8 +146,6 @@ def _phases(config: Config) -> None:
     if config.arm != "relora":
         return
     cycle, rewarm = relora.cycle_updates, relora.restart_warm_up_updates
-    _positive("relora.cycle_updates", cycle)
-    _positive("relora.merges_per_cycle", relora.merges_per_cycle)
     if cycle >= phase:
         raise ValueError(
             f"relora.cycle_updates {cycle} leaves no restart in the low-rank phase of {phase} updates: "
@@ -158,10 +159,10 @@ def _phases(config: Config) -> None:
     _between("relora.warm_up_updates", relora.warm_up_updates, 0, cycle, why=why)
     _between("relora.restart_warm_up_updates", rewarm, 0, cycle, why=why)
     last = phase - (phase - 1) // cycle * cycle
-    if relora.jagged and last < rewarm:
+    if relora.jagged and last <= rewarm:
         raise ValueError(
             f"train.updates {updates} ends inside a re-warm-up: the last cycle has {last} updates and "
-            f"relora.restart_warm_up_updates is {rewarm}; run {rewarm - last} more, or {last} fewer"
+            f"relora.restart_warm_up_updates is {rewarm}; run {rewarm - last + 1} more, or {last} fewer"
         )
 
 
@@ -173,6 +174,8 @@ def _one_of(name: str, value: Any, known: Any) -> None:
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} {value} must be at least 1")
+    if value >= 2**31:
+        raise ValueError(f"{name} {value} is more than is counted here: stay below {2**31}")
 
 
 def _rate(name: str, value: float) -> None:

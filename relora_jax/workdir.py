@@ -5,6 +5,7 @@ import os
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -21,6 +22,8 @@ def check(workdir: Path, config: Config) -> None:
     A run without a checkpoint has nothing to lose: another config may begin anew in its place.
     """
     saved = workdir / "config.json"
+    if workdir.is_symlink() and not workdir.exists():
+        raise ValueError(f"workdir {str(workdir)!r} is a link to nowhere: take another --workdir")
     if saved.is_file():
         changed = changed_results(from_json(saved.read_text(encoding="utf-8")), config)
         if changed and updates_saved(workdir):
@@ -28,7 +31,7 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} holds a run of another config, which would change its result "
                 f"({'; '.join(changed)}): set it back, or take another --workdir"
             )
-    elif workdir.is_dir() and any(workdir.iterdir()):
+    elif workdir.is_dir() and any(path.suffix != ".tmp" for path in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds something else than a run: take a new one")
     there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     try:
@@ -40,8 +43,23 @@ def check(workdir: Path, config: Config) -> None:
         ) from None
 
 
-def begin(workdir: Path, config: Config, *, unigram_perplexity: float) -> None:
-    """Makes the directory, config.json and run.json: parameter counts, the unigram's perplexity, versions."""
+def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
+    """ValueError where the run in `workdir` was trained on other rows: newer text, another tokenizer file."""
+    facts = workdir / "run.json"
+    if not (facts.is_file() and updates_saved(workdir)):
+        return
+    before = json.loads(facts.read_text(encoding="utf-8")).get("rows", {})
+    for split, key in [(name, key) for name, kept in before.items() for key in kept]:
+        was, now = before[split][key], rows[split].get(key)
+        if was != now:
+            raise ValueError(
+                f"{workdir} was trained on other rows, which would change its result ({split} {key}: "
+                f"{was} -> {now}): bring them back, or take another --workdir"
+            )
+
+
+def begin(workdir: Path, config: Config, *, unigram_perplexity: float, rows: dict[str, Any]) -> None:
+    """Makes the directory, config.json and run.json: counts, the unigram's perplexity, the rows, versions."""
     count = shapes.count(config)
     facts = {
         "trained": count.trained,
@@ -49,6 +67,7 @@ def begin(workdir: Path, config: Config, *, unigram_perplexity: float) -> None:
         "full_rank_total": count.full_rank_total,
         "reduction_percent": count.reduction_percent,
         "unigram_perplexity": unigram_perplexity,
+        "rows": rows,
         "versions": {name: version(name) for name in PACKAGES},
         "devices": [str(device) for device in jax.devices()],
     }
@@ -60,5 +79,8 @@ def begin(workdir: Path, config: Config, *, unigram_perplexity: float) -> None:
 def _write(path: Path, text: str) -> None:
     """The whole text or the file as it was, also after a kill."""
     aside = path.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)

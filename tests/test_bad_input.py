@@ -43,6 +43,8 @@ SETTINGS = {
     "--config.optimizer.warm_up_updates=16": "optimizer.warm_up_updates 16",
     "--config.relora.warm_start_updates=16": "relora.warm_start_updates 16",
     "--config.train.updates=13": "ends inside a re-warm-up",
+    "--config.train.updates=14": "ends inside a re-warm-up",
+    "--config.train.updates=99999999999": "train.updates 99999999999",
     "--config.train.updates=0": "train.updates 0",
     "--config.train.batch=0": "train.batch 0",
     "--config.train.batch=-8": "train.batch -8",
@@ -99,6 +101,8 @@ WHOLE_LINES = {
     "--config=nowhere.py": "nowhere.py",
     "--config=toy.py:reloro": "unknown arm 'reloro'",
     "--config=toy.py:lora --config.relora.warm_start_updates=4": "use lora_warm",
+    "--config=toy.py:full --config.relora.rank=0": "relora.rank 0",
+    "--config=toy.py:full --config.relora.warm_start_updates=-1": "relora.warm_start_updates -1",
     "--config=wrong.py": "get_config",
     "--config=broken.py": "SyntaxError",
     "--config=odd.py": "model.layers = 2.5 must be of the type int",
@@ -151,7 +155,8 @@ def test_wrong_command_line_is_named_in_one_line(line: str, capsys: Any) -> None
 
 def test_workdir_that_is_a_file_or_cannot_be_written_is_named(capsys: Any) -> None:
     pathlib.Path("file").write_text("mine")
-    for workdir in ("file", "file/run", "/proc/run", "/dev/null"):
+    pathlib.Path("dangling").symlink_to("nowhere")
+    for workdir in ("file", "file/run", "/proc/run", "/dev/null", "dangling"):
         assert workdir in refused(["--config=toy.py", f"--workdir={workdir}"], capsys)
     assert pathlib.Path("file").read_text() == "mine"
 

@@ -15,7 +15,7 @@ from relora_jax.model import Llama, token_loss
 from tests import oracle, small
 from tests.test_oracle import PLACES
 
-#        total         trainable at r = 128, vocabulary 32,100 (RELORA's published configurations)
+#        total         trainable at r = 128, vocabulary 32,100 (the published configurations)
 TABLE = {
     "9m": (9_021_568, 9_480_320),
     "20m": (19_599_616, 18_936_064),

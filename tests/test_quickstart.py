@@ -48,6 +48,7 @@ def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
             f"report/{picture}.png" in report
             and (tmp_path / "run" / "report" / f"{picture}.png").stat().st_size
         )
+    assert any((tmp_path / "c" / "relora_jax" / "xla").iterdir())  # the next start compiles nothing
     again = train()
     assert again.returncode == 0 and "is finished" in again.stdout and not again.stderr
 

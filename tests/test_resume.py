@@ -6,6 +6,8 @@ import signal
 import numpy as np
 import pytest
 
+from relora_jax import workdir
+from tests import small
 from tests.commands import Place
 
 DONE, STOPPED = 0, 75
@@ -23,12 +25,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return made
 
 
-def resumed(place: Place, workdir: str) -> None:
+def resumed(place: Place, name: str) -> None:
     """The run ends, and equals the uninterrupted one."""
-    finished = place.train(f"--config={place.folder / 'toy.py'}", workdir=workdir)
+    finished = place.train(f"--config={place.folder / 'toy.py'}", workdir=name)
     assert finished.returncode == DONE, finished.stderr
-    assert place.rows(workdir) == place.rows("whole")
-    weights, whole = place.weights(workdir), place.weights("whole")
+    assert place.rows(name) == place.rows("whole")
+    weights, whole = place.weights(name), place.weights("whole")
     assert weights.keys() == whole.keys()
     assert all(np.array_equal(weights[path], whole[path]) for path in whole)
 
@@ -89,6 +91,21 @@ def test_run_that_skips_20_updates_in_a_row_ends_with_70_and_says_why(place: Pla
     assert "20 updates in a row" in skipping.stderr and "learning rate" in skipping.stderr
     skipped = [row["skipped"] for row in place.rows("skips") if row["kind"] == "train"]
     assert skipped[:3] == [1, 8, 15]
+
+
+def test_resume_on_other_rows_is_refused(tmp_path: pathlib.Path) -> None:
+    rows = {split: {"dataset": "toy:1.0.0", "tokenizer": "a"} for split in ("train", "validation")}
+    workdir.begin(tmp_path, small.config(), unigram_perplexity=9.0, rows=rows)
+    workdir.check_rows(tmp_path, {**rows, "train": {}})  # nothing saved yet: nothing to lose
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    workdir.check_rows(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"train dataset: toy:1.0.0 -> toy:1.0.1"):
+        workdir.check_rows(tmp_path, {**rows, "train": {"dataset": "toy:1.0.1", "tokenizer": "a"}})
+
+
+def test_start_killed_while_it_wrote_its_config_is_no_obstacle(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.tmp").write_text("{")
+    workdir.check(tmp_path, small.config())
 
 
 def test_snapshot_of_the_low_rank_start_is_kept_for_ever(place: Place) -> None:

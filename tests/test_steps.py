@@ -224,6 +224,51 @@ def test_dropout_changes_with_update_and_seed_and_is_off_in_evaluation() -> None
     assert float(program.eval_step(state, flat)[0]) == float(program.eval_step(state, flat)[0])
 
 
+def test_loss_that_is_finite_with_a_gradient_that_is_not_is_skipped_too(
+    plain: tuple[Config, Program, Any],
+) -> None:
+    made, program, _ = plain
+    state = program.init()
+    huge = jax.tree.map(lambda v: jnp.full_like(v, 1e30), state.trained["norm"]["scale"])
+    state.trained["norm"]["scale"] = huge
+    state.trained["head"] = jax.tree.map(jnp.zeros_like, state.trained["head"])  # so the logits are 0
+    _, values = program.train_step(state, small.batch(made, program, 0), 1e-2)
+    assert np.isfinite(float(values["loss"])) and not np.isfinite(float(values["grad_norm"]))
+    assert int(values["skipped"]) == 1
+
+
+def test_microbatches_of_an_update_draw_masks_of_their_own() -> None:
+    made = small.config("lora", relora__dropout=0.4, relora__warm_up_updates=0)
+    program = Program(made, small.mesh())
+    state, _ = small.run(made, program, stop=1)
+    one = jax.tree.map(lambda part: part[:1], small.batch(made, program, 7))
+    twice = jax.tree.map(lambda part: jnp.concatenate([part, part]), one)
+    losses = [float(program.train_step(copied(state), batch, 1e-2)[1]["loss"]) for batch in (one, twice)]
+    assert losses[0] != losses[1]
+
+
+def test_keys_differ_by_seed_purpose_and_update() -> None:
+    made = [small.config(train__seed=seed) for seed in (0, 1)]
+    keys = [steps.key(c, purpose, u) for c in made for purpose in range(5) for u in (0, 1, 7)]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == len(keys) == 30
+
+
+def test_restarts_done_counts_the_resets_of_updates_done() -> None:
+    for arm in ("relora", "full", "lora", "lora_warm"):
+        made = small.config(arm)
+        for u in range(17):
+            assert steps.restarts_done(made, u) == sum(steps.due(made, done)[1] for done in range(u))
+
+
+def test_state_is_donated_where_it_is_returned(plain: tuple[Config, Program, Any]) -> None:
+    made, program, state = plain
+    first = copied(state)
+    second = program.restart(first, reset=True)
+    third, _ = program.train_step(second, small.batch(made, program, 7), 1e-2)
+    kernels = [s.frozen["blocks"]["mlp"]["up"]["kernel"][...] for s in (first, second, third)]
+    assert [kernel.is_deleted() for kernel in kernels] == [True, True, False]
+
+
 def test_rate_dips_at_restarts_only_in_relora() -> None:
     rates = {
         arm: [steps.rate(small.config(arm), u) for u in range(16)] for arm in ("full", "lora_warm", "relora")
