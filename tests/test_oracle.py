@@ -20,6 +20,10 @@ PLACES |= {f"{name}_norm": f"blocks/{name}_norm/scale" for name in KERNELS}
 PLACES |= {name: f"blocks/{group}/{name}/kernel" for name, group in GROUP.items()}
 PLACES |= {f"{n}.{f}": f"blocks/{g}/{n}/lora_{f}" for n, g in GROUP.items() for f in "ab"}
 
+# Without a warm-up Adam's first step divides entries that are mere rounding by themselves: float32 would be
+# compared on noise. An epsilon above that noise keeps the comparison about the method.
+EPS = 1e-4
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "magnitude": {"relora__prune": prune.magnitude(0.9), "optimizer__weight_decay": 0.1},
     "zero": {"relora__prune": prune.zero()},
@@ -40,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optimizer__warm_up_updates": 0,
         "relora__warm_up_updates": 0,
         "relora__restart_warm_up_updates": 0,
+        "optimizer__eps": EPS,
     },
     "folded": {"relora__product": "folded"},
     "remat": {"model__remat": "dots"},
@@ -49,6 +54,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "arm lora_warm": {"arm": "lora_warm"},
 }
 FAST = ("magnitude",)
+# Where all kernels begin at 0, the gradients of q and k lie below what float32 resolves, and Adam makes full
+# steps of that noise. In float64 the run is compared like any other.
+FLOAT64_ONLY = ("no warm start, zero base",)
 
 
 def rows(fast: tuple[str, ...]) -> list[Any]:
@@ -65,7 +73,7 @@ def test_run_in_float64_equals_oracle(name: str) -> None:
             assert norm(mine - theirs) <= 1e-8 * norm(theirs), path
 
 
-@pytest.mark.parametrize("name", rows(FAST))
+@pytest.mark.parametrize("name", [row for row in rows(FAST) if row.id not in FLOAT64_ONLY])
 def test_run_in_float32_stays_within_rounding_of_oracle(name: str) -> None:
     ours, history = compare(variant(name, "float32"), tie=1e-5)
     np.testing.assert_allclose(ours.losses, history.losses, rtol=1e-4)
