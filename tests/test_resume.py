@@ -1,6 +1,7 @@
 """A run killed at any moment and started again ends as if nothing had happened: bit for bit on CPU."""
 
 import pathlib
+import shutil
 import signal
 
 import numpy as np
@@ -101,6 +102,16 @@ def test_resume_on_other_rows_is_refused(tmp_path: pathlib.Path) -> None:
     workdir.check_rows(tmp_path, rows)
     with pytest.raises(ValueError, match=r"train dataset: toy:1.0.0 -> toy:1.0.1"):
         workdir.check_rows(tmp_path, {**rows, "train": {"dataset": "toy:1.0.1", "tokenizer": "a"}})
+
+
+def test_command_refuses_to_go_on_with_other_rows(place: Place) -> None:
+    shutil.copytree(place.folder / "whole", place.folder / "moved")
+    (place.folder / "moved" / "report.md").unlink()
+    facts = place.folder / "moved" / "run.json"
+    facts.write_text(facts.read_text().replace("toy:1.0.0", "toy:0.9.0"))
+    refused = place.train(f"--config={place.folder / 'toy.py'}", workdir="moved")
+    assert refused.returncode == 2 and "toy:0.9.0 -> toy:1.0.0" in refused.stderr
+    assert refused.stderr.count("\n") == 1
 
 
 def test_start_killed_while_it_wrote_its_config_is_no_obstacle(tmp_path: pathlib.Path) -> None:
