@@ -82,23 +82,38 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class DataConfig:
-    """What is read: a TFDS dataset with a `text` feature, a tokenizer, and the length of a row.
+    """What is read: a TFDS dataset with a `text` feature or files of one's own, a tokenizer, a row's length.
 
-    `tokenizer` is the path of a SentencePiece model, the name of one under the cache's
-    `tokenizers/`, or "bpe(n)" / "unigram(n)": a model of n pieces trained on the train split.
+    `text`, a glob pattern, is read in place of `dataset` where it is given: .jsonl, .txt or .parquet, the
+    first two also .gz or .zst; `text_field` names the text of a line or of a column, `validation_fraction`
+    of the documents is held out. `tokenizer` is the path of a SentencePiece model or of a tokenizer.json,
+    the name of a model under the cache's `tokenizers/`, or "bpe(n)" / "unigram(n)": a model of n pieces
+    trained on the train split; `eos_id` and `pad_id` are its own where they are -1. `train_tokens`: the rows
+    end with the first block that reaches so many (0: all there are).
     """
 
-    dataset: str
-    train_split: str
-    validation_split: str
+    dataset: str = ""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    text: str = ""
+    text_field: str = "text"
+    validation_fraction: float = 0.01
+    train_tokens: int = 0
     tokenizer: str
+    eos_id: int = -1
+    pad_id: int = -1
     sequence_length: int
     packing: str = "concatenate"
+    attend_across_documents: bool = True
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
-    """Counts and cadences in updates; `batch` and `microbatch` in sequences over all devices."""
+    """Counts and cadences in updates; `batch` and `microbatch` in sequences over all devices.
+
+    `init_from`: the directory of a run whose full-rank checkpoint at relora.warm_start_updates this run
+    begins with. `wandb`: the Weights & Biases project that metrics are sent to as well.
+    """
 
     updates: int
     batch: int
@@ -110,6 +125,8 @@ class TrainConfig:
     seed: int = 0
     keep_last: int = run_field(3)
     keep_every: int = run_field(0)
+    init_from: str = ""
+    wandb: str = run_field("")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -22,7 +22,7 @@ RUN = {
         "train.log_every_updates",
     ),
     *("train.evaluate_every_updates", "train.save_every_updates", "train.eval_tokens", "train.keep_last"),
-    *("train.keep_every", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("train.keep_every", "train.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"),
 }
 
 
