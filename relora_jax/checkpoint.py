@@ -1,10 +1,13 @@
-"""Checkpoints of a run: the state as a flat {path: array}, the update and the config, by Orbax.
+"""Checkpoints of a run: the state as a flat {path: array} with its meta (saved.py), by Orbax.
 
 A checkpoint at u holds the state before the restart that u may begin with, so a resumed run performs it.
 """
 
-import logging
-import pathlib
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,17 +15,21 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from relora_jax.config import Config, to_json
+from relora_jax import saved
+from relora_jax.config import Config, changed_results
 from relora_jax.paths import leaves, value_of
+from relora_jax.program import abstract_state
+from relora_jax.saved import META, STATE, DamagedError, OtherModelError, Saved
 from relora_jax.steps import TrainState
 
-logging.getLogger("absl").setLevel(logging.ERROR)
+MODEL = ("trained/", "frozen/")  # the parts of a state that are the model
+_ERRNO = re.compile(r"os_error_code='(\d+)'")  # how tensorstore's errors name the system's
 
 
 class Checkpoints:
     """The checkpoints of one run, saved asynchronously; the last ones, and some for ever, are kept."""
 
-    def __init__(self, workdir: pathlib.Path, config: Config) -> None:
+    def __init__(self, workdir: Path, config: Config) -> None:
         train = config.train
         keep: list[Any] = [policies.LatestN(train.keep_last), policies.CustomSteps([snapshot_update(config)])]
         if train.keep_every:
@@ -30,15 +37,11 @@ class Checkpoints:
         self._config = config
         self._manager = ocp.CheckpointManager(
             directory(workdir),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            item_handlers={STATE: ocp.StandardCheckpointHandler(), META: ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep), enable_async_checkpointing=True
             ),
         )
-
-    def latest(self) -> int | None:
-        """The update of the newest whole checkpoint; None where there is none."""
-        return self._manager.latest_step()
 
     def due(self, u: int) -> bool:
         """Whether the state after u updates is saved: by the cadence, at the end, at the snapshot."""
@@ -47,45 +50,87 @@ class Checkpoints:
         return by_cadence or u in (snapshot_update(config), config.train.updates)
 
     def save(self, u: int, state: TrainState) -> None:
-        """Begins to save; the state may be donated as soon as this returns."""
-        meta = {"update": u, "config": to_json(self._config)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(flatten(state)), meta=ocp.args.JsonSave(meta))
-        if u not in self._manager.all_steps():
+        """Begins to save; the state may be donated once this returns. OSError, also of the save before."""
+        if u in self._manager.all_steps():
+            return
+        arrays = flatten(state)
+        meta = saved.meta_of(u, self._config, arrays)
+        args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(arrays), META: ocp.args.JsonSave(meta)})
+        with _as_os_error(f"checkpoint {u} in {self._manager.directory}"):
             self._manager.save(u, args=args)
 
-    def restore(self, u: int, like: TrainState) -> TrainState:
-        """The state after u updates, in the shapes, types and shardings of `like`. ValueError if others."""
-        expected = flatten(like)
-        metadata = self._manager.item_metadata(u)["state"]
-        found, wanted = _kinds(metadata or {}), _kinds(expected)
-        for path in sorted(found.keys() | wanted.keys()):
-            if found.get(path) != wanted.get(path):
-                raise ValueError(
-                    f"the checkpoint at update {u} of {self._manager.directory} is of another model: {path} "
-                    f"is {_said(found.get(path))} there and {_said(wanted.get(path))} in this config"
-                )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(expected))
-        flat = self._manager.restore(u, args=args)["state"]
-        return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in expected])
-
     def wait(self) -> None:
-        """Returns when what was saved is on the disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits and frees the threads."""
-        self._manager.close()
+        """Until the newest save is whole. OSError where it could not be written."""
+        with _as_os_error(f"the newest checkpoint in {self._manager.directory}"):
+            self._manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
 
 
-def directory(workdir: pathlib.Path) -> pathlib.Path:
+def restore_newest(
+    workdir: Path, config: Config, like: Callable[[int], TrainState]
+) -> tuple[int, TrainState] | None:
+    """(u, the state after u updates) of the newest whole checkpoint, placed as like(u); None: nothing saved.
+
+    A damaged one is renamed into workdir/damaged, with a warning, and the one before is taken. ValueError for
+    a checkpoint of another run or of something else, which stays as it is; OSError where none is whole.
+    """
+    steps = updates_saved(workdir)
+    for u in reversed(steps):
+        try:
+            return u, _restore(directory(workdir) / str(u), config, like(u))
+        except DamagedError as error:
+            aside = _set_aside(workdir, u)
+            print(f"warning: {error}: renamed to {aside}, the checkpoint before is taken", file=sys.stderr)
+    if steps:
+        raise OSError(f"no checkpoint of {workdir} is whole any more: begin anew with another --workdir")
+    return None
+
+
+def _restore(path: Path, config: Config, like: TrainState) -> TrainState:
+    one = Saved.open(path)
+    if changed := changed_results(one.config, config):
+        raise ValueError(f"{path} is of another run ({'; '.join(changed)}): move it away, or take its config")
+    try:
+        return unflatten(one.read(flatten(like)), like)
+    except OtherModelError as error:  # though its config is ours
+        raise DamagedError(str(error)) from error
+
+
+def _set_aside(workdir: Path, u: int) -> Path:
+    """Out of the directory: Orbax would neither overwrite the step nor save an earlier one."""
+    folder = Path(workdir) / "damaged"
+    folder.mkdir(exist_ok=True)
+    names = (str(u), *(f"{u}.{k}" for k in range(2, 10_000)))
+    aside = next(folder / name for name in names if not (folder / name).exists())
+    (directory(workdir) / str(u)).rename(aside)
+    return aside
+
+
+@contextlib.contextmanager
+def _as_os_error(what: str) -> Iterator[None]:
+    """A full or broken disk as Python says it, whatever type tensorstore gave it."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        code = _ERRNO.search(str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), str(error).rpartition(": ")[2].partition(" [")[0], what) from error
+
+
+def directory(workdir: Path) -> Path:
     """Where a run's checkpoints lie."""
-    return (pathlib.Path(workdir) / "checkpoints").absolute()
+    return (Path(workdir) / "checkpoints").absolute()
 
 
 def snapshot_update(config: Config) -> int:
@@ -93,22 +138,24 @@ def snapshot_update(config: Config) -> int:
     return config.relora.warm_start_updates
 
 
-def updates_saved(workdir: pathlib.Path) -> list[int]:
-    """Updates of the whole checkpoints of a run, ascending."""
+def updates_saved(workdir: Path) -> list[int]:
+    """Updates of the checkpoints of a run, ascending; those of a save that did not end have another name."""
     folder = directory(workdir)
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))
 
 
-def load_model(workdir: pathlib.Path, update: int) -> dict[str, np.ndarray]:
-    """The model's variables at a checkpoint, by path ("blocks/attention/q/kernel"), on the host."""
-    path = directory(workdir) / str(update) / "state"
-    with ocp.StandardCheckpointer() as reader:
-        metadata = reader.metadata(path).item_metadata
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here) for k, v in metadata.items()}
-        flat = reader.restore(path, like)
-    parts = ("trained/", "frozen/")
-    return {k.partition("/")[2]: np.asarray(v) for k, v in flat.items() if k.startswith(parts)}
+def load_model(workdir: Path, update: int) -> dict[str, np.ndarray]:
+    """The model's variables at a checkpoint, by path ("blocks/attention/q/kernel"), verified, on the host."""
+    one = Saved.open(directory(workdir) / str(update))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+        for path, leaf in flatten(abstract_state(one.config, update)).items()
+        if path.startswith(MODEL)
+    }
+    arrays = one.read(like, whole=False)
+    return {path.partition("/")[2]: np.asarray(array) for path, array in arrays.items()}
 
 
 def flatten(state: TrainState) -> dict[str, Any]:
@@ -116,9 +163,6 @@ def flatten(state: TrainState) -> dict[str, Any]:
     return {"/".join(map(str, path)): value_of(leaf) for path, leaf in leaves(state)}
 
 
-def _kinds(arrays: Any) -> dict[str, tuple[tuple[int, ...], Any]]:
-    return {path: (tuple(array.shape), np.dtype(array.dtype)) for path, array in arrays.items()}
-
-
-def _said(kind: Any) -> str:
-    return "absent" if kind is None else f"{kind[1]}{list(kind[0])}"
+def unflatten(arrays: dict[str, jax.Array], like: TrainState) -> TrainState:
+    """The state whose leaves `flatten` named."""
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in flatten(like)])

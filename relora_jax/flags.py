@@ -21,6 +21,7 @@ from relora_jax.config import ARMS, Config
 
 _HERE = pathlib.Path(__file__).parent
 BAD_CONFIG = 2  # exit code: wrong usage or settings; starting again will not help
+NO_DATA = 74  # exit code: data or disk failed
 
 
 class UsageError(ValueError):
@@ -67,7 +68,7 @@ def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
 
 
 def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | None = None) -> None:
-    """Exit with what `run(argv)` returns; a ValueError of ours becomes one line and BAD_CONFIG."""
+    """Exit with what `run(argv)` returns; a ValueError of ours (BAD_CONFIG) or an OSError (NO_DATA) is a line."""
     argv = sys.argv if argv is None else argv
     if {"-h", "--help"} & set(argv[1:]):
         print(usage)
@@ -79,6 +80,11 @@ def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | N
             raise  # a bug, and its trace tells where
         print(f"error: {_text(error)}", file=sys.stderr)
         code = BAD_CONFIG
+    except OSError as error:
+        print(
+            f"error: {_text(error)}: mend the disk or the data, and the same command goes on", file=sys.stderr
+        )
+        code = NO_DATA
     except KeyboardInterrupt:
         print("interrupted: the same command begins again", file=sys.stderr)
         code = 130

@@ -42,25 +42,34 @@ class Diverged(ArithmeticError):  # noqa: N818  (it befell the run)
 class Metrics:
     """file after opening at u == what the uninterrupted run had written when it saved u, but for times.
 
+    With `anew` the file begins empty: no checkpoint of this run was there.
+
     Values may be jax arrays that are still being computed (not ones that a later call donates): they are
     queued, copied while the device goes on, and written in order. As a context manager, it writes all
     that is left at the end, and after an exception what is ready.
     """
 
     def __init__(
-        self, workdir: Path, *, updates: int, restored_update: int, stream: Stream | None = None
+        self,
+        workdir: Path,
+        *,
+        updates: int,
+        restored_update: int,
+        anew: bool = False,
+        stream: Stream | None = None,
     ) -> None:
         self._path = path(workdir)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _cut(self._path, restored_update)
-        before = [row for row in kept if row["kind"] == "train"]
-        self._last: Row = before[-1] if before else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
+        before = -1 if anew else restored_update  # whose rows belong to this run
+        kept = _cut(self._path, before)
+        trained = [row for row in kept if row["kind"] == "train"]
+        self._last: Row = trained[-1] if trained else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
         self._elapsed_s, self._opened = self._last["elapsed_s"], _clock()
         self._start, self._last_time, self._paused_s = restored_update, self._opened, 0.0
         self._paused_at: float | None = None
         self._queue: deque[tuple[Row, Any]] = deque()
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = Board(self._path.parent / "tensorboard", purge_step=restored_update + 1)
+        self._board = Board(self._path.parent / "tensorboard", purge_step=before + 1)
         out = sys.stdout if stream is None else stream  # the stdout of now, not the one at import
         self._progress = Progress(out, updates=updates, done=restored_update)
 
@@ -85,7 +94,7 @@ class Metrics:
         self._put({"kind": "train", "update": update} | row, skipped_in_row)
 
     def eval(self, update: int, *, loss: Any, perplexity: Any, tokens: Any) -> None:
-        """Queues an eval row; one at update 0 begins the file anew (a run killed before its first save)."""
+        """Queues an eval row."""
         row = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
         self._put({"kind": "eval", "update": update} | row)
 
@@ -156,8 +165,6 @@ class Metrics:
             row["tokens_per_s"] = self._tokens_per_s(row)
             row["elapsed_s"] = round(self._elapsed_s + _clock() - self._opened, 3)
             self._last = row
-        if (row["kind"], row["update"]) == ("eval", 0):
-            self._file.truncate(0)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         self._board.write(row)

@@ -26,13 +26,13 @@ class Program:
             row_sharding(mesh, accumulated=True),
             row_sharding(mesh, accumulated=False),
         )
-        self.phase, full = _abstract(partial(steps.init_state, config))
+        (self.phase, full), low = _phases(config)
         self.full_rank = _placed(full, mesh)
         self.init = jax.jit(lambda: steps.init_state(config)[1], out_shardings=shardings(full, mesh))
         self._train = self._train_step(self.phase, full)
-        if config.low_rank_start < config.train.updates:
+        if low is not None:
             start = partial(steps.start_low_rank, config, self.phase)
-            self.low_phase, low = _abstract(start, full)
+            self.low_phase, low = low
             self.low_rank = _placed(low, mesh)
             out = shardings(low, mesh)
             self.start_low_rank = jax.jit(lambda state: start(state)[1], donate_argnums=0, out_shardings=out)
@@ -72,6 +72,20 @@ class Program:
             donate_argnums=0,
             out_shardings=(shardings(state, self.mesh), None),
         )
+
+
+def abstract_state(config: Config, u: int) -> TrainState:
+    """Shapes and types of the state after u updates, as a checkpoint at u holds it."""
+    (_, full), low = _phases(config)
+    return low[1] if low is not None and u > config.low_rank_start else full
+
+
+def _phases(config: Config) -> tuple[tuple[Phase, TrainState], tuple[Phase, TrainState] | None]:
+    """(phase, shapes and types of its state), full-rank and low-rank; None without the latter."""
+    phase, full = _abstract(partial(steps.init_state, config))
+    if config.low_rank_start >= config.train.updates:
+        return (phase, full), None
+    return (phase, full), _abstract(partial(steps.start_low_rank, config, phase), full)
 
 
 def _abstract(make: Any, *args: Any) -> tuple[Phase, TrainState]:

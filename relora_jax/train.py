@@ -2,29 +2,27 @@
 
 Trains, evaluates, saves and reports. The same command again resumes; a finished run says so.
 ARM: full, control, lora, lora_warm or relora (default). Exit codes: 0 finished, 2 wrong setting (starting
-again will not help), 70 diverged, 75 stopped by a signal (start me again), 130 interrupted outside of
-the updates.
+again will not help), 70 diverged, 74 data or disk failed, 75 stopped by a signal (start me again).
 """
 
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from relora_jax import data, flags, places, prepare, report, run, shapes, steps, workdir
-from relora_jax.checkpoint import Checkpoints, updates_saved
+from relora_jax import data, flags, places, prepare, report, run, shapes, steps, warm_start, workdir
+from relora_jax.checkpoint import Checkpoints, restore_newest, updates_saved
 from relora_jax.config import Config
 from relora_jax.evaluate import evaluate
 from relora_jax.metrics import Diverged, Metrics
 from relora_jax.program import Program
 from relora_jax.sharding import make_mesh
+from relora_jax.signals import STOPPED, Signals
 from relora_jax.validate import validate
 
-DIVERGED, STOPPED = 70, 75
+DIVERGED = 70
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,24 +30,34 @@ def main(argv: Sequence[str]) -> int:
     config, strings = flags.parse(argv, workdir="")
     validate(config, devices=jax.device_count())
     place = Path(strings["workdir"] or f"runs/{config.name}-{config.arm}").expanduser()
-    workdir.check(place, config)
-    updates = config.train.updates
-    if updates in updates_saved(place) and (place / "report.md").is_file():
-        print(f"{place} is finished, {updates} updates done: {run.summary(place)}")
-        return 0
-    prepared = prepare.prepare(config.data)
-    check_data(config, prepared)
-    workdir.check_rows(place, keys_of(prepared))
+    with Signals() as signals:
+        workdir.check(place, config)
+        saved = updates_saved(place)
+        if config.train.updates in saved and (place / "report.md").is_file():
+            print(f"{place} is finished, {config.train.updates} updates done: {run.summary(place)}")
+            return 0
+        if config.train.init_from and not saved:
+            warm_start.find(config)
+        prepared = prepare.prepare(config.data)
+        check_data(config, prepared)
+        workdir.check_rows(place, keys_of(prepared))
+        with workdir.locked(place):
+            workdir.check(place, config)  # again: another process may have begun there meanwhile
+            return run_to_end(config, place, prepared, signals)
+
+
+def run_to_end(config: Config, place: Path, prepared: prepare.Prepared, signals: Signals) -> int:
+    """Trains and reports; the exit code."""
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore
         jax.config.update("jax_compilation_cache_dir", str(places.cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     print(opening(config))
     try:
-        done = train(config, place, prepared)
+        done = train(config, place, prepared, signals)
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return DIVERGED
-    if done < updates:
+    if done < config.train.updates:
         print(f"stopped after update {done}, which is saved: the same command goes on from there")
         return STOPPED
     report.write(place)
@@ -57,37 +65,49 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def train(config: Config, place: Path, prepared: prepare.Prepared) -> int:
-    """Trains from the newest checkpoint, or from the seed, to the end or a signal; the updates done."""
+def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Signals) -> int:
+    """Trains from the newest checkpoint or what `begin` gives, to the end or a signal; the updates done."""
     program = Program(config, make_mesh(**vars(config.mesh), devices=jax.devices()))
     settings, updates = config.train, config.train.updates
     rows = {"microbatch": settings.microbatch, "sharding": program.eval_rows}
     validation = data.validation_batches(prepared.validation, eval_tokens=settings.eval_tokens, **rows)
     unigram = data.unigram_perplexity(prepared.train.counts, validation)
+    restored = restore_newest(place, config, program.state_at)
+    start, state = restored or begin(config, program)
     workdir.begin(place, config, unigram_perplexity=unigram, rows=keys_of(prepared))
 
     def batch_of(u: int) -> data.Batch:
         shape = {"batch": settings.batch, "microbatch": settings.microbatch}
         return data.train_batch(prepared.train, u, seed=settings.seed, sharding=program.rows, **shape)
 
-    with Checkpoints(place, config) as checkpoints, _signals() as signals:
-        start = checkpoints.latest()
-        state = program.init() if start is None else checkpoints.restore(start, program.state_at(start))
-        if start is not None:
+    with (
+        Checkpoints(place, config) as checkpoints,
+        Metrics(place, updates=updates, restored_update=start, anew=restored is None) as metrics,
+    ):
+        signals.at_once = False
+        recorder = Recorder(config, program, metrics, checkpoints, validation)
+        if restored is None:
+            recorder.record(start, state, first=True)
+        else:
             print(f"goes on after update {start}")
-        with Metrics(place, updates=updates, restored_update=start or 0) as metrics:
-            recorder = Recorder(config, program, metrics, checkpoints, validation)
-            if start is None:
-                recorder.record(0, state)
-            for u, batch in enumerate(data.prefetch(batch_of, start or 0, updates), start or 0):
-                state = recorder.begin(u, state)
-                lr = steps.rate(config, u)
-                state, values = program.train_step(state, batch, lr)
-                recorder.log(u + 1, lr, values)
-                recorder.record(u + 1, state, stop=bool(signals))
-                if signals:
-                    return u + 1
+        for u, batch in enumerate(data.prefetch(batch_of, start, updates), start):
+            state = recorder.begin(u, state)
+            lr = steps.rate(config, u)
+            state, values = program.train_step(state, batch, lr)
+            recorder.log(u + 1, lr, values)
+            recorder.record(u + 1, state, stop=signals.asked)
+            if signals.asked:
+                return u + 1
     return updates
+
+
+def begin(config: Config, program: Program) -> tuple[int, Any]:
+    """(u, state) that a run without a checkpoint begins with: the seed's, or train.init_from's at u = W."""
+    if not config.train.init_from:
+        return 0, program.init()
+    found = warm_start.find(config)
+    print(f"begins at update {found.update} with {found.path}")
+    return found.update, warm_start.load(found, program)
 
 
 class Recorder:
@@ -121,10 +141,10 @@ class Recorder:
         if u % self.config.train.log_every_updates == 0 or u == self.config.train.updates:
             self.metrics.train(u, lr=lr, restarts=steps.restarts_done(self.config, u), **values)
 
-    def record(self, u: int, state: Any, *, stop: bool = False) -> None:
+    def record(self, u: int, state: Any, *, first: bool = False, stop: bool = False) -> None:
         """Evaluates and saves the state after u updates, where due; rows are on the disk first."""
         settings = self.config.train
-        if u % settings.evaluate_every_updates == 0 or u == settings.updates:
+        if first or u % settings.evaluate_every_updates == 0 or u == settings.updates:
             with self.metrics.pause(state.update):
                 self.metrics.eval(u, **evaluate(self.program, state, self.validation)._asdict())
         if stop or self.checkpoints.due(u):
@@ -160,19 +180,6 @@ def opening(config: Config) -> str:
         f"{config.name}, arm {config.arm}: trains {count.trained:,} parameters and freezes {count.frozen:,}"
         f"{after}; full-rank total {count.full_rank_total:,}, reduction {count.reduction_percent:.1f}%"
     )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that SIGTERM and SIGINT are added to, while inside."""
-    got: list[int] = []
-    names = (signal.SIGTERM, signal.SIGINT)
-    before = {name: signal.signal(name, lambda number, _: got.append(number)) for name in names}
-    try:
-        yield got
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """A run's directory before and at its start: may it be used, and what is the run that it holds made of."""
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from relora_jax import shapes
 from relora_jax.checkpoint import updates_saved
 from relora_jax.config import Config, changed_results, from_json, to_json
 
+LOCK = "lock"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
@@ -31,7 +35,7 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} holds a run of another config, which would change its result "
                 f"({'; '.join(changed)}): set it back, or take another --workdir"
             )
-    elif workdir.is_dir() and any(path.suffix != ".tmp" for path in workdir.iterdir()):
+    elif workdir.is_dir() and any(path.suffix != ".tmp" and path.name != LOCK for path in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds something else than a run: take a new one")
     there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
     try:
@@ -58,8 +62,30 @@ def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
             )
 
 
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """No other process is inside with the same directory, which is made; ValueError where one is.
+
+    The lock dies with the process, however that dies.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{workdir} is in use by process {file.read().strip() or '?'}: wait for its end, or take "
+                "another --workdir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
 def begin(workdir: Path, config: Config, *, unigram_perplexity: float, rows: dict[str, Any]) -> None:
-    """Makes the directory, config.json and run.json: counts, the unigram's perplexity, the rows, versions."""
+    """Writes config.json and run.json: counts, the unigram's perplexity, the rows, versions."""
     count = shapes.count(config)
     facts = {
         "trained": count.trained,
@@ -71,7 +97,6 @@ def begin(workdir: Path, config: Config, *, unigram_perplexity: float, rows: dic
         "versions": {name: version(name) for name in PACKAGES},
         "devices": [str(device) for device in jax.devices()],
     }
-    workdir.mkdir(parents=True, exist_ok=True)
     _write(workdir / "config.json", to_json(config))
     _write(workdir / "run.json", json.dumps(facts, indent=2) + "\n")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 from typing import Any
@@ -14,9 +15,10 @@ from relora_jax import checkpoint, metrics
 from tests.documents import texts, write_dataset
 
 # The config file may end its own process: KILL_AT="u signal" sends the signal as update u begins; and it may
-# take the targets away: EMPTY_FROM="u" gives batches without any from update u on.
+# take the targets away: EMPTY_FROM="u" gives batches without any from update u on. HANG_AT="u" computes for
+# ever, in C with Python waiting, as update u begins.
 CONFIG = """
-import os, signal
+import hashlib, os, signal
 from relora_jax import data, steps
 from relora_jax.prune import magnitude
 from tests import small
@@ -32,6 +34,9 @@ def get_config(arm="relora"):
     def killing(config, u):
         if str(u) == kill_at:
             os.kill(os.getpid(), int(number))
+        if str(u) == os.environ.get("HANG_AT"):
+            print("hangs", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
         return due(config, u)
 
     steps.due = killing
@@ -60,12 +65,22 @@ class Place:
 
     def train(self, *words: str, workdir: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """The finished process of one command."""
-        return subprocess.run(
+        process = self.start(*words, workdir=workdir, **environment)
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def start(
+        self, *words: str, workdir: str, limit_file_kib: int | None = None, **environment: str
+    ) -> subprocess.Popen[str]:
+        """The running process of one command; with a limit it can write no file larger than that."""
+        limit = resource.RLIM_INFINITY if limit_file_kib is None else 1024 * limit_file_kib
+        return subprocess.Popen(
             [sys.executable, "-m", "relora_jax.train", *words, f"--workdir={self.folder / workdir}"],
             env={**os.environ, **self.environment, **environment},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=300,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),  # noqa: PLW1509
         )
 
     def rows(self, workdir: str) -> list[dict[str, Any]]:

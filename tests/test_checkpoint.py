@@ -31,9 +31,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Any, 
 def test_restored_state_is_the_saved_one_on_any_mesh(saved: Any) -> None:
     workdir, program, flat = saved
     for other in (program, Program(program.config, small.mesh(2, 2))):
-        with Checkpoints(workdir, program.config) as checkpoints:
-            assert checkpoints.latest() == 7
-            state = checkpoints.restore(7, other.state_at(7))
+        restored = checkpoint.restore_newest(workdir, program.config, other.state_at)
+        assert restored is not None and restored[0] == 7
+        state = restored[1]
         for (path, leaf), like in zip(
             flatten(state).items(), jax.tree.leaves(other.state_at(7)), strict=True
         ):
@@ -58,16 +58,12 @@ def test_model_of_a_checkpoint_is_read_without_a_program(saved: Any) -> None:
     assert "blocks/attention/q/lora_a" not in checkpoint.load_model(workdir, 4)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"relora__rank": 2}, {"model__mlp": 32}, {"relora__base_dtype": "bfloat16"}], ids=str
-)
-def test_checkpoint_of_another_model_is_refused_by_name(saved: Any, changes: dict[str, Any]) -> None:
-    other = small.config(**changes)
-    with (
-        Checkpoints(saved[0], other) as checkpoints,
-        pytest.raises(ValueError, match="is of another model: "),
-    ):
-        checkpoints.restore(7, Program(other, small.mesh()).state_at(7))
+@pytest.mark.parametrize("changes", [{"relora__rank": 2}, {"model__mlp": 32}, {"train__seed": 1}], ids=str)
+def test_checkpoint_of_another_run_is_refused_by_name_and_left(saved: Any, changes: dict[str, Any]) -> None:
+    other, before = small.config(**changes), checkpoint.updates_saved(saved[0])
+    with pytest.raises(ValueError, match=r"is of another run \(\w+.\w+: "):
+        checkpoint.restore_newest(saved[0], other, Program(other, small.mesh()).state_at)
+    assert checkpoint.updates_saved(saved[0]) == before and not (saved[0] / "damaged").exists()
 
 
 def test_state_at_w_is_the_one_before_the_low_rank_phase() -> None:

@@ -8,13 +8,24 @@ import sys
 PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 # From the ground up; a module imports from lower floors, or from its own.
 FLOORS = [
-    {"prune", "places", "schedule", "paths", "product", "merge", "progress", "spectrum"},
+    {
+        "prune",
+        "places",
+        "schedule",
+        "paths",
+        "product",
+        "merge",
+        "progress",
+        "spectrum",
+        "checksum",
+        "signals",
+    },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags"},
     {"prepare", "sharding", "steps", "validate"},
-    {"program", "run"},
+    {"program", "run", "saved"},
     {"checkpoint", "evaluate"},
-    {"report", "workdir"},
+    {"report", "workdir", "warm_start"},
     {"train"},
 ]
 # These take numbers, arrays and modules.

@@ -60,8 +60,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def opened(workdir: Path, restored_update: int = 0, updates: int = 30, stream=None) -> Metrics:
-    return Metrics(workdir, updates=updates, restored_update=restored_update, stream=stream or io.StringIO())
+def opened(workdir: Path, restored_update: int = 0, updates: int = 30, stream=None, anew=False) -> Metrics:
+    start = {"restored_update": restored_update, "anew": anew}
+    return Metrics(workdir, updates=updates, stream=stream or io.StringIO(), **start)
 
 
 def train(into: Metrics, update: int, **values) -> None:
@@ -149,7 +150,7 @@ def test_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path: Path) -> None:
 
 def test_first_evaluation_stands_once_whether_it_is_made_again_or_not(tmp_path: Path) -> None:
     for loss in (6.0, 7.0):  # killed before its first save, the run begins anew
-        with opened(tmp_path) as first:
+        with opened(tmp_path, anew=True) as first:
             first.eval(0, loss=loss, perplexity=1.0, tokens=320)
     assert [row["loss"] for row in read(tmp_path)] == [7.0]
     with opened(tmp_path) as resumed:  # killed after it, the run goes on from the checkpoint at 0

@@ -1,0 +1,50 @@
+"""The full-rank checkpoint of another run, with which a run begins in place of a warm start of its own.
+
+u, tokens_seen, weights and the moments of embeddings, norms and head go along, so that arms share one warm
+start; a checkpoint without moments, of an imported model, gives weights alone and begins at u = 0.
+"""
+
+from pathlib import Path
+
+from relora_jax.checkpoint import directory, flatten, unflatten, updates_saved
+from relora_jax.config import Config
+from relora_jax.program import Program
+from relora_jax.saved import DamagedError, Saved
+from relora_jax.steps import TrainState
+
+
+def find(config: Config) -> Saved:
+    """The checkpoint of train.init_from at W = relora.warm_start_updates. ValueError where there is none."""
+    source, start = Path(config.train.init_from).expanduser(), config.relora.warm_start_updates
+    there = updates_saved(source)
+    if not there:
+        raise ValueError(f"train.init_from {str(source)!r} holds no checkpoint: name the directory of a run")
+    if start not in there:
+        raise ValueError(
+            f"relora.warm_start_updates is {start} and train.init_from {str(source)!r} has checkpoints at "
+            f"u = {', '.join(map(str, there))}: set it to one of these"
+        )
+    try:
+        found = Saved.open(directory(source) / str(start))
+        kinds = found.kinds()
+    except DamagedError as error:
+        raise ValueError(f"train.init_from cannot be used: {error}") from error
+    if any(path.startswith("frozen/") for path in kinds):
+        raise ValueError(
+            f"the checkpoint of train.init_from {str(source)!r} at u = {start} is of its low-rank phase, "
+            f"which began at {found.config.low_rank_start}: relora.warm_start_updates can be at most that"
+        )
+    return found
+
+
+def load(found: Saved, program: Program) -> TrainState:
+    """The full-rank state of `found`, placed for the program. ValueError for another model or damage."""
+    like = program.full_rank
+    try:
+        if any(path.startswith("opt_state/") for path in found.kinds()):
+            return unflatten(found.read(flatten(like)), like)
+        trained = {path: leaf for path, leaf in flatten(like).items() if path.startswith("trained/")}
+        state = program.init()
+        return unflatten(flatten(state) | found.read(trained, whole=False), state)
+    except DamagedError as error:
+        raise ValueError(f"train.init_from cannot be used: {error}") from error
