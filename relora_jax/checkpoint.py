@@ -51,27 +51,36 @@ class Checkpoints:
 
     def save(self, u: int, state: TrainState) -> None:
         """Begins to save; the state may be donated once this returns. OSError, also of the save before."""
-        if u in self._manager.all_steps():
-            return
-        arrays = flatten(state)
+        if u not in self._manager.all_steps():
+            self._write(u, flatten(state))
+
+    def _write(self, u: int, arrays: dict[str, jax.Array]) -> None:
         meta = saved.meta_of(u, self._config, arrays)
         args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(arrays), META: ocp.args.JsonSave(meta)})
-        with _as_os_error(f"checkpoint {u} in {self._manager.directory}"):
+        with _as_os_error(self._manager.directory):
             self._manager.save(u, args=args)
 
     def wait(self) -> None:
         """Until the newest save is whole. OSError where it could not be written."""
-        with _as_os_error(f"the newest checkpoint in {self._manager.directory}"):
+        with _as_os_error(self._manager.directory):
             self._manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._hear
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Waits for the newest save. Where it fails, the hook stays: its other files may still be failing."""
         try:
             self.wait()
+            sys.unraisablehook = self._hook
         finally:
             self._manager.close()
+
+    def _hear(self, error: Any) -> None:
+        """Not of each file of a failed save whose event loop has gone: the save itself raises, once."""
+        if str(error.exc_value) != "Event loop is closed":
+            self._hook(error)
 
 
 def restore_newest(
@@ -115,7 +124,7 @@ def _set_aside(workdir: Path, u: int) -> Path:
 
 
 @contextlib.contextmanager
-def _as_os_error(what: str) -> Iterator[None]:
+def _as_os_error(folder: Any) -> Iterator[None]:
     """A full or broken disk as Python says it, whatever type tensorstore gave it."""
     try:
         yield
@@ -125,7 +134,7 @@ def _as_os_error(what: str) -> Iterator[None]:
         code = _ERRNO.search(str(error))
         if code is None:
             raise
-        raise OSError(int(code[1]), str(error).rpartition(": ")[2].partition(" [")[0], what) from error
+        raise OSError(int(code[1]), str(error).rpartition(": ")[2].partition(" [")[0], str(folder)) from error
 
 
 def directory(workdir: Path) -> Path:

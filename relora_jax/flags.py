@@ -68,7 +68,7 @@ def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
 
 
 def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | None = None) -> None:
-    """Exit with what `run(argv)` returns; a ValueError of ours (BAD_CONFIG) or an OSError (NO_DATA) is a line."""
+    """Exit with what `run(argv)` returns; a ValueError of ours gives a line and 2, an OSError a line and 74."""
     argv = sys.argv if argv is None else argv
     if {"-h", "--help"} & set(argv[1:]):
         print(usage)

@@ -24,7 +24,8 @@ STATE, META = "state", "meta"
 _ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # what it puts beside the items
 _KINDS = {"format": int, "update": int, "config": str, "checksums": dict}  # of the meta's values
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs, with traces, what it also raises
+for _name in ("absl", "asyncio"):  # through which Orbax logs, with traces, what it also raises
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class DamagedError(Exception):

@@ -73,15 +73,16 @@ class Place:
         self, *words: str, workdir: str, limit_file_kib: int | None = None, **environment: str
     ) -> subprocess.Popen[str]:
         """The running process of one command; with a limit it can write no file larger than that."""
-        limit = resource.RLIM_INFINITY if limit_file_kib is None else 1024 * limit_file_kib
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "relora_jax.train", *words, f"--workdir={self.folder / workdir}"],
             env={**os.environ, **self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),  # noqa: PLW1509
         )
+        if limit_file_kib is not None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit_file_kib * 1024,) * 2)
+        return process
 
     def rows(self, workdir: str) -> list[dict[str, Any]]:
         """metrics.jsonl without its times."""

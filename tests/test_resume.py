@@ -1,13 +1,17 @@
 """A run killed at any moment and started again ends as if nothing had happened: bit for bit on CPU."""
 
+import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from relora_jax import workdir
+from relora_jax import checkpoint, workdir
 from tests import small
 from tests.commands import Place
 
@@ -126,3 +130,91 @@ def test_snapshot_of_the_low_rank_start_is_kept_for_ever(place: Place) -> None:
         if p.name.isdigit()
     }
     assert kept == {4, 15, 18, 20}
+
+
+@pytest.mark.slow
+def test_second_process_on_a_workdir_is_refused(place: Place) -> None:
+    first = place.start(f"--config={place.folder / 'toy.py'}", workdir="locked", HANG_AT="6")
+    wait_for(first, "hangs")
+    second = place.train(f"--config={place.folder / 'toy.py'}", workdir="locked")
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert f"in use by process {first.pid}" in second.stderr
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    resumed(place, "locked")
+
+
+@pytest.mark.slow
+def test_run_that_cannot_end_its_update_ends_at_the_second_signal_without_harm(place: Place) -> None:
+    hanging = place.start(f"--config={place.folder / 'toy.py'}", workdir="hung", HANG_AT="7")
+    wait_for(hanging, "hangs")
+    hanging.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert hanging.poll() is None
+    hanging.send_signal(signal.SIGTERM)
+    _, err = hanging.communicate(timeout=30)
+    assert hanging.returncode == STOPPED and "at the second signal" in err
+    resumed(place, "hung")
+
+
+def test_full_disk_ends_in_one_line_with_74_and_the_last_good_checkpoint_whole(place: Place) -> None:
+    killed(place, "full", 10, signal.SIGKILL, -signal.SIGKILL)
+    config, before = f"--config={place.folder / 'toy.py'}", checkpoint.updates_saved(place.folder / "full")
+    full = place.start(config, workdir="full", limit_file_kib=16)
+    _, err = full.communicate(timeout=300)
+    assert full.returncode == 74 and err.count("\n") == 1, err
+    assert "File too large" in err and "full/checkpoints" in err and "mend the disk" in err
+    assert checkpoint.updates_saved(place.folder / "full") == before
+    resumed(place, "full")
+
+
+@pytest.mark.slow
+def test_run_goes_on_over_other_devices_and_back_with_the_same_losses(place: Place) -> None:
+    config, four = f"--config={place.folder / 'toy.py'}", "--xla_force_host_platform_device_count=4"
+    words = ("--config.mesh.data=2", "--config.mesh.fsdp=2", f"--workdir={place.folder / 'moved_mesh'}")
+    killed(place, "moved_mesh", 7, signal.SIGKILL, -signal.SIGKILL)
+    there = place.train(config, *words, workdir="moved_mesh", XLA_FLAGS=four, KILL_AT="14 9")
+    assert there.returncode == -signal.SIGKILL and "goes on after update" in there.stdout, there.stderr
+    back = place.train(config, workdir="moved_mesh")
+    assert back.returncode == DONE, back.stderr
+    for row, whole in zip(place.rows("moved_mesh"), place.rows("whole"), strict=True):
+        assert row.keys() == whole.keys() and row["update"] == whole["update"]
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_of_a_run_costs_a_warning_and_some_updates(place: Place) -> None:
+    killed(place, "damaged", 17, signal.SIGKILL, -signal.SIGKILL)
+    *_, before, newest = checkpoint.updates_saved(place.folder / "damaged")
+    for file in (place.folder / "damaged" / "checkpoints" / str(newest)).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-7])
+    finished = place.train(f"--config={place.folder / 'toy.py'}", workdir="damaged")
+    assert finished.returncode == DONE and f"goes on after update {before}" in finished.stdout
+    assert finished.stderr.startswith("warning: ") and finished.stderr.count("\n") == 1, finished.stderr
+    assert place.rows("damaged") == place.rows("whole")
+
+
+def test_only_one_at_a_time_is_inside_a_workdir(tmp_path: pathlib.Path) -> None:
+    code = "import pathlib, sys; from relora_jax.workdir import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1])): print(9)"
+
+    def other() -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", code, str(tmp_path / "run")]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    with workdir.locked(tmp_path / "run"):
+        refused = other()
+        assert refused.stdout == "" and f"in use by process {os.getpid()}: wait" in refused.stderr
+    assert other().stdout == "9\n"
+    workdir.check(tmp_path / "run", small.config())  # a run may begin where only the lock is left
+
+
+def wait_for(process: subprocess.Popen[str], word: str) -> None:
+    """Until the process prints a line with the word."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if word in line:
+            return
+    raise AssertionError(process.communicate()[1])

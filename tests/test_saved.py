@@ -137,7 +137,19 @@ def _enormous(state: pathlib.Path) -> None:
     store[f"{NAME}/.zarray"] = json.dumps({**about, "shape": [2**50]}).encode()
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
+FAST = (
+    "emptied",
+    "its largest file cut",
+    "a bit of its largest file",
+    "a bit of its meta",
+    "one value",
+    "another type",
+)
+
+
+@pytest.mark.parametrize(
+    "damage", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in DAMAGE]
+)
 def test_damaged_checkpoint_is_set_aside_by_name_and_the_one_before_taken(
     run: pathlib.Path, program: Program, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
