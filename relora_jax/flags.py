@@ -68,7 +68,7 @@ def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
 
 
 def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | None = None) -> None:
-    """Exit with what `run(argv)` returns; a ValueError of ours gives one line and 2, an OSError one and 74."""
+    """Exit with what `run(argv)` returns; a ValueError of ours gives a line and 2, an OSError one and 74."""
     argv = sys.argv if argv is None else argv
     if {"-h", "--help"} & set(argv[1:]):
         print(usage)
