@@ -183,7 +183,7 @@ def from_json(text: str) -> Config:
     """The config that `to_json` wrote. ValueError where the text holds other fields."""
     try:
         groups = json.loads(text)
-        groups["relora"]["prune"] = parse(groups["relora"]["prune"])
+        groups["relora"]["prune"] = parse(str(groups["relora"]["prune"]))
         groups["relora"]["targets"] = tuple(groups["relora"]["targets"])
         return Config(
             name=groups["name"],
@@ -195,7 +195,7 @@ def from_json(text: str) -> Config:
             train=TrainConfig(**groups["train"]),
             mesh=MeshConfig(**groups["mesh"]),
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"a saved config that this version cannot read: {error}") from error
 
 

@@ -29,7 +29,7 @@ def check(workdir: Path, config: Config) -> None:
     if workdir.is_symlink() and not workdir.exists():
         raise ValueError(f"workdir {str(workdir)!r} is a link to nowhere: take another --workdir")
     if saved.is_file():
-        changed = changed_results(from_json(saved.read_text(encoding="utf-8")), config)
+        changed = changed_results(_read_config(saved), config)
         if changed and updates_saved(workdir):
             raise ValueError(
                 f"{workdir} holds a run of another config, which would change its result "
@@ -47,14 +47,26 @@ def check(workdir: Path, config: Config) -> None:
         ) from None
 
 
+def _read_config(path: Path) -> Config:
+    try:
+        return from_json(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: take another --workdir, or bring the file back") from error
+
+
 def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
     """ValueError where the run in `workdir` was trained on other rows: newer text, another tokenizer file."""
     facts = workdir / "run.json"
     if not (facts.is_file() and updates_saved(workdir)):
         return
-    before = json.loads(facts.read_text(encoding="utf-8")).get("rows", {})
-    for split, key in [(name, key) for name, kept in before.items() for key in kept]:
-        was, now = before[split][key], rows[split].get(key)
+    try:
+        before = json.loads(facts.read_text(encoding="utf-8", errors="replace"))["rows"]
+        told = [
+            (split, key, was, rows[split].get(key)) for split in before for key, was in before[split].items()
+        ]
+    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{facts} is not as it was written ({error}): bring it back") from error
+    for split, key, was, now in told:
         if was != now:
             raise ValueError(
                 f"{workdir} was trained on other rows, which would change its result ({split} {key}: "

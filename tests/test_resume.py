@@ -108,6 +108,23 @@ def test_resume_on_other_rows_is_refused(tmp_path: pathlib.Path) -> None:
         workdir.check_rows(tmp_path, {**rows, "train": {"dataset": "toy:1.0.1", "tokenizer": "a"}})
 
 
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"name": 3}', "[" * 99_999, '{"relora": {"prune": 5}}', "\xff\0"]
+)
+def test_config_or_facts_that_are_no_longer_ours_are_refused_in_one_line(
+    tmp_path: pathlib.Path, text: str
+) -> None:
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    for name, read in {
+        "config.json": lambda: workdir.check(tmp_path, small.config()),
+        "run.json": lambda: workdir.check_rows(tmp_path, {}),
+    }.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=name) as refused:
+            read()
+        assert "\n" not in str(refused.value)
+
+
 def test_command_refuses_to_go_on_with_other_rows(place: Place) -> None:
     shutil.copytree(place.folder / "whole", place.folder / "moved")
     (place.folder / "moved" / "report.md").unlink()
