@@ -61,14 +61,19 @@ def train(config: Config, place: Path, prepared: prepare.Prepared) -> int:
     """Trains from the newest checkpoint, or from the seed, to the end or a signal; the updates done."""
     program = Program(config, make_mesh(**vars(config.mesh), devices=jax.devices()))
     settings, updates = config.train, config.train.updates
-    rows = {"microbatch": settings.microbatch, "sharding": program.eval_rows}
-    validation = data.validation_batches(prepared.validation, eval_tokens=settings.eval_tokens, **rows)
+    shape = {
+        "microbatch": settings.microbatch,
+        "across_documents": config.data.attend_across_documents,
+    }
+    validation = data.validation_batches(
+        prepared.validation, eval_tokens=settings.eval_tokens, sharding=program.eval_rows, **shape
+    )
     unigram = data.unigram_perplexity(prepared.train.counts, validation)
     workdir.begin(place, config, unigram_perplexity=unigram, rows=keys_of(prepared))
 
     def batch_of(u: int) -> data.Batch:
-        shape = {"batch": settings.batch, "microbatch": settings.microbatch}
-        return data.train_batch(prepared.train, u, seed=settings.seed, sharding=program.rows, **shape)
+        order = {"batch": settings.batch, "seed": settings.seed}
+        return data.train_batch(prepared.train, u, sharding=program.rows, **order, **shape)
 
     with Checkpoints(place, config) as checkpoints, _signals() as signals:
         start = checkpoints.latest()
