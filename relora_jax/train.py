@@ -6,6 +6,7 @@ again will not help), 70 diverged, 75 stopped by a signal (start me again), 130 
 the updates.
 """
 
+import json
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,16 @@ from typing import Any
 
 import jax
 
-from relora_jax import data, flags, places, prepare, report, run, shapes, steps, workdir
+from relora_jax import data, flags, places, prepare, report, run, shapes, steps, weights_and_biases, workdir
 from relora_jax.checkpoint import Checkpoints, updates_saved
-from relora_jax.config import Config
+from relora_jax.config import Config, to_json
 from relora_jax.evaluate import evaluate
-from relora_jax.metrics import Diverged, Metrics
+from relora_jax.metrics import Diverged, Metrics, Sink
 from relora_jax.program import Program
 from relora_jax.sharding import make_mesh
+from relora_jax.tensorboard import Board
 from relora_jax.validate import validate
+from relora_jax.weights_and_biases import WeightsAndBiases
 
 DIVERGED, STOPPED = 70, 75
 
@@ -31,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line; the exit code. ValueError, in one line, for what the user can mend."""
     config, strings = flags.parse(argv, workdir="")
     validate(config, devices=jax.device_count())
+    weights_and_biases.check(config.train.wandb)
     place = Path(strings["workdir"] or f"runs/{config.name}-{config.arm}").expanduser()
     workdir.check(place, config)
     updates = config.train.updates
@@ -80,7 +84,8 @@ def train(config: Config, place: Path, prepared: prepare.Prepared) -> int:
         state = program.init() if start is None else checkpoints.restore(start, program.state_at(start))
         if start is not None:
             print(f"goes on after update {start}")
-        with Metrics(place, updates=updates, restored_update=start or 0) as metrics:
+        sinks = sinks_of(config, place, start)
+        with Metrics(place, updates=updates, restored_update=start or 0, sinks=sinks) as metrics:
             recorder = Recorder(config, program, metrics, checkpoints, validation)
             if start is None:
                 recorder.record(0, state)
@@ -136,6 +141,16 @@ class Recorder:
             with self.metrics.pause(state.update):
                 self.metrics.flush()
                 self.checkpoints.save(u, state)
+
+
+def sinks_of(config: Config, place: Path, start: int | None) -> list[Sink]:
+    """Where rows go besides metrics.jsonl, of a run that goes on after update `start`, or begins (None)."""
+    sinks: list[Sink] = [Board(place / "tensorboard", purge_step=(start or 0) + 1)]
+    if config.train.wandb and jax.process_index() == 0:
+        told = json.loads(to_json(config))
+        project, resumed = config.train.wandb, start is not None
+        sinks.append(WeightsAndBiases(place, project=project, config=told, resumed=resumed))
+    return sinks
 
 
 def check_data(config: Config, prepared: prepare.Prepared) -> None:

@@ -8,8 +8,8 @@ import sys
 PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 # From the ground up; a module imports from lower floors, or from its own.
 FLOORS = [
-    {"prune", "places", "schedule", "paths", "product", "merge", "progress", "spectrum"},
-    {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard"},
+    {"prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"},
+    {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags"},
     {"prepare", "sharding", "steps", "validate"},
     {"program", "run"},
