@@ -13,7 +13,7 @@ FLOORS = [
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags"},
     {"prepare", "sharding", "steps", "validate"},
     {"program", "run"},
-    {"checkpoint", "evaluate"},
+    {"checkpoint", "comparison", "evaluate"},
     {"report", "workdir"},
     {"train"},
 ]
