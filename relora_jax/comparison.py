@@ -99,7 +99,8 @@ def _starts(runs: dict[str, Run]) -> dict[str, float]:
         if run.low_rank and 0 < run.low_rank_start <= _done(run):
             tokens = _tokens_at(run, run.low_rank_start)
             shared.setdefault((run.low_rank_start, tokens), []).append(name)
-    return {f"W = {start:,}: {', '.join(names)}": tokens for (start, tokens), names in shared.items()}
+    told = {at: ", ".join(names[:3]) + (", ..." if names[3:] else "") for at, names in shared.items()}
+    return {f"W = {start:,}: {names}": tokens for (start, tokens), names in told.items()}
 
 
 def _table(runs: dict[str, Run]) -> str:

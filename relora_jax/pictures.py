@@ -127,8 +127,9 @@ def runs(file: Path, curves: Sequence[Curves], starts: Mapping[str, float]) -> N
     for n, (label, tokens) in enumerate(starts.items()):
         for axes in (above, below):
             axes.axvline(tokens, color=GREY, linewidth=1.2, linestyle="--", zorder=1)
-        at, where = (4, -10 - 12 * n), ("data", "axes fraction")
-        above.annotate(label, (tokens, 1), at, where, "offset points", color=INK, size=8)
+        side = -1 if tokens > np.mean(above.get_xlim()) else 1
+        at = {"xytext": (4 * side, -10 - 12 * n), "ha": "left" if side > 0 else "right"}
+        above.annotate(label, (tokens, 1), xycoords=above.get_xaxis_transform(), **at, **_WRITTEN)
     _style(above)
     _style(below)
     _log(above)
@@ -136,7 +137,8 @@ def runs(file: Path, curves: Sequence[Curves], starts: Mapping[str, float]) -> N
     below.set_ylabel("training loss (nats per token, smoothed)", color=INK)
     below.set_xlabel("tokens seen", color=INK)
     below.xaxis.set_major_formatter(EngFormatter(sep=""))
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9, labelcolor=INK)
+    key = {"handles": above.get_legend_handles_labels()[0], "labelcolor": INK, "fontsize": 9}
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, **key)
     _save(figure, file)
 
 
@@ -151,6 +153,7 @@ def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
 
 
+_WRITTEN = {"textcoords": "offset points", "color": INK, "fontsize": 8}
 _EDGE = {"markeredgecolor": "white", "markeredgewidth": 1.0}
 
 

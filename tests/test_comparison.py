@@ -93,6 +93,8 @@ def test_curves_are_over_tokens_seen_and_runs_of_one_start_share_a_line(
     np.testing.assert_allclose(curves["a"].get_ydata(), np.exp(4 - np.arange(0, 16, 3) / 10))
     losses = {line.get_label(): line for line in below.lines}
     assert np.array_equal(losses["a"].get_xdata(), 100.0 * np.arange(2, 17, 2))
+    (key,) = figures["comparison.png"].legends
+    assert [text.get_text() for text in key.get_texts()] == list(curves)
     assert upright(above) == upright(below) == [400.0, 4000.0]
     assert [text.get_text() for text in above.texts] == ["W = 4: a, b", "W = 4: wide"]
     assert len({line.get_color() for line in curves.values()}) == 5
