@@ -289,7 +289,7 @@ MUTANTS = [
         "model.py",
         "    return places - starts,",
         "    return places,",
-        "tests/test_model.py::test_documents_apart_are_the_oracle_of_each_alone",
+        "tests/test_model.py::test_positions_begin_anew_with_each_document_and_no_document_sees_another",
     ),
     Mutant(
         "the first id of the next document is guessed from an EOS",

@@ -12,7 +12,7 @@ from flax import nnx
 from relora_jax import shapes
 from relora_jax.config import ModelConfig
 from relora_jax.data import number_documents
-from relora_jax.model import Llama, token_loss
+from relora_jax.model import Llama, apart, token_loss
 from tests import oracle, small
 from tests.test_oracle import PLACES
 
@@ -158,6 +158,15 @@ def test_documents_apart_are_the_oracle_of_each_alone(changes: dict[str, Any]) -
         flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(grads)}
         for name, value in theirs.items():
             np.testing.assert_allclose(flat[PLACES[name]], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_positions_begin_anew_with_each_document_and_no_document_sees_another() -> None:
+    # by hand: rotary positions are relative, so that a shift of a whole document shows in no logit
+    numbers = jnp.array([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]])
+    positions, mask = apart(numbers)
+    assert positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
+    for row, seen in zip(numbers.tolist(), mask.tolist(), strict=True):
+        assert seen == [[key == query for key in row] for query in row]
 
 
 @pytest.mark.parametrize(
