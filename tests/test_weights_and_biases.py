@@ -76,7 +76,7 @@ def test_rows_become_points_at_their_update_and_what_is_no_number_is_left_out(op
 
 def test_resumed_run_goes_on_in_the_same_run_and_another_begins_its_own(opened: Any) -> None:
     ids = []
-    for start in ({}, {"resumed": True}, {"resumed": True}, {"resumed": True, "project": "q"}, {}):
+    for start in ({}, {"resumed": True}, {"resumed": True}, {}, {"resumed": True, "project": "q"}):
         fake = Fake()
         opened(fake, **start)
         assert fake.settings["resume"] == "allow"
