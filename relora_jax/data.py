@@ -2,7 +2,7 @@
 
 Legend: S ids of a row = L + 1, L its targets (sequence_length); a accumulation, m microbatch.
 A row is S ids and their true length; inputs ids[:-1], targets ids[1:], target t counts where
-t < length - 1.
+t < length - 1 and, where documents are apart, ids t and t + 1 are of one document.
 """
 
 import dataclasses
@@ -22,16 +22,20 @@ from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 from jaxtyping import Int32, Int64
 
-FORMAT = 1  # of a row store: raise it with any change of the records, the packing or the manifest
+FORMAT = 2  # of a row store: raise it with any change of the records, the packing or the manifest
 MANIFEST, COUNTS = "manifest.json", "counts.npy"
 SHUFFLE_ROUNDS = 4
 
 
 class Batch(NamedTuple):
-    """Rows on devices: of an update ids [a, m, S], lengths [a, m]; of an evaluation [m, S] and [m]."""
+    """Rows on devices: of an update ids [a, m, S], lengths [a, m]; of an evaluation [m, S] and [m].
+
+    `documents`: the number of each id's document in its row, where documents do not see each other.
+    """
 
     ids: Int32[jax.Array, "*batch S"]
     lengths: Int32[jax.Array, "*batch"]
+    documents: Int32[jax.Array, "*batch S"] | None = None
 
 
 def record_type(*, sequence_length: int, pieces: int) -> np.dtype:
@@ -42,13 +46,17 @@ def record_type(*, sequence_length: int, pieces: int) -> np.dtype:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowStore:
-    """The rows that `prepare` wrote: `rows` of them, `tokens` ids in all, `counts` of each piece."""
+    """The rows that `prepare` wrote: `rows` of them, `tokens` ids in all, `counts` of each piece.
+
+    `eos` is the id that ends a document.
+    """
 
     path: Path
     rows: int
     sequence_length: int
     tokens: int
     pieces: int
+    eos: int
     manifest: dict[str, Any]
     counts: Int64[np.ndarray, " pieces"]
     _source: ArrayRecordDataSource
@@ -65,7 +73,7 @@ class RowStore:
             source = ArrayRecordDataSource(shards)
             if not len(source) == manifest["rows"] == sum(shard["rows"] for shard in manifest["shards"]):
                 raise ValueError(f"{len(source)} rows of {manifest['rows']} are there")
-            facts = {name: manifest[name] for name in ("rows", "sequence_length", "tokens", "pieces")}
+            facts = {name: manifest[name] for name in ("rows", "sequence_length", "tokens", "pieces", "eos")}
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} is no whole row store ({error}): delete it, and it is made again"
@@ -90,20 +98,34 @@ def row_index(i: int, *, rows: int, seed: int) -> int:
     return index_shuffle(k, max_index=rows - 1, seed=epoch_seed, rounds=SHUFFLE_ROUNDS)
 
 
+def number_documents(ids: Int32[np.ndarray, "*batch S"], eos: int) -> Int32[np.ndarray, "*batch S"]:
+    """The number of EOS before each id of its row: one ends the document that it belongs to."""
+    ends = (ids == eos).astype(np.int32)
+    return ends.cumsum(axis=-1, dtype=np.int32) - ends
+
+
 def train_batch(
-    store: RowStore, update: int, *, batch: int, microbatch: int, seed: int, sharding: NamedSharding
+    store: RowStore,
+    update: int,
+    *,
+    batch: int,
+    microbatch: int,
+    seed: int,
+    sharding: NamedSharding,
+    across_documents: bool,
 ) -> Batch:
     """Row j = a * microbatch + m of update u is row u * batch + j of the stream: pure in (seed, u).
 
-    `sharding` lays out the microbatch axis of ids and of lengths alike. Each process reads the rows of
-    its own devices alone.
+    `sharding` lays out the microbatch axis of all parts alike. Each process reads the rows of its own
+    devices alone. Documents are numbered where they are not to be attended `across_documents`.
     """
     stream = update * batch + np.arange(batch).reshape(-1, microbatch)
-    return _load(store, stream, lambda i: row_index(i, rows=store.rows, seed=seed), sharding)
+    place = lambda i: row_index(i, rows=store.rows, seed=seed)  # noqa: E731
+    return _load(store, stream, place, sharding, across_documents)
 
 
 def validation_batches(
-    store: RowStore, *, eval_tokens: int, microbatch: int, sharding: NamedSharding
+    store: RowStore, *, eval_tokens: int, microbatch: int, sharding: NamedSharding, across_documents: bool
 ) -> list[Batch]:
     """The first eval_tokens // L rows (one at least, all at most) in the store's order.
 
@@ -112,10 +134,18 @@ def validation_batches(
     rows = min(store.rows, max(1, eval_tokens // store.sequence_length))
     stream = np.full(math.ceil(rows / microbatch) * microbatch, -1)
     stream[:rows] = np.arange(rows)
-    return [_load(store, each, lambda i: i, sharding) for each in stream.reshape(-1, microbatch)]
+    return [
+        _load(store, each, lambda i: i, sharding, across_documents) for each in stream.reshape(-1, microbatch)
+    ]
 
 
-def _load(store: RowStore, stream: np.ndarray, place: Callable[[int], int], sharding: NamedSharding) -> Batch:
+def _load(
+    store: RowStore,
+    stream: np.ndarray,
+    place: Callable[[int], int],
+    sharding: NamedSharding,
+    across_documents: bool,
+) -> Batch:
     """Rows place(i) for each i of `stream` [*batch] that a device of this process holds; -1 is no row."""
     shape = (*stream.shape, store.sequence_length + 1)
     mine = np.zeros(stream.shape, bool)
@@ -124,10 +154,8 @@ def _load(store: RowStore, stream: np.ndarray, place: Callable[[int], int], shar
     mine &= stream >= 0
     ids, lengths = np.zeros(shape, np.int32), np.zeros(stream.shape, np.int32)
     ids[mine], lengths[mine] = store.read([place(int(i)) for i in stream[mine]])
-    return Batch(
-        jax.make_array_from_callback(ids.shape, sharding, lambda index: ids[index]),
-        jax.make_array_from_callback(lengths.shape, sharding, lambda index: lengths[index]),
-    )
+    parts = [ids, lengths] if across_documents else [ids, lengths, number_documents(ids, store.eos)]
+    return Batch(*(jax.make_array_from_callback(part.shape, sharding, part.__getitem__) for part in parts))
 
 
 def prefetch(
@@ -158,6 +186,9 @@ def unigram_perplexity(counts: Int64[np.ndarray, " pieces"], batches: Iterable[B
     for batch in batches:
         ids, lengths = np.asarray(batch.ids), np.asarray(batch.lengths)
         counted = np.arange(ids.shape[-1] - 1) < lengths[..., None] - 1
+        if batch.documents is not None:
+            documents = np.asarray(batch.documents)
+            counted &= documents[..., 1:] == documents[..., :-1]
         targets += np.bincount(ids[..., 1:][counted], minlength=len(counts))
     smoothed = counts.astype(np.float64) + 1
     nats = -np.log(smoothed / smoothed.sum())

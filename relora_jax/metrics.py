@@ -1,4 +1,4 @@
-"""The rows of a run: metrics.jsonl, TensorBoard's files and the progress line, all from one queue.
+"""The rows of a run: metrics.jsonl, sinks such as TensorBoard and the progress line, all from one queue.
 
     train    update, loss, lr, grad_norm, tokens_seen, tokens_per_s, restarts, skipped, elapsed_s
     eval     update, loss, perplexity, tokens
@@ -19,19 +19,22 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from relora_jax import lines
 from relora_jax.config import SKIPS_IN_ROW
+from relora_jax.lines import Row
 from relora_jax.progress import Progress, Stream, number
 from relora_jax.tensorboard import Board
+from relora_jax.weights_and_biases import WeightsAndBiases
 
 YOUNGER_ROWS = 2  # a row is waited for when this many younger ones are queued: the device has work left
 
-Row = dict[str, Any]
+Sink = Board | WeightsAndBiases
 _clock = time.perf_counter
 
 
@@ -56,20 +59,20 @@ class Metrics:
         updates: int,
         restored_update: int,
         anew: bool = False,
+        sinks: Sequence[Sink] = (),
         stream: Stream | None = None,
     ) -> None:
         self._path = path(workdir)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        before = -1 if anew else restored_update  # whose rows belong to this run
-        kept = _cut(self._path, before)
-        trained = [row for row in kept if row["kind"] == "train"]
-        self._last: Row = trained[-1] if trained else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
+        kept = lines.cut(self._path, -1 if anew else restored_update)
+        before = [row for row in kept if row["kind"] == "train"]
+        self._last: Row = before[-1] if before else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
         self._elapsed_s, self._opened = self._last["elapsed_s"], _clock()
         self._start, self._last_time, self._paused_s = restored_update, self._opened, 0.0
         self._paused_at: float | None = None
         self._queue: deque[tuple[Row, Any]] = deque()
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = Board(self._path.parent / "tensorboard", purge_step=before + 1)
+        self._sinks = sinks
         out = sys.stdout if stream is None else stream  # the stdout of now, not the one at import
         self._progress = Progress(out, updates=updates, done=restored_update)
 
@@ -107,7 +110,8 @@ class Metrics:
         self._drain(keep=0)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._board.flush()
+        for sink in self._sinks:
+            sink.flush()
 
     @contextlib.contextmanager
     def pause(self, after: Any = None) -> Iterator[None]:
@@ -138,7 +142,7 @@ class Metrics:
                 with contextlib.suppress(Exception):  # the first error is the one to tell
                     self._drain(keep=len(self._queue))
         finally:
-            for part in (self._progress, self._file, self._board):
+            for part in (self._progress, self._file, *self._sinks):
                 with contextlib.suppress(OSError):  # a full disk was told by the write that met it
                     part.close()
 
@@ -167,7 +171,8 @@ class Metrics:
             self._last = row
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        self._board.write(row)
+        for sink in self._sinks:
+            sink.write(row)
         self._show(row)
 
     def _tokens_per_s(self, row: Row) -> float | None:
@@ -197,7 +202,7 @@ def path(workdir: Path) -> Path:
 
 def read(workdir: Path) -> list[Row]:
     """The rows of a run, in order; a torn last line is left out, and no file gives no rows."""
-    return [row for _, row in _rows(path(workdir))]
+    return [row for _, row in lines.whole(path(workdir))]
 
 
 def tokens_per_s(rows: Iterable[Row]) -> float | None:
@@ -223,34 +228,3 @@ def _plain(key: str, value: Any) -> Any:
 
 def _ready(row: Row, skipped_in_row: Any) -> bool:
     return all(getattr(value, "is_ready", lambda: True)() for value in (*row.values(), skipped_in_row))
-
-
-def _rows(file: Path) -> Iterator[tuple[str, Row]]:
-    """(line, row) of every line that is whole."""
-    if not file.exists():
-        return
-    for line in file.read_bytes().decode("utf-8", errors="replace").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict) and "kind" in row and "update" in row:
-                yield line, row
-
-
-def _cut(file: Path, restored_update: int) -> list[Row]:
-    """Keeps rows with update <= u, restart rows with update < u: the resumed run does that restart anew."""
-    end = {"restart": restored_update}
-    kept = [
-        (line, row) for line, row in _rows(file) if row["update"] < end.get(row["kind"], restored_update + 1)
-    ]
-    replaced = file.with_suffix(".jsonl.tmp")
-    with replaced.open("w", encoding="utf-8") as new:
-        new.writelines(f"{line}\n" for line, _ in kept)
-        new.flush()
-        os.fsync(new.fileno())
-    replaced.replace(file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the name, too, survives a power failure
-    finally:
-        os.close(folder)
-    return [row for _, row in kept]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from relora_jax.config import ModelConfig
 
@@ -21,7 +21,11 @@ ATTENTION = ("xla", "einsum", "cudnn")
 
 
 class Llama(nnx.Module):
-    """Logits [B, L, V] of ids [B, L]; each depends on the ids up to its own position."""
+    """Logits [B, L, V] of ids [B, L]; each depends on the ids up to its own position.
+
+    With `documents` [B, L], the number of each id's document in its row, on those of its document alone:
+    the logits are those of the documents run apart.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         dtype, param_dtype = types(config)
@@ -44,12 +48,17 @@ class Llama(nnx.Module):
         self.head = None if config.tied_embeddings else _linear(config, *head)
         self.remat = config.remat
 
-    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L V"]:
+    def __call__(
+        self, ids: Int[Array, "B L"], documents: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B L V"]:
         """Logits in at least float32."""
         graph, layers = nnx.split(self.blocks)
+        positions, mask = jnp.arange(ids.shape[1])[None], None
+        if documents is not None:
+            positions, mask = apart(documents)
 
         def block(x: Array, layer: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x), None
+            return nnx.merge(graph, layer)(x, positions, mask), None
 
         x, _ = lax.scan(_remat(block, self.remat), self.embed(ids), layers)
         x = self.norm(x)
@@ -67,9 +76,11 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(config, axes=("layers", "norm"), rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    def __call__(
+        self, x: Float[Array, "B L D"], positions: Int[Array, "#B L"], mask: Bool[Array, "B L L"] | None
+    ) -> Float[Array, "B L D"]:
         """One layer of the residual stream."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), positions, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -86,14 +97,16 @@ class Attention(nnx.Module):
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.theta, self.kernel = config.rope_theta, config.attention
 
-    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """Causal self-attention."""
+    def __call__(
+        self, x: Float[Array, "B L D"], positions: Int[Array, "#B L"], mask: Bool[Array, "B L L"] | None
+    ) -> Float[Array, "B L D"]:
+        """Causal self-attention, within `mask` where there is one."""
         rows, length, _ = x.shape
         q = self.q(x).reshape(rows, length, self.heads, self.head_dim)
         k = self.k(x).reshape(rows, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(rows, length, self.kv_heads, self.head_dim)
-        q, k = rotate(q, theta=self.theta), rotate(k, theta=self.theta)
-        y = attend(q, k, v, kernel=self.kernel)
+        q, k = rotate(q, positions, theta=self.theta), rotate(k, positions, theta=self.theta)
+        y = attend(q, k, v, mask, kernel=self.kernel)
         return self.o(y.reshape(rows, length, -1))
 
 
@@ -111,7 +124,17 @@ class Mlp(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def rotate(x: Float[Array, "B L heads h"], *, theta: float) -> Float[Array, "B L heads h"]:
+def apart(documents: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L L"]]:
+    """(place of each id within its document, whether two ids are of one document)."""
+    places = jnp.broadcast_to(jnp.arange(documents.shape[1])[None], documents.shape)
+    begins = jnp.diff(documents, axis=1, prepend=documents[:, :1]) != 0
+    starts = lax.cummax(jnp.where(begins, places, 0), axis=1)
+    return places - starts, documents[:, :, None] == documents[:, None, :]
+
+
+def rotate(
+    x: Float[Array, "B L heads h"], positions: Int[Array, "#B L"], *, theta: float
+) -> Float[Array, "B L heads h"]:
     """(x1 cos - x2 sin, x2 cos + x1 sin) of the head's halves, at angles position * theta^(-2i/h).
 
     Computed in at least float32; the halves are those of the published LLaMA checkpoints.
@@ -119,33 +142,58 @@ def rotate(x: Float[Array, "B L heads h"], *, theta: float) -> Float[Array, "B L
     wide = jnp.promote_types(x.dtype, jnp.float32)
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
-    angle = jnp.outer(jnp.arange(x.shape[1], dtype=wide), frequency)[None, :, None, :]
+    angle = jnp.multiply.outer(positions.astype(wide), frequency)[:, :, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     x1, x2 = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 
 
 def attend(
-    q: Float[Array, "B L H h"], k: Float[Array, "B L K h"], v: Float[Array, "B L K h"], *, kernel: str
+    q: Float[Array, "B L H h"],
+    k: Float[Array, "B L K h"],
+    v: Float[Array, "B L K h"],
+    mask: Bool[Array, "B L L"] | None = None,
+    *,
+    kernel: str,
 ) -> Float[Array, "B L H h"]:
-    """Causal attention by jax's own kernels, or written out ("einsum") where those round to float32."""
+    """Causal attention within `mask`, a query's keys in its last axis (None: all that is past).
+
+    By jax's own kernels, or written out ("einsum") where those round to float32.
+    """
     if kernel != "einsum":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=kernel)  # pyright: ignore
+        heads_alike = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=heads_alike,
+            is_causal=True,
+            implementation=kernel,  # pyright: ignore
+        )
     wide = jnp.promote_types(q.dtype, jnp.float32)
     rows, length, heads, dim = q.shape
     q = q.reshape(rows, length, k.shape[2], heads // k.shape[2], dim)
     logits = jnp.einsum("blkgh,bmkh->bkglm", q, k, preferred_element_type=wide) * dim**-0.5
-    past = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(past[None, None, None], logits, -jnp.inf), axis=-1).astype(v.dtype)
+    seen = jnp.tril(jnp.ones((1, length, length), bool))
+    seen = seen if mask is None else seen & mask
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bkglm,bmkh->blkgh", weights, v).reshape(rows, length, heads, dim)
 
 
 def token_loss(
-    logits: Float[Array, "B L V"], ids: Int[Array, "B L+1"], lengths: Int[Array, " B"]
+    logits: Float[Array, "B L V"],
+    ids: Int[Array, "B L+1"],
+    lengths: Int[Array, " B"],
+    documents: Int[Array, "B L+1"] | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """(summed nats, number) of the targets ids[:, 1:] that lie within their row's true length."""
+    """(summed nats, number) of the targets ids[:, 1:] that lie within their row's true length.
+
+    With `documents`, of those in the document of the id that they follow: none is guessed from an EOS.
+    """
     targets = ids[:, 1:]
     counted = jnp.arange(targets.shape[1])[None] < lengths[:, None] - 1
+    if documents is not None:
+        counted &= documents[:, 1:] == documents[:, :-1]
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(counted, nats, 0)), jnp.sum(counted, dtype=jnp.int32)

@@ -9,13 +9,18 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, GREY, FAINT = "#24313d", "#7b8794", "#dfe4e9"
 BLUE, ORANGE, GREEN = "#2b6cb0", "#d9702c", "#2f8f6b"
 MOST_MARKS = 40  # more restarts than this are drawn without lines that would hide the curve
 
-Points = Sequence[tuple[int, float]]  # (update, value)
+# For runs beside each other: told apart by those who see few colours (Okabe and Ito), then by dashes
+SAFE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+DASHES = ("-", "--", ":", "-.")
+MARKS = "osD^vP*"
+
+Points = Sequence[tuple[float, float]]  # (updates or tokens, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +29,15 @@ class Timeline:
 
     warm_start_updates: int  # 0: the run has none
     restarts: Sequence[int]  # updates that began with a reset
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """A run beside others, over tokens seen."""
+
+    name: str
+    loss: Points
+    perplexity: Points
 
 
 def loss(file: Path, train: Points, evaluations: Points, timeline: Timeline) -> None:
@@ -59,14 +73,11 @@ def perplexity(file: Path, evaluations: Points, unigram: float | None, timeline:
     figure, axes = _curve("validation perplexity (log scale)", height=3.4)
     updates, values = _arrays(evaluations)
     axes.plot(updates, values, "o-", color=ORANGE, markersize=6, linewidth=1.5, label="this run", **_EDGE)
-    axes.set_yscale("log")
+    _log(axes)
     if unigram is not None:
         axes.axhline(unigram, color=GREY, linestyle="--", linewidth=1.2, label=f"unigram: {unigram:,.0f}")
     low, high = min(*values, unigram or np.inf), max(*values, unigram or 0)
     axes.set_ylim(low / 1.35, high * 1.35)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.yaxis.set_minor_locator(NullLocator())
     last = (int(updates[-1]), float(values[-1]))
     axes.annotate(f"{last[1]:,.1f}", last, (0, 9), textcoords="offset points", ha="center", color=INK)
     _finish(figure, axes, file, timeline)
@@ -100,6 +111,37 @@ def spectrum(
     _save(figure, file)
 
 
+def runs(file: Path, curves: Sequence[Curves], starts: Mapping[str, float]) -> None:
+    """Validation perplexity above, smoothed training loss below, a colour and a mark for each run.
+
+    `starts`: what is written at a vertical line, and the tokens at which it stands.
+    """
+    figure = Figure(figsize=(10, 8), dpi=120, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    for n, run in enumerate(curves):
+        line = {"color": SAFE[n % 7], "linestyle": DASHES[n // 7 % 4], "linewidth": 1.6, "label": run.name}
+        tokens, values = _arrays(run.perplexity)
+        above.plot(tokens, values, marker=MARKS[n % 7], markersize=6, **line, **_EDGE)
+        tokens, values = _arrays(run.loss)
+        below.plot(tokens, smoothed(values), marker=_dot(tokens), **line)
+    for n, (label, tokens) in enumerate(starts.items()):
+        for axes in (above, below):
+            axes.axvline(tokens, color=GREY, linewidth=1.2, linestyle="--", zorder=1)
+        side = -1 if tokens > np.mean(above.get_xlim()) else 1
+        at = {"xytext": (4 * side, -10 - 12 * n), "ha": "left" if side > 0 else "right"}
+        above.annotate(label, (tokens, 1), xycoords=above.get_xaxis_transform(), **at, **_WRITTEN)
+    _style(above)
+    _style(below)
+    _log(above)
+    above.set_ylabel("validation perplexity (log scale)", color=INK)
+    below.set_ylabel("training loss (nats per token, smoothed)", color=INK)
+    below.set_xlabel("tokens seen", color=INK)
+    below.xaxis.set_major_formatter(EngFormatter(sep=""))
+    key = {"handles": above.get_legend_handles_labels()[0], "labelcolor": INK, "fontsize": 9}
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, **key)
+    _save(figure, file)
+
+
 def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Mean over a centred window of a fiftieth of the curve, narrower at its ends; short curves stay."""
     half = len(values) // 100
@@ -111,6 +153,7 @@ def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
 
 
+_WRITTEN = {"textcoords": "offset points", "color": INK, "fontsize": 8}
 _EDGE = {"markeredgecolor": "white", "markeredgewidth": 1.0}
 
 
@@ -166,6 +209,13 @@ def _style(axes: Axes) -> None:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(GREY)
+
+
+def _log(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _finish(figure: Figure, axes: Axes, file: Path, timeline: Timeline) -> None:

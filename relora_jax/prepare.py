@@ -158,6 +158,7 @@ def _write(
         "format": FORMAT,
         "sequence_length": length,
         "pieces": tokenizer.pieces,
+        "eos": tokenizer.eos,
         "documents": len(documents),
         "rows": sum(shard["rows"] for shard in shards),
         "tokens": int(counts.sum()),

@@ -1,6 +1,6 @@
 """A run's directory -> report.md with its pictures. `python -m relora_jax.report --workdir=RUN`
 
-Reads files only: config.json, run.json, metrics.jsonl and, for the summed update, two checkpoints.
+Reads files only: config.json, run.json, metrics.jsonl and two checkpoints. Several runs: comparison.py.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from relora_jax import metrics, pictures, spectrum
+from relora_jax import comparison, metrics, pictures, spectrum
 from relora_jax.progress import duration, number
 from relora_jax.run import Run, read
 
@@ -52,11 +52,12 @@ def write(workdir: Path) -> Path:
 def _title(run: Run) -> str:
     """Name, arm and result in a sentence; for the low-rank arms the method in five."""
     text = f"`{run.config.arm}`: {ARMS[run.config.arm]}."
-    found, unigram = run.points("eval", "perplexity"), run.facts.get("unigram_perplexity")
+    unigram, found = run.facts.get("unigram_perplexity"), run.of("eval")
     if found:
-        update, last = found[-1]
-        text += f" Validation perplexity {last:,.1f} after {update:,} updates"
-        text += f", {last / unigram:.2f} of what the pieces' frequencies alone give." if unigram else "."
+        last, (update, told) = found[-1]["perplexity"], run.perplexities()[-1]
+        text += f" Validation perplexity {told} after {update:,} updates"
+        known = f"{last / unigram:.2f} of what the pieces' frequencies alone give" if last and unigram else ""
+        text += f", {known}." if known else "."
     method = (FACTORS if run.low_rank else "") + (RESTARTS if run.config.arm == "relora" else "")
     return f"# {run.config.name}, arm {run.config.arm}\n\n{text}\n{method}"
 
@@ -90,9 +91,9 @@ def _settings(run: Run) -> dict[str, str]:
 
 
 def _outcome(run: Run) -> dict[str, str]:
-    train, found = run.of("train"), run.points("eval", "perplexity")
+    train = run.of("train")
     last = train[-1] if train else {}
-    perplexities = [f"{value:,.1f} (update {update:,})" for update, value in found] or ["-"]
+    perplexities = [f"{told} (update {update:,})" for update, told in run.perplexities()] or ["-"]
     done, total = run.rows[-1]["update"], run.config.train.updates
     return {
         "updates done": f"{done:,} of {total:,}",
@@ -229,13 +230,15 @@ def _flat(value: Any) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 and the report's path on a line; 2 and one line of error where there is no run to report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m relora_jax.report", description="Write a run's report.md."
-    )
-    parser.add_argument("--workdir", type=Path, required=True, help="the directory of a run")
+    """0 and the page's path on a line; 2 and one line of error where there is no run to report."""
+    parser = argparse.ArgumentParser("python -m relora_jax.report", description="Report or compare runs.")
+    parser.add_argument("--workdir", nargs="+", required=True, help="a run's directory, or several's")
+    parser.add_argument("--output", type=Path, help="the page of several runs (comparison.md)")
+    given = parser.parse_args(arguments)
     try:
-        print(write(parser.parse_args(arguments).workdir))
+        runs = comparison.places(given.workdir)
+        one = len(runs) == 1 and not given.output
+        print(write(runs[0]) if one else comparison.write(runs, given.output or Path("comparison.md")))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -27,6 +27,11 @@ class Run:
         """(update, value) of the rows of one kind, those without a finite value left out."""
         return [(row["update"], row[key]) for row in self.of(kind) if row[key] is not None]
 
+    def perplexities(self) -> list[tuple[int, str]]:
+        """(update, perplexity in words) of each evaluation; one that is no number is told as diverged."""
+        words = lambda value: "nan (diverged)" if value is None else f"{value:,.1f}"  # noqa: E731
+        return [(row["update"], words(row["perplexity"])) for row in self.of("eval")]
+
     @property
     def low_rank(self) -> bool:
         """Whether the arm has a low-rank phase."""
@@ -54,10 +59,9 @@ def read(workdir: Path) -> Run:
 def summary(workdir: Path) -> str:
     """Perplexity before and after, the unigram distribution's, tokens/s, and where the report is."""
     run = read(workdir)
-    found = [value for _, value in run.points("eval", "perplexity")]
-    before, after = (f"{found[0]:,.1f}", f"{found[-1]:,.1f}") if found else ("-", "-")
+    told = [words for _, words in run.perplexities()] or ["-"]
     unigram, speed = run.facts.get("unigram_perplexity"), metrics.tokens_per_s(run.rows)
     return (
-        f"perplexity {before} -> {after} (unigram distribution {number(unigram, ',.1f')}), "
+        f"perplexity {told[0]} -> {told[-1]} (unigram distribution {number(unigram, ',.1f')}), "
         f"{number(speed, ',.0f')} tokens/s, report {run.workdir / 'report.md'}"
     )

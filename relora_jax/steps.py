@@ -173,18 +173,23 @@ def train_step(
 
 def eval_step(phase: Phase, trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(summed nats, number) of the counted targets of rows [M, L+1]; no dropout."""
-    return token_loss(phase.model(trained, frozen)(batch.ids[:, :-1]), batch.ids, batch.lengths)
+    return _summed_nats(phase.model(trained, frozen), batch)
+
+
+def _summed_nats(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    documents = None if batch.documents is None else batch.documents[:, :-1]
+    return token_loss(model(batch.ids[:, :-1], documents), *batch)
 
 
 def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
     """(mean loss, its gradient, targets): sums over the microbatches, divided once by all their targets."""
     dropout_key = key(config, DROPOUT, state.update)
 
-    def summed_loss(trained: Any, index: Any, ids: Any, lengths: Any) -> tuple[Any, Any]:
+    def summed_loss(trained: Any, index: Any, rows: Batch) -> tuple[Any, Any]:
         model = phase.model(trained, state.frozen)
         if config.relora.dropout and jax.tree.leaves(state.frozen):
             low_rank.with_dropout_keys(model, key=jax.random.fold_in(dropout_key, index))
-        return token_loss(model(ids[:, :-1]), ids, lengths)
+        return _summed_nats(model, rows)
 
     def accumulate(sums: Any, micro: Any) -> tuple[Any, None]:
         (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.trained, *micro)
@@ -195,7 +200,7 @@ def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) ->
         jnp.zeros((), jnp.int32),
     )
     zeros = (*first, jax.tree.map(jnp.zeros_like, state.trained))
-    micros = (jnp.arange(batch.ids.shape[0]), batch.ids, batch.lengths)
+    micros = (jnp.arange(batch.ids.shape[0]), batch)
     (loss, targets, grads), _ = lax.scan(accumulate, zeros, micros)
     count = jnp.maximum(targets, 1)
     return loss / count, jax.tree.map(lambda g: g / count, grads), targets

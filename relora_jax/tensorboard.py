@@ -25,16 +25,15 @@ class Board:
         self._flushed_at = time.monotonic()
 
     def write(self, row: dict[str, Any]) -> None:
-        """The row's finite numbers, at step `update`; restarts are a curve of the train rows already."""
-        group = {"train": "train", "eval": "validation"}.get(row["kind"])
-        if group is None:
+        """The row's `curves`, at step `update`."""
+        points = curves(row)
+        if not points:
             return
         if self._writer is None:
             self._writer = self._open(min(self._purge_step, row["update"]))
-        for key, value in row.items():
-            if key not in _NOT_CURVES and value is not None:
-                scalar = summary.scalar(f"{group}/{key}", value)
-                self._writer.write_event(Event(step=row["update"], wall_time=time.time(), summary=scalar))
+        for name, value in points.items():
+            scalar = summary.scalar(name, value)
+            self._writer.write_event(Event(step=row["update"], wall_time=time.time(), summary=scalar))
         if time.monotonic() - self._flushed_at > FLUSH_S:
             self.flush()
 
@@ -56,3 +55,12 @@ class Board:
         start = SessionLog(status=SessionLog.START)
         writer.write_event(Event(step=purge_step, wall_time=time.time(), session_log=start))
         return writer
+
+
+def curves(row: dict[str, Any]) -> dict[str, float]:
+    """A row's finite numbers by the names of their curves; restarts are a curve of the train rows already."""
+    group = {"train": "train", "eval": "validation"}.get(row["kind"])
+    if group is None:
+        return {}
+    shown = {key: value for key, value in row.items() if key not in _NOT_CURVES and value is not None}
+    return {f"{group}/{key}": value for key, value in shown.items()}

@@ -5,6 +5,7 @@ ARM: full, control, lora, lora_warm or relora (default). Exit codes: 0 finished,
 again will not help), 70 diverged, 74 data or disk failed, 75 stopped by a signal (start me again).
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 import jax
 
 from relora_jax import data, flags, places, prepare, report, run, shapes, steps, warm_start, workdir
+from relora_jax import weights_and_biases as wandb
 from relora_jax.checkpoint import Checkpoints, restore_newest, updates_saved
-from relora_jax.config import Config
+from relora_jax.config import Config, to_json
 from relora_jax.evaluate import evaluate
-from relora_jax.metrics import Diverged, Metrics
+from relora_jax.metrics import Diverged, Metrics, Sink
 from relora_jax.program import Program
 from relora_jax.sharding import make_mesh
 from relora_jax.signals import STOPPED, Signals
+from relora_jax.tensorboard import Board
 from relora_jax.validate import validate
 
 DIVERGED = 70
@@ -29,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the command line; the exit code. ValueError, in one line, for what the user can mend."""
     config, strings = flags.parse(argv, workdir="")
     validate(config, devices=jax.device_count())
+    wandb.check(config.train.wandb)
     place = Path(strings["workdir"] or f"runs/{config.name}-{config.arm}").expanduser()
     with Signals() as signals:
         workdir.check(place, config)
@@ -69,20 +73,26 @@ def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Sign
     """Trains from the newest checkpoint or what `begin` gives, to the end or a signal; the updates done."""
     program = Program(config, make_mesh(**vars(config.mesh), devices=jax.devices()))
     settings, updates = config.train, config.train.updates
-    rows = {"microbatch": settings.microbatch, "sharding": program.eval_rows}
-    validation = data.validation_batches(prepared.validation, eval_tokens=settings.eval_tokens, **rows)
+    shape = {
+        "microbatch": settings.microbatch,
+        "across_documents": config.data.attend_across_documents,
+    }
+    validation = data.validation_batches(
+        prepared.validation, eval_tokens=settings.eval_tokens, sharding=program.eval_rows, **shape
+    )
     unigram = data.unigram_perplexity(prepared.train.counts, validation)
     restored = restore_newest(place, config, program.state_at)
     start, state = restored or begin(config, program)
     workdir.begin(place, config, unigram_perplexity=unigram, rows=keys_of(prepared))
 
     def batch_of(u: int) -> data.Batch:
-        shape = {"batch": settings.batch, "microbatch": settings.microbatch}
-        return data.train_batch(prepared.train, u, seed=settings.seed, sharding=program.rows, **shape)
+        order = {"batch": settings.batch, "seed": settings.seed}
+        return data.train_batch(prepared.train, u, sharding=program.rows, **order, **shape)
 
+    told = {"restored_update": start, "anew": restored is None}
     with (
         Checkpoints(place, config) as checkpoints,
-        Metrics(place, updates=updates, restored_update=start, anew=restored is None) as metrics,
+        Metrics(place, updates=updates, sinks=sinks_of(config, place, **told), **told) as metrics,
     ):
         signals.at_once = False
         recorder = Recorder(config, program, metrics, checkpoints, validation)
@@ -151,6 +161,15 @@ class Recorder:
             with self.metrics.pause(state.update):
                 self.metrics.flush()
                 self.checkpoints.save(u, state)
+
+
+def sinks_of(config: Config, place: Path, *, restored_update: int, anew: bool) -> list[Sink]:
+    """Where rows go besides metrics.jsonl."""
+    sinks: list[Sink] = [Board(place / "tensorboard", purge_step=0 if anew else restored_update + 1)]
+    if config.train.wandb and jax.process_index() == 0:
+        told = json.loads(to_json(config))
+        sinks.append(wandb.WeightsAndBiases(place, project=config.train.wandb, config=told, resumed=not anew))
+    return sinks
 
 
 def check_data(config: Config, prepared: prepare.Prepared) -> None:

@@ -54,7 +54,9 @@ def write_dataset(name: str, splits: dict[str, list[Any]], *, feature: str = "te
     return Path(builder.data_dir)
 
 
-def write_store(path: Path, shards: list[np.ndarray], lengths: np.ndarray, *, pieces: int) -> RowStore:
+def write_store(
+    path: Path, shards: list[np.ndarray], lengths: np.ndarray, *, pieces: int, eos: int = 1
+) -> RowStore:
     """A row store of `shards` [rows, S] whose rows have the true `lengths`: uint32 length, uint16 ids."""
     path.mkdir(parents=True)
     listed, left = [], iter(lengths)
@@ -66,7 +68,14 @@ def write_store(path: Path, shards: list[np.ndarray], lengths: np.ndarray, *, pi
         writer.close()
         listed.append({"file": file, "rows": len(rows)})
     ids = np.concatenate(shards)
-    facts = {"format": 1, "rows": len(ids), "tokens": int(lengths.sum()), "pieces": pieces, "shards": listed}
+    facts = {
+        "format": 2,
+        "eos": eos,
+        "rows": len(ids),
+        "tokens": int(lengths.sum()),
+        "pieces": pieces,
+        "shards": listed,
+    }
     (path / "manifest.json").write_text(json.dumps({**facts, "sequence_length": ids.shape[1] - 1}))
     np.save(path / "counts.npy", np.bincount(ids.ravel(), minlength=pieces))
     return RowStore.open(path)

@@ -196,8 +196,8 @@ MUTANTS = [
     Mutant(
         "a mean of the microbatches' means",
         "steps.py",
-        "return token_loss(model(ids[:, :-1]), ids, lengths)\n\n    def acc",
-        "n, c = token_loss(model(ids[:, :-1]), ids, lengths)\n        return 9 * n / c, c\n\n    def acc",
+        "return _summed_nats(model, rows)\n\n    def acc",
+        "n, c = _summed_nats(model, rows)\n        return 9 * n / c, c\n\n    def acc",
         "tests/test_oracle.py::test_run_in_float64_equals_oracle[magnitude]",
     ),
     Mutant(
@@ -245,7 +245,7 @@ MUTANTS = [
     Mutant(
         "a resumed run that reads the data from its beginning",
         "train.py",
-        "data.prefetch(batch_of, start or 0, updates)",
+        "data.prefetch(batch_of, start, updates)",
         "data.prefetch(batch_of, 0, updates)",
         "tests/test_resume.py::test_run_killed_again_and_again_equals_uninterrupted_bitwise",
     ),
@@ -276,6 +276,48 @@ MUTANTS = [
         " for name, p in fields if p not in params]",
         " for name, p in fields if False]",
         "tests/test_optimizer.py::test_statistics_that_are_not_understood_are_refused_by_name",
+    ),
+    Mutant(
+        "a document sees those before it in its row",
+        "model.py",
+        "documents[:, :, None] == documents[:, None, :]",
+        "documents[:, :, None] >= documents[:, None, :]",
+        "tests/test_model.py::test_documents_apart_are_the_oracle_of_each_alone",
+    ),
+    Mutant(
+        "positions that do not restart with a document",
+        "model.py",
+        "    return places - starts,",
+        "    return places,",
+        "tests/test_model.py::test_positions_begin_anew_with_each_document_and_no_document_sees_another",
+    ),
+    Mutant(
+        "the first id of the next document is guessed from an EOS",
+        "model.py",
+        "        counted &= documents[:, 1:] == documents[:, :-1]",
+        "        pass",
+        "tests/test_model.py::test_documents_apart_are_the_oracle_of_each_alone",
+    ),
+    Mutant(
+        "an EOS belongs to the document after it",
+        "data.py",
+        "    return ends.cumsum(axis=-1, dtype=np.int32) - ends",
+        "    return ends.cumsum(axis=-1, dtype=np.int32)",
+        "tests/test_data.py::test_an_eos_belongs_to_the_document_that_it_ends",
+    ),
+    Mutant(
+        "a mask of documents that lies one id too far",
+        "steps.py",
+        "batch.documents[:, :-1]",
+        "batch.documents[:, 1:]",
+        "tests/test_evaluate.py::test_evaluation_of_documents_apart_is_that_of_each_alone",
+    ),
+    Mutant(
+        "a resumed run is another W&B run",
+        "weights_and_biases.py",
+        '    if kept.get("project") != project:',
+        "    if True:",
+        "tests/test_weights_and_biases.py::test_resumed_run_goes_on_in_the_same_run_and_another_begins_its_own",
     ),
 ]
 

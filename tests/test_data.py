@@ -31,9 +31,14 @@ def sharding(devices: int = 1, *axes):
     return NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("data",)), PartitionSpec(*axes))
 
 
-def train_batch(store, update, *, batch=12, microbatch=4, seed=3, devices=1):
-    rows = sharding(devices, None, "data")
-    return data.train_batch(store, update, batch=batch, microbatch=microbatch, seed=seed, sharding=rows)
+def train_batch(store, update, *, batch=12, microbatch=4, seed=3, devices=1, apart=False):
+    shape = {"batch": batch, "microbatch": microbatch, "sharding": sharding(devices, None, "data")}
+    return data.train_batch(store, update, seed=seed, across_documents=not apart, **shape)
+
+
+def validation_batches(store, *, eval_tokens=10**9, microbatch=4, devices=1, apart=False):
+    shape = {"microbatch": microbatch, "sharding": sharding(devices, "data")}
+    return data.validation_batches(store, eval_tokens=eval_tokens, across_documents=not apart, **shape)
 
 
 def test_rows_are_read_in_the_order_asked_for(store):
@@ -99,7 +104,8 @@ def test_batch_larger_than_the_store_goes_on_into_the_next_epoch(store):
 
 @pytest.mark.parametrize(("microbatch", "devices"), [(2, 1), (12, 1), (4, 4), (12, 4), (6, 2)])
 def test_rows_of_an_update_do_not_depend_on_microbatch_or_devices(store, microbatch, devices):
-    alone, batch = train_batch(store, 5), train_batch(store, 5, microbatch=microbatch, devices=devices)
+    alone = train_batch(store, 5, apart=True)
+    batch = train_batch(store, 5, microbatch=microbatch, devices=devices, apart=True)
     for one, other in zip(alone, batch, strict=True):
         assert (np.asarray(one).reshape(12, -1) == np.asarray(other).reshape(12, -1)).all()
         assert other.sharding.is_equivalent_to(sharding(devices, None, "data"), other.ndim)
@@ -108,7 +114,8 @@ def test_rows_of_an_update_do_not_depend_on_microbatch_or_devices(store, microba
 @pytest.mark.parametrize("spec", [(None, "data", None), (None, ("data",)), (None, None), ()])
 def test_lengths_are_laid_out_as_ids_are(store, spec):
     rows = sharding(2, *spec)
-    batch = data.train_batch(store, 1, batch=8, microbatch=4, seed=3, sharding=rows)
+    shape = {"batch": 8, "microbatch": 4, "sharding": rows}
+    batch = data.train_batch(store, 1, seed=3, across_documents=True, **shape)
     for ids, lengths in zip(batch.ids.addressable_shards, batch.lengths.addressable_shards, strict=True):
         assert ids.device == lengths.device and ids.index[:2] == lengths.index
 
@@ -138,13 +145,11 @@ def test_process_reads_its_own_rows_alone_and_once(store, monkeypatch):
 def test_validation_is_the_first_rows_of_the_store_with_the_last_batch_filled_up(store):
     ids, lengths = store.read(range(ROWS))
     for eval_tokens, rows in ((0, 1), (LENGTH, 1), (10 * LENGTH + 5, 10), (8 * LENGTH, 8), (10**9, ROWS)):
-        batches = data.validation_batches(
-            store, eval_tokens=eval_tokens, microbatch=4, sharding=sharding(2, "data")
-        )
+        batches = validation_batches(store, eval_tokens=eval_tokens, devices=2)
         assert len(batches) == -(-rows // 4)
         assert all(b.ids.shape == (4, LENGTH + 1) and b.lengths.shape == (4,) for b in batches)
         got, got_lengths = (
-            np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*batches, strict=True)
+            np.concatenate([np.asarray(batch[part]) for batch in batches]) for part in range(2)
         )
         assert (got[:rows] == ids[:rows]).all() and (got_lengths[:rows] == lengths[:rows]).all()
         assert (got_lengths[rows:] == 0).all()
@@ -152,7 +157,7 @@ def test_validation_is_the_first_rows_of_the_store_with_the_last_batch_filled_up
 
 def test_unigram_perplexity_is_that_of_the_smoothed_counts_over_counted_targets(store):
     counts = np.random.default_rng(1).integers(0, 9, PIECES)
-    batches = data.validation_batches(store, eval_tokens=10**9, microbatch=8, sharding=sharding())
+    batches = validation_batches(store, microbatch=8)
     ids, lengths = store.read(range(ROWS))
     targets = [t for row, length in zip(ids, lengths, strict=True) for t in row[1 : max(length, 1)]]
     probability = (counts + 1) / (counts + 1).sum()
@@ -161,6 +166,43 @@ def test_unigram_perplexity_is_that_of_the_smoothed_counts_over_counted_targets(
     assert data.unigram_perplexity(np.full(PIECES, 4), batches) == pytest.approx(PIECES, rel=1e-12)
     train = [train_batch(store, 0, batch=ROWS, microbatch=ROWS)]  # an update's batch counts the same
     assert data.unigram_perplexity(counts, train) == pytest.approx(expected, rel=1e-12)
+
+
+def documents_of(row, eos):
+    """The documents that a row was cut from, each with its EOS; the last may lack its end."""
+    starts = [0, *(place + 1 for place, piece in enumerate(row) if piece == eos)]
+    return [row[a:b] for a, b in itertools.zip_longest(starts, starts[1:]) if len(row[a:b])]
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=7, max_size=7), min_size=1, max_size=4))
+def test_an_eos_belongs_to_the_document_that_it_ends(rows):
+    numbers = data.number_documents(np.array(rows, np.int32), 2)
+    assert numbers.dtype == np.int32
+    for row, found in zip(rows, numbers.tolist(), strict=True):
+        assert found == [n for n, document in enumerate(documents_of(row, 2)) for _ in document]
+
+
+def test_documents_are_numbered_where_they_are_apart_and_nothing_is_there_where_they_are_not(store):
+    for batch in (train_batch(store, 2, devices=2, apart=True), *validation_batches(store, apart=True)):
+        numbers = data.number_documents(np.asarray(batch.ids), store.eos)
+        assert np.asarray(batch.documents).tolist() == numbers.tolist()
+        assert batch.documents.sharding == batch.ids.sharding
+    for batch in (train_batch(store, 2), *validation_batches(store)):
+        assert batch.documents is None and len(jax.tree.leaves(batch)) == 2
+
+
+def test_unigram_perplexity_leaves_out_what_follows_an_eos_where_documents_are_apart(tmp_path):
+    ids, lengths = np.random.default_rng(5).integers(0, 4, (9, LENGTH + 1)), np.arange(9) % (LENGTH + 2)
+    store = write_store(tmp_path / "s", [ids], lengths, pieces=4, eos=3)
+    parts = [
+        d for row, n in zip(ids.tolist(), lengths, strict=True) for d in documents_of(row[:n], store.eos)
+    ]
+    targets = [piece for document in parts for piece in document[1:]]
+    probability = np.array([2, 3, 4, 9]) / 18
+    expected = np.exp(-np.mean([np.log(probability[t]) for t in targets]))
+    batches = validation_batches(store, apart=True)
+    assert data.unigram_perplexity(np.array([1, 2, 3, 8]), batches) == pytest.approx(expected, rel=1e-12)
 
 
 def test_prefetch_gives_each_batch_in_order_a_few_ahead():
@@ -229,7 +271,7 @@ def test_closed_prefetch_makes_no_more_and_leaves_no_thread():
         ("counts.npy", None),
         ("manifest.json", None),
         ("manifest.json", lambda content: b""),
-        ("manifest.json", lambda content: content.replace(b'"format": 1', b'"format": 2')),
+        ("manifest.json", lambda content: content.replace(b'"format": 2', b'"format": 3')),
         ("manifest.json", lambda content: content.replace(b'"rows": 600', b'"rows": 599')),
     ],
 )

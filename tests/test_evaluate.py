@@ -43,6 +43,19 @@ def test_padding_rows_of_a_short_batch_weigh_nothing(program: Program) -> None:
     assert whole.tokens == same.tokens and math.isclose(whole.loss, same.loss, rel_tol=1e-6)
 
 
+def test_evaluation_of_documents_apart_is_that_of_each_alone(program: Program) -> None:
+    state, (ids, lengths) = program.init(), rows()
+    ids[:, 2] = 0
+    alone = np.zeros((16, ids.shape[1]), np.int32)
+    alone[:8, :3], alone[8:, :-3] = ids[:, :3], ids[:, 3:]
+    cut = np.concatenate([np.minimum(lengths, 3), np.maximum(lengths - 3, 0)])
+    expected = evaluate(program, state, [Batch(jnp.asarray(alone), jnp.asarray(cut))])
+    numbers = (np.arange(ids.shape[1]) > 2).astype(np.int32) + np.zeros_like(ids)
+    found = evaluate(program, state, [Batch(*map(jnp.asarray, (ids, lengths, numbers)))])
+    assert found.tokens == expected.tokens < (lengths - 1).sum()
+    assert math.isclose(found.loss, expected.loss, rel_tol=1e-6)
+
+
 def test_evaluation_in_both_phases_leaves_the_state_alone(program: Program) -> None:
     ids, lengths = rows()
     batches = [Batch(jnp.asarray(ids), jnp.asarray(lengths))]

@@ -9,22 +9,14 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 # From the ground up; a module imports from lower floors, or from its own.
 FLOORS = [
     {
-        "prune",
-        "places",
-        "schedule",
-        "paths",
-        "product",
-        "merge",
-        "progress",
-        "spectrum",
-        "checksum",
-        "signals",
+        *("prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"),
+        *("checksum", "signals"),
     },
-    {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard"},
+    {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags"},
     {"prepare", "sharding", "steps", "validate"},
     {"program", "run", "saved"},
-    {"checkpoint", "evaluate"},
+    {"checkpoint", "comparison", "evaluate"},
     {"report", "workdir", "warm_start"},
     {"train"},
 ]

@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from relora_jax import metrics, progress
 from relora_jax.metrics import Diverged, Metrics, joined, read
+from relora_jax.tensorboard import Board
 
 TIMES = ("tokens_per_s", "elapsed_s")
 SAVES = (0, 10, 20, 30)
@@ -61,8 +62,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def opened(workdir: Path, restored_update: int = 0, updates: int = 30, stream=None, anew=False) -> Metrics:
-    start = {"restored_update": restored_update, "anew": anew}
-    return Metrics(workdir, updates=updates, stream=stream or io.StringIO(), **start)
+    board = Board(workdir / "tensorboard", purge_step=0 if anew else restored_update + 1)
+    shape = {"updates": updates, "restored_update": restored_update, "anew": anew, "sinks": [board]}
+    return Metrics(workdir, stream=stream or io.StringIO(), **shape)
 
 
 def train(into: Metrics, update: int, **values) -> None:

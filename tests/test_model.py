@@ -11,7 +11,8 @@ from flax import nnx
 
 from relora_jax import shapes
 from relora_jax.config import ModelConfig
-from relora_jax.model import Llama, token_loss
+from relora_jax.data import number_documents
+from relora_jax.model import Llama, apart, token_loss
 from tests import oracle, small
 from tests.test_oracle import PLACES
 
@@ -114,6 +115,81 @@ def test_logits_and_loss_equal_the_oracle(changes: dict[str, Any]) -> None:
         expected, count, _ = oracle.loss_and_grads(twin, params, np.asarray(text), np.asarray(lengths), 1.0)
         np.testing.assert_allclose(float(nats), expected, rtol=1e-12)
         assert int(targets) == count == 12 + 0 + 6
+
+
+def rows_of_documents() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """(ids [3, 13], their true lengths, the documents in them): 0 ends one, and rows cut them anywhere.
+
+    The second row begins with an end alone; the third is padded.
+    """
+    text = np.random.default_rng(1).integers(1, 61, (3, 13)).astype(np.int32)
+    text[0, [3, 4, 10]] = text[1, [0, 12]] = text[2, 5] = 0
+    cuts = [(0, 0, 4), (0, 4, 5), (0, 5, 11), (0, 11, 13), (1, 0, 1), (1, 1, 13), (2, 0, 6), (2, 6, 9)]
+    return text, np.array([13, 13, 9], np.int32), [text[row, a:b] for row, a, b in cuts]
+
+
+def alone(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Each document in a row of its own, filled up with what must not count."""
+    text = np.full((len(documents), 13), 7, np.int32)
+    for row, document in zip(text, documents, strict=True):
+        row[: len(document)] = document
+    return text, np.array([len(document) for document in documents], np.int32)
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"kv_heads": 4, "remat": "full"}], ids=str)
+def test_documents_apart_are_the_oracle_of_each_alone(changes: dict[str, Any]) -> None:
+    with jax.enable_x64(True):
+        c = model(compute_dtype="float64", attention="einsum", **changes)
+        graph, state = nnx.split(made(c))
+        flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(state)}
+        params = {name: flat[place] for name, place in PLACES.items() if place in flat}
+        shape = (c.vocab_size, c.hidden, c.mlp, c.layers, c.heads, c.kv_heads, c.head_dim, c.rope_theta)
+        text, lengths, documents = rows_of_documents()
+        expected, count, theirs = oracle.loss_and_grads(oracle.Model(*shape), params, *alone(documents), 1.0)
+        numbers = number_documents(text, 0)
+
+        def loss(state: Any) -> Any:
+            logits = nnx.merge(graph, state)(jnp.asarray(text[:, :-1]), jnp.asarray(numbers[:, :-1]))
+            return token_loss(logits, *map(jnp.asarray, (text, lengths, numbers)))
+
+        (nats, targets), grads = jax.value_and_grad(loss, has_aux=True)(state)
+        np.testing.assert_allclose(float(nats), expected, rtol=1e-12)
+        assert int(targets) == count == sum(len(document) - 1 for document in documents)
+        flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(grads)}
+        for name, value in theirs.items():
+            np.testing.assert_allclose(flat[PLACES[name]], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_positions_begin_anew_with_each_document_and_no_document_sees_another() -> None:
+    # by hand: rotary positions are relative, so that a shift of a whole document shows in no logit
+    numbers = jnp.array([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]])
+    positions, mask = apart(numbers)
+    assert positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
+    for row, seen in zip(numbers.tolist(), mask.tolist(), strict=True):
+        assert seen == [[key == query for key in row] for query in row]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention": "xla"}, {"attention": "xla", "remat": "dots", "kv_heads": 1}], ids=str
+)
+def test_documents_apart_have_loss_and_gradients_of_each_alone(changes: dict[str, Any]) -> None:
+    graph, state = nnx.split(made(model(**changes)))
+
+    def loss_and_grads(text: np.ndarray, lengths: np.ndarray, *numbers: np.ndarray) -> Any:
+        def loss(state: Any) -> Any:
+            logits = nnx.merge(graph, state)(text[:, :-1], *(part[:, :-1] for part in numbers))
+            return token_loss(logits, text, lengths, *numbers)
+
+        text, lengths, *numbers = map(jnp.asarray, (text, lengths, *numbers))
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
+
+    text, lengths, documents = rows_of_documents()
+    (nats, targets), grads = loss_and_grads(text, lengths, number_documents(text, 0))
+    (expected, count), theirs = loss_and_grads(*alone(documents))
+    np.testing.assert_allclose(float(nats), float(expected), rtol=1e-6)
+    assert int(targets) == int(count)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(theirs), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("changes", [{"attention": "xla"}, {"remat": "dots"}, {"remat": "full"}], ids=str)

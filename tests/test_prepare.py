@@ -93,7 +93,7 @@ def test_manifest_tells_what_decides_the_rows_and_what_they_are(tokenizer):
     store = prepare.row_store(DATA, "validation", tokenizer)
     manifest = json.loads((store.path / "manifest.json").read_text())
     assert manifest["key"] == {
-        "format": 1,
+        "format": 2,
         "dataset": "toy:1.0.0",
         "split": "validation",
         "tokenizer": tokenizer.sha256,
@@ -102,9 +102,10 @@ def test_manifest_tells_what_decides_the_rows_and_what_they_are(tokenizer):
         "block_documents": 65536,
     }
     facts = [
-        manifest[name] for name in ("format", "rows", "tokens", "documents", "pieces", "sequence_length")
+        manifest[name]
+        for name in ("format", "rows", "tokens", "documents", "pieces", "eos", "sequence_length")
     ]
-    assert facts == [1, store.rows, store.tokens, 3, 380, 30]
+    assert facts == [2, store.rows, store.tokens, 3, 380, tokenizer.eos, 30]
     assert manifest["record"] == "[('length', '<u4'), ('ids', '<u2', (31,))]"
 
 

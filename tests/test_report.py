@@ -311,7 +311,7 @@ def test_one_row_is_enough(tmp_path: Path, kind: str) -> None:
 def test_losses_that_are_not_finite_leave_gaps(tmp_path: Path, figures) -> None:
     lines = [{**row, **{key: None for key in ("loss", "perplexity") if key in row}} for row in rows()]
     text = text_of(make(tmp_path / "all", lines=lines))
-    assert "## Loss" not in text and "## Learning rate" in text and "- |" in text
+    assert "## Loss" not in text and "## Learning rate" in text and "nan (diverged) (update 400) |" in text
     lines[:50] = rows()[:50]
     text_of(make(tmp_path / "some", lines=lines))
     assert max(figures["loss.png"].axes[0].lines[0].get_xdata()) == rows()[49]["update"]

@@ -11,6 +11,7 @@ import pytest
 from relora_jax import prune, steps
 from relora_jax.checkpoint import flatten
 from relora_jax.config import SKIPS_IN_ROW, Config
+from relora_jax.data import Batch, number_documents
 from relora_jax.program import Program
 from tests import small
 
@@ -192,6 +193,43 @@ def test_accumulation_does_not_change_an_update(plain: tuple[Config, Program, An
     np.testing.assert_allclose(float(first["loss"]), float(second["loss"]), rtol=1e-6)
     for a, b in zip(jax.tree.leaves(one.trained), jax.tree.leaves(other.trained), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_documents_apart_train_as_each_alone_whatever_the_microbatches_and_devices(
+    plain: tuple[Config, Program, Any],
+) -> None:
+    made, program, state = plain
+    ids, lengths = small.rows(made, 7)
+    ids[ids % 5 == 0] = 0  # 0 ends a document
+    numbers = number_documents(ids, 0)
+    apart = [
+        np.concatenate([part, np.zeros((3, *part.shape[1:]), np.int32)]) for part in (ids, lengths, numbers)
+    ]
+    alone = [np.zeros_like(part) for part in apart]  # a document a row, and of one shape: compiled once
+    found = [
+        row[:length][number[:length] == n]
+        for row, length, number in zip(*(part.reshape(20, *part.shape[2:]) for part in apart), strict=True)
+        for n in range(number[length - 1] + 1)
+        if length
+    ]
+    assert 16 <= len(found) <= 20
+    for n, document in enumerate(found):  # dealt to the microbatches in turn
+        alone[0][n % 5, n // 5, : len(document)] = document
+        alone[1][n % 5, n // 5] = len(document)
+    one, values = program.train_step(copied(state), Batch(*map(jnp.asarray, apart)), 1e-2)
+    _, expected = program.train_step(copied(state), Batch(*map(jnp.asarray, alone)), 1e-2)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(float(values[name]), float(expected[name]), rtol=1e-6, err_msg=name)
+    assert same(values["tokens_seen"], expected["tokens_seen"])
+
+    shared = Program(made, small.mesh(2, 2))
+    state = jax.device_put(copied(state), jax.tree.map(lambda leaf: leaf.sharding, shared.low_rank))
+    batch = Batch(*(jax.device_put(part, shared.rows) for part in apart))
+    many, others = shared.train_step(state, batch, 1e-2)
+    assert len(many.frozen["blocks"]["mlp"]["up"]["kernel"].sharding.device_set) == 4
+    np.testing.assert_allclose(float(others["loss"]), float(values["loss"]), rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(many.trained), jax.tree.leaves(one.trained), strict=True):
+        assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(b)
 
 
 def test_base_kernels_never_change_but_by_merges(plain: tuple[Config, Program, Any]) -> None:
