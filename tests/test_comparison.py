@@ -43,11 +43,12 @@ def make(workdir: Path, arm: str = "relora", *, done: int = 16, tokens: int = 10
 
 
 def diverge(workdir: Path) -> Path:
-    """The last evaluation was no number."""
+    """The last evaluation was no number, and the one before it worse than those before."""
     file = workdir / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    last = max(n for n, line in enumerate(lines) if line["kind"] == "eval")
-    lines[last] |= {"loss": None, "perplexity": None}
+    *_, before, last = [line for line in lines if line["kind"] == "eval"]
+    before["perplexity"] = 50.0
+    last |= {"loss": None, "perplexity": None}
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return workdir
 
@@ -126,7 +127,7 @@ def test_unfinished_runs_and_diverged_ones_say_so(tmp_path: Path) -> None:
     table = table_of(comparison.write(runs, tmp_path / "c.md").read_text())
     assert table["new (unfinished)"][3] == "8 of 16"
     assert table["new (unfinished)"][5] == f"{math.exp(3.4):,.1f} (update 6)"
-    assert table["lost"][5:7] == ["nan (diverged) (update 15)", f"{math.exp(2.8):,.1f} (update 12)"]
+    assert table["lost"][5:7] == ["nan (diverged) (update 15)", f"{math.exp(3.1):,.1f} (update 9)"]
     assert table["first (unfinished)"][4:] == [
         "-",
         f"{math.exp(4):,.1f}",
