@@ -22,6 +22,7 @@ from relora_jax.evaluate import evaluate
 from relora_jax.metrics import Diverged, Metrics
 from relora_jax.program import Program
 from relora_jax.sharding import make_mesh
+from relora_jax.stores import How
 from relora_jax.validate import validate
 
 DIVERGED, STOPPED = 70, 75
@@ -37,7 +38,9 @@ def main(argv: Sequence[str]) -> int:
     if updates in updates_saved(place) and (place / "report.md").is_file():
         print(f"{place} is finished, {updates} updates done: {run.summary(place)}")
         return 0
-    prepared = prepare.prepare(config.data)
+    prepared = prepare.prepare(
+        config.data, How(command=flags.command("prepare", argv), progress=sys.stderr.isatty())
+    )
     check_data(config, prepared)
     workdir.check_rows(place, keys_of(prepared))
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from relora_jax.data import RowStore
+from relora_jax.rows import FORMAT, RowStore
 
 WORDS = ["the", "union", "of", "states", "is", "strong", "and", "people", "are", "free", "to", "keep", "it"]
 
@@ -66,7 +66,14 @@ def write_store(path: Path, shards: list[np.ndarray], lengths: np.ndarray, *, pi
         writer.close()
         listed.append({"file": file, "rows": len(rows)})
     ids = np.concatenate(shards)
-    facts = {"format": 1, "rows": len(ids), "tokens": int(lengths.sum()), "pieces": pieces, "shards": listed}
+    facts = {
+        "format": FORMAT,
+        "eos": 1,
+        "rows": len(ids),
+        "tokens": int(lengths.sum()),
+        "pieces": pieces,
+        "shards": listed,
+    }
     (path / "manifest.json").write_text(json.dumps({**facts, "sequence_length": ids.shape[1] - 1}))
     np.save(path / "counts.npy", np.bincount(ids.ravel(), minlength=pieces))
     return RowStore.open(path)
