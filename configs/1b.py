@@ -13,6 +13,7 @@ updates), warm-ups of 1,000 and 500, a cycle of 5,000, pruning .9, twice the ful
 rank phase, concatenated rows, clipping at 1.0 (none at first in the published code).
 Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
 Needs C4 as a TFDS dataset (ArrayRecord) and T5's SentencePiece model as tokenizers/t5.model in the cache.
+Rows are made of the first 30B tokens of C4: about 178 of its 1,024 train files.
 """
 
 from relora_jax import shapes
@@ -46,6 +47,7 @@ def get_config(arm: str = "relora") -> Config:
             train_split="train",
             validation_split="validation",
             tokenizer="t5",
+            train_tokens=30_000_000_000,  # updates x batch rows, rounded up
             sequence_length=512,
         ),
         train=TrainConfig(

@@ -5,25 +5,22 @@ A row is S ids and their true length; inputs ids[:-1], targets ids[1:], target t
 t < length - 1 and, where documents are apart, ids t and t + 1 are of one document.
 """
 
-import dataclasses
 import hashlib
-import json
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from array_record.python.array_record_data_source import ArrayRecordDataSource
 from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 from jaxtyping import Int32, Int64
 
-FORMAT = 2  # of a row store: raise it with any change of the records, the packing or the manifest
-MANIFEST, COUNTS = "manifest.json", "counts.npy"
+from relora_jax.config import Config
+from relora_jax.rows import RowStore
+
 SHUFFLE_ROUNDS = 4
 
 
@@ -36,58 +33,6 @@ class Batch(NamedTuple):
     ids: Int32[jax.Array, "*batch S"]
     lengths: Int32[jax.Array, "*batch"]
     documents: Int32[jax.Array, "*batch S"] | None = None
-
-
-def record_type(*, sequence_length: int, pieces: int) -> np.dtype:
-    """One record: true length (uint32), then S ids (uint16 where they fit, else uint32); little-endian."""
-    ids = "<u2" if pieces <= 2**16 else "<u4"
-    return np.dtype([("length", "<u4"), ("ids", ids, (sequence_length + 1,))])
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class RowStore:
-    """The rows that `prepare` wrote: `rows` of them, `tokens` ids in all, `counts` of each piece.
-
-    `eos` is the id that ends a document.
-    """
-
-    path: Path
-    rows: int
-    sequence_length: int
-    tokens: int
-    pieces: int
-    eos: int
-    manifest: dict[str, Any]
-    counts: Int64[np.ndarray, " pieces"]
-    _source: ArrayRecordDataSource
-
-    @classmethod
-    def open(cls, path: Path) -> "RowStore":
-        """The store in a directory; ValueError where it is not whole."""
-        try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            if manifest["format"] != FORMAT:
-                raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
-            counts = np.load(path / COUNTS)
-            shards = [str(path / shard["file"]) for shard in manifest["shards"] if shard["rows"]]
-            source = ArrayRecordDataSource(shards)
-            if not len(source) == manifest["rows"] == sum(shard["rows"] for shard in manifest["shards"]):
-                raise ValueError(f"{len(source)} rows of {manifest['rows']} are there")
-            facts = {name: manifest[name] for name in ("rows", "sequence_length", "tokens", "pieces", "eos")}
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is no whole row store ({error}): delete it, and it is made again"
-            ) from error
-        return cls(path=path, manifest=manifest, counts=counts, _source=source, **facts)
-
-    def read(self, indices: Sequence[int]) -> tuple[Int32[np.ndarray, "n S"], Int32[np.ndarray, " n"]]:
-        """ids and true lengths of the rows at `indices`, in that order, by one call."""
-        record = record_type(sequence_length=self.sequence_length, pieces=self.pieces)
-        records = self._source.__getitems__(indices) if len(indices) else []
-        if any(len(each) != record.itemsize for each in records):
-            raise ValueError(f"{self.path} holds a record of another size: delete it, and it is made again")
-        table = np.frombuffer(b"".join(records), record)
-        return table["ids"].astype(np.int32), table["length"].astype(np.int32)
 
 
 def row_index(i: int, *, rows: int, seed: int) -> int:
@@ -122,6 +67,19 @@ def train_batch(
     stream = update * batch + np.arange(batch).reshape(-1, microbatch)
     place = lambda i: row_index(i, rows=store.rows, seed=seed)  # noqa: E731
     return _load(store, stream, place, sharding, across_documents)
+
+
+def stream(config: Config, store: RowStore, sharding: NamedSharding) -> Callable[[int], Batch]:
+    """`train_batch` of a config: update -> its batch."""
+    return lambda update: train_batch(
+        store,
+        update,
+        batch=config.train.batch,
+        microbatch=config.train.microbatch,
+        seed=config.train.seed,
+        sharding=sharding,
+        across_documents=config.data.attend_across_documents,
+    )
 
 
 def validation_batches(

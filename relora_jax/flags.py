@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import linecache
 import pathlib
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from relora_jax import prune
 from relora_jax.config import ARMS, Config
 
 _HERE = pathlib.Path(__file__).parent
+SHORTHANDS = ("text", "text_field")  # --text=X is --config.data.text=X
 BAD_CONFIG = 2  # exit code: wrong usage or settings; starting again will not help
 NO_DATA = 74  # exit code: data or disk failed
 
@@ -43,6 +45,7 @@ config_flags.register_flag_parser_for_type(prune.Prune, _PruneParser())  # pyrig
 
 def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
     """(config, the values of the string flags `name=default`) of a command line; UsageError otherwise."""
+    argv = _written_out(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv), lock_config=False)
     for name, default in strings.items():
@@ -76,7 +79,7 @@ def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | N
     try:
         code = run(argv)
     except ValueError as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise  # a bug, and its trace tells where
         print(f"error: {_text(error)}", file=sys.stderr)
         code = BAD_CONFIG
@@ -86,9 +89,30 @@ def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | N
         )
         code = NO_DATA
     except KeyboardInterrupt:
-        print("interrupted: the same command begins again", file=sys.stderr)
+        print("interrupted: the same command goes on", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def command(module: str, argv: Sequence[str]) -> str:
+    """The line for a shell that starts `module` with the settings of the command line `argv`."""
+    kept = []
+    for word, after in itertools.zip_longest(given := _written_out(argv)[1:], given[1:], fillvalue="-"):
+        if word.startswith("-") and word.lstrip("-").startswith("config"):
+            kept.append(word if "=" in word or after.startswith("-") else f"{word}={after}")
+    return shlex.join(["python", "-m", f"relora_jax.{module}", *kept])
+
+
+def _written_out(argv: Sequence[str]) -> list[str]:
+    """The command line with --text=X as --config.data.text=X, and so on, at its end."""
+    words, settings = list(argv), []
+    for name in SHORTHANDS:
+        for word in [w for w in words[1:] if w.startswith("-") and w.lstrip("-").partition("=")[0] == name]:
+            at = words.index(word)
+            value = word.partition("=")[2] if "=" in word else "".join(words[at + 1 : at + 2])
+            del words[at : at + (1 if "=" in word else 2)]
+            settings.append(f"--config.data.{name}={value}")
+    return words + settings
 
 
 def _check_config_file(argv: Sequence[str]) -> None:
@@ -123,7 +147,7 @@ def _is_group(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) and kind is not prune.Prune
 
 
-def _is_ours(error: BaseException) -> bool:
+def is_ours(error: BaseException) -> bool:
     """Whether a `raise` of this package made the error, not a bug of it or something that it calls."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

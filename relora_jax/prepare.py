@@ -1,39 +1,27 @@
 """Documents -> rows of sequence_length + 1 ids in ArrayRecord, made once and found by what decides them.
 
-    python -m relora_jax.prepare --config=configs/350m.py
+    python -m relora_jax.prepare --config=configs/350m.py [--workers=N] [--text='data/*.jsonl.gz']
 
-A block is BLOCK_DOCUMENTS consecutive documents and gives one shard: documents are ended by one
-EOS, concatenated and cut into rows that do not overlap; the rest of a block is dropped. So a row
-depends on its own block alone. A store is a directory: manifest.json, counts.npy (the count of
-each piece), and the shards, whose records `data.record_type` lays out.
+Blocks of documents become shards, in N processes (0, the default: one for each CPU); stopped or killed, the
+same command goes on with the blocks that are missing. `train` prepares small text by itself.
 """
 
-import contextlib
-import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-from jaxtyping import Int32, Int64
-from tqdm import tqdm
-
-from relora_jax import flags, places, text
+from relora_jax import files, flags, text
 from relora_jax import tokenizer as tokenizers
+from relora_jax.blocks import BLOCK_DOCUMENTS, Source
 from relora_jax.config import DataConfig
-from relora_jax.data import COUNTS, FORMAT, MANIFEST, RowStore, record_type
-from relora_jax.text import Documents
+from relora_jax.packing import PACKINGS
+from relora_jax.rows import FORMAT, RowStore
+from relora_jax.shards import Job
+from relora_jax.stores import How, check_size, row_stores
 from relora_jax.tokenizer import Tokenizer
-
-# About 31M tokens, 65 MB and half a minute of C4: small enough to lose, and few enough files (5,600
-# for all of C4, 390 for 12B tokens) to be open at once.
-BLOCK_DOCUMENTS = 65_536
-ENCODED_AT_ONCE = 128  # documents in memory at a time
-BUILD_LIMIT_BYTES = 100_000_000  # above it, `train` does not prepare by itself
-COMMAND = "python -m relora_jax.prepare --config=..."
 
 
 class Prepared(NamedTuple):
@@ -44,184 +32,130 @@ class Prepared(NamedTuple):
     validation: RowStore
 
 
-def prepare(
-    data: DataConfig, *, build_limit_bytes: int | float = BUILD_LIMIT_BYTES, progress: bool = False
-) -> Prepared:
-    """Tokenizer and rows of both splits, found or made.
+class _Text(NamedTuple):
+    """Which text (its part of a store's key), which parts one reading of it gives, and how to open it."""
 
-    ValueError where something is to be made of a dataset above `build_limit_bytes` (on disk).
+    key: dict[str, Any]
+    parts: tuple[str, ...]
+    open: Callable[[], Source]
+
+
+def prepare(data: DataConfig, how: How = How()) -> Prepared:  # noqa: B008
+    """Tokenizer and rows of both parts, found or made.
+
+    ValueError where something is to be made of text above `how.build_limit_bytes` (on disk).
     """
-    tokenizer = tokenizers.find(
-        data.tokenizer,
-        lambda: _documents(data, data.train_split, build_limit_bytes),
-        key=f"{text.dataset_version(data.dataset)} {data.train_split}",
-    )
-    stores = {  # the smaller split first: a wrong name shows before hours of work
-        split: row_store(data, split, tokenizer, build_limit_bytes=build_limit_bytes, progress=progress)
-        for split in (data.validation_split, data.train_split)
+    check(data)
+    found = _own_text(data) if data.text else _dataset(data)
+    train = found[-1]
+
+    def documents() -> Iterable[str]:
+        source = train.open()
+        check_size(source, {**train.key, **_packing(data)}, how)
+        return source.train_texts()
+
+    tokenizer = tokenizers.find(data.tokenizer, documents, key=json.dumps(train.key, sort_keys=True))
+    stores = {part: store for each in found for part, store in _stores(data, each, tokenizer, how).items()}
+    return Prepared(tokenizer, stores["train"], stores["validation"])
+
+
+def _dataset(data: DataConfig) -> list[_Text]:
+    """A split each, the smaller one first: a wrong name shows before hours of work."""
+    return [
+        _Text(
+            {"dataset": text.dataset_version(data.dataset), "split": split},
+            (part,),
+            lambda split=split: text.open_dataset(data.dataset, split),
+        )
+        for part, split in (("validation", data.validation_split), ("train", data.train_split))
+    ]
+
+
+def _own_text(data: DataConfig) -> list[_Text]:
+    found = files.find(data.text, field=data.text_field, validation_fraction=data.validation_fraction)
+    key = {
+        "text": found.fingerprint(),
+        "text_field": data.text_field,
+        "validation_fraction": data.validation_fraction,
     }
-    return Prepared(tokenizer, stores[data.train_split], stores[data.validation_split])
+    return [_Text(key, files.PARTS, lambda: found)]
 
 
-def row_store(
-    data: DataConfig,
-    split: str,
-    tokenizer: Tokenizer,
-    *,
-    build_limit_bytes: int | float = BUILD_LIMIT_BYTES,
-    progress: bool = False,
-) -> RowStore:
-    """The rows of a split, found by their key or made; a kill leaves no store that looks whole."""
-    key = store_key(data, split, tokenizer)
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-
-    def make(aside: Path) -> None:
-        documents = _documents(data, split, build_limit_bytes)
-        with _bar(len(documents), split, progress) as advance:
-            _write(aside, documents, tokenizer, key, advance)
-
-    return RowStore.open(
-        places.make_once(places.cache_dir() / "rows" / name, make, variable="XDG_CACHE_HOME")
-    )
-
-
-def store_key(data: DataConfig, split: str, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that decides a store's rows."""
-    if data.packing != "concatenate":
-        raise ValueError(f"data.packing={data.packing} is not known: write concatenate")
-    if data.sequence_length < 1:
-        raise ValueError(f"data.sequence_length={data.sequence_length} holds no token: write 1 or more")
+def _packing(data: DataConfig) -> dict[str, Any]:
     return {
         "format": FORMAT,
-        "dataset": text.dataset_version(data.dataset),
-        "split": split,
-        "tokenizer": tokenizer.sha256,
         "packing": data.packing,
         "sequence_length": data.sequence_length,
         "block_documents": BLOCK_DOCUMENTS,
     }
 
 
-def pack(documents: Iterable[Int32[np.ndarray, " _"]], eos: int, length: int) -> Int32[np.ndarray, "rows S"]:
-    """[d1 eos d2 eos ...] cut into rows of length + 1, the rest dropped; an empty document gives nothing."""
-    return np.concatenate([np.empty((0, length + 1), np.int32), *_rows([documents], eos, length)])
-
-
-def _rows(
-    batches: Iterable[Iterable[Int32[np.ndarray, " _"]]], eos: int, length: int
-) -> Iterator[Int32[np.ndarray, "rows S"]]:
-    """`pack`, a batch of documents at a time: the rest of a batch begins the next one's rows."""
-    rest = np.empty(0, np.int32)
-    for documents in batches:
-        # one EOS, never two: not after a text that ends in one, not for a text that is empty
-        ended = [ids if ids[-1] == eos else np.append(ids, np.int32(eos)) for ids in documents if len(ids)]
-        ids = np.concatenate([rest, *ended])
-        rows = len(ids) // (length + 1)
-        yield ids[: rows * (length + 1)].reshape(rows, length + 1)
-        rest = ids[rows * (length + 1) :]
-
-
-def _documents(data: DataConfig, split: str, build_limit_bytes: int | float) -> Documents:
-    documents = text.open_dataset(data.dataset, split)
-    if documents.bytes > build_limit_bytes:
-        size, limit = (f"{number / 1e6:,.0f} MB" for number in (documents.bytes, build_limit_bytes))
-        raise ValueError(
-            f"{documents.version} holds {size}, and above {limit} rows are made only by command: {COMMAND}"
-        )
-    return documents
-
-
-def _write(
-    aside: Path,
-    documents: Documents,
-    tokenizer: Tokenizer,
-    key: dict[str, Any],
-    advance: Callable[[int, int], None],
-) -> None:
-    """A store of `documents` in `aside`: a shard for each block, then the counts, then the manifest."""
-    aside.mkdir()
-    length, counts, shards = key["sequence_length"], np.zeros(tokenizer.pieces, np.int64), []
-    for start in range(0, len(documents), BLOCK_DOCUMENTS):
-        block = range(start, min(start + BLOCK_DOCUMENTS, len(documents)))
-        file = f"{len(shards):05d}.array_record"
-        rows = _rows(_encode(documents, block, tokenizer, advance), tokenizer.eos, length)
-        counts_of_block = _write_shard(aside / file, rows, length, tokenizer.pieces)
-        counts += counts_of_block
-        shards.append(
-            {"file": file, "documents": len(block), "rows": int(counts_of_block.sum()) // (length + 1)}
-        )
-    if not counts.any():
-        what = f"{key['dataset']} {key['split']} has too little text for one row"
-        raise ValueError(f"{what} of data.sequence_length={length}: choose a smaller length or another split")
-    manifest = {
-        "key": key,
-        "format": FORMAT,
-        "sequence_length": length,
-        "pieces": tokenizer.pieces,
+def _stores(data: DataConfig, found: _Text, tokenizer: Tokenizer, how: How) -> dict[str, RowStore]:
+    key = {
+        **found.key,
+        **_packing(data),
+        "tokenizer": tokenizer.sha256,
         "eos": tokenizer.eos,
-        "documents": len(documents),
-        "rows": sum(shard["rows"] for shard in shards),
-        "tokens": int(counts.sum()),
-        "record": str(record_type(sequence_length=length, pieces=tokenizer.pieces)),
-        "shards": shards,
+        "pad": tokenizer.pad,
+        "train_tokens": data.train_tokens if "train" in found.parts else 0,
     }
-    np.save(aside / COUNTS, counts)
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    RowStore.open(aside)  # a full disk shows here, before the store has its name
+
+    def job(folder: Path) -> Job:
+        source = found.open()
+        check_size(source, key, how)
+        return Job(
+            folder=folder,
+            parts=found.parts,
+            source=source,
+            tokenizer=tokenizer,
+            packing=data.packing,
+            sequence_length=data.sequence_length,
+            one_thread=how.workers > 1,
+        )
+
+    return dict(zip(found.parts, row_stores(key, found.parts, job, how), strict=True))
 
 
-def _encode(
-    documents: Documents, block: range, tokenizer: Tokenizer, advance: Callable[[int, int], None]
-) -> Iterator[Sequence[Int32[np.ndarray, " _"]]]:
-    """The ids of a block's documents, ENCODED_AT_ONCE of them at a time."""
-    for start in block[::ENCODED_AT_ONCE]:
-        texts = documents[start : min(start + ENCODED_AT_ONCE, block.stop)]
-        encoded = tokenizer.encode_documents(texts)
-        yield encoded
-        advance(len(texts), sum(map(len, encoded)))
+def check(data: DataConfig) -> None:
+    """ValueError for a setting of `data` that no rows can be made of."""
+    if data.packing not in PACKINGS:
+        raise ValueError(f"data.packing {data.packing!r} is not known: one of {', '.join(PACKINGS)}")
+    if data.sequence_length < 1:
+        raise ValueError(f"data.sequence_length {data.sequence_length} must be at least 1")
+    if data.train_tokens < 0:
+        raise ValueError(f"data.train_tokens {data.train_tokens} must be at least 0, which is no end")
+    if data.text and not 0 < data.validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction {data.validation_fraction} must lie in (0, 1)")
+    if not (data.text or data.dataset):
+        raise ValueError("there is nothing to read: set data.text to files of your own, or data.dataset")
 
 
-def _write_shard(
-    file: Path, batches: Iterable[Int32[np.ndarray, "rows S"]], length: int, pieces: int
-) -> Int64[np.ndarray, " pieces"]:
-    """One ArrayRecord file of rows; the count of each piece in it."""
-    counts = np.zeros(pieces, np.int64)
-    # one record a group, or a row costs the reading of its group; ids compress too little to be worth it
-    writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
-    try:
-        for ids in batches:
-            records = np.zeros(len(ids), record_type(sequence_length=length, pieces=pieces))
-            records["length"], records["ids"] = length + 1, ids
-            for record in records:
-                writer.write(record.tobytes())
-            counts += np.bincount(ids.ravel(), minlength=pieces)
-    finally:
-        writer.close()
-    return counts
+def describe(part: str, store: RowStore) -> str:
+    """What a store holds, and of how much of its text."""
+    manifest = store.manifest
+    text = manifest["text"]
+    of = f" of {text['of_documents']:,}" if text["of_documents"] is not None else ""
+    blocks = f"{len(manifest['shards']):,} block(s) ({text['files']:,} of {text['of_files']:,} files)"
+    return (
+        f"{part}: {store.rows:,} rows, {store.tokens:,} tokens of {manifest['documents']:,}{of} documents in "
+        f"{blocks}: {store.path}"
+    )
 
 
-@contextlib.contextmanager
-def _bar(documents: int, split: str, progress: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with tokens/s and the time left, told (documents, tokens) as they are done."""
-    tokens = 0
-    with tqdm(total=documents, desc=split, unit=" documents", disable=not progress) as bar:
-
-        def advance(more_documents: int, more_tokens: int) -> None:
-            nonlocal tokens
-            tokens += more_tokens
-            elapsed_s = bar.format_dict["elapsed"] if progress else 0
-            bar.set_postfix_str(f"{tokens / elapsed_s:,.0f} tokens/s" if elapsed_s else "", refresh=False)
-            bar.update(more_documents)
-
-        yield advance
+def _cpus() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(arguments: list[str]) -> int:
     """Prepare what --config names, whatever its size; the exit code."""
-    config, _ = flags.parse(arguments)
-    prepared = prepare(config.data, build_limit_bytes=math.inf, progress=True)
-    for name, store in (("train", prepared.train), ("validation", prepared.validation)):
-        print(f"{name}: {store.rows:,} rows, {store.tokens:,} tokens in {store.path}")
+    config, strings = flags.parse(arguments, workers="0")
+    if not strings["workers"].isdecimal():
+        raise ValueError(f"--workers={strings['workers']} is no number of processes: 0 is one for each CPU")
+    workers = int(strings["workers"]) or _cpus()
+    prepared = prepare(config.data, How(build_limit_bytes=math.inf, workers=workers, progress=True))
+    for part, store in (("train", prepared.train), ("validation", prepared.validation)):
+        print(describe(part, store))
     return 0
 
 

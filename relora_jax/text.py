@@ -6,27 +6,79 @@ for them, so nothing is ever fetched. "sotu" is built on first use.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 from relora_jax import places, sotu
+from relora_jax.blocks import BLOCK_DOCUMENTS, CHUNK_DOCUMENTS, Chunk, Stripe
 
-READ_AT_ONCE = 128  # documents of one read while iterating
 _NAME = re.compile(r"(\w+(?:/\w[\w.+=-]*)*)(?::(\d+\.\d+\.\d+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class Documents:
-    """The texts of one split; documents[i], or documents[i:j] as a list by one read.
+    """The texts of one split; documents[i], or documents[i:j] as a list by one read; a source of blocks.
 
     `version` is the dataset's name with its version ("sotu:1.0.0"), `bytes` the size of all its
-    splits on disk.
+    splits on disk, `takes` how many documents come from each of its files.
     """
 
-    def __init__(self, source: Any, *, version: str, split: str, bytes: int) -> None:
-        self._source, self._split = source, split
+    unit = " documents"
+
+    def __init__(self, source: Any, *, version: str, split: str, bytes: int, takes: Sequence[int]) -> None:
+        self._source, self._split, self._takes = source, split, list(takes)
         self.version, self.bytes = version, bytes
+
+    def __reduce__(self) -> tuple[Callable[[str, str], "Documents"], tuple[str, str]]:
+        return open_dataset, (self.version, self._split)  # another process opens it anew
+
+    @property
+    def name(self) -> str:
+        """Version and split."""
+        return f"{self.version} {self._split}"
+
+    @property
+    def files(self) -> int:
+        """How many files the split lies in."""
+        return len(self._takes)
+
+    @property
+    def documents(self) -> int:
+        """How many there are."""
+        return len(self)
+
+    @property
+    def size(self) -> int:
+        """In documents."""
+        return len(self)
+
+    def stripes(self, workers: int) -> list[Stripe]:
+        """Each block by itself: any document is found at once."""
+        return [
+            Stripe(file, block, count)
+            for file, count in enumerate(-(-take // BLOCK_DOCUMENTS) for take in self._takes)
+            for block in range(count)
+        ]
+
+    def blocks(self, file: int) -> Generator[Iterator[Chunk], None, None]:
+        """The blocks of a file, each read where it is asked for its chunks."""
+        start = sum(self._takes[:file])
+        for first in range(start, start + self._takes[file], BLOCK_DOCUMENTS):
+            yield self._chunks(first, min(first + BLOCK_DOCUMENTS, start + self._takes[file]))
+
+    def train_texts(self) -> Iterator[str]:
+        """All of them, in order."""
+        return iter(self)
+
+    def part(self, text: str) -> int:
+        """A split is one part."""
+        return 0
+
+    def _chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        for first in range(start, stop, CHUNK_DOCUMENTS):
+            texts = self[first : min(first + CHUNK_DOCUMENTS, stop)]
+            yield Chunk(texts, len(texts))
 
     def __len__(self) -> int:
         return len(self._source)
@@ -41,21 +93,21 @@ class Documents:
         return self._read([range(len(self))[index]])[0]  # the range raises IndexError past the end
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), READ_AT_ONCE):
-            yield from self[start : start + READ_AT_ONCE]
+        for chunk in self._chunks(0, len(self)):
+            yield from chunk.texts
 
     def _read(self, indices: Sequence[int]) -> list[str]:
         try:
             examples = self._source.__getitems__(list(indices))
         except RuntimeError as error:  # a shard that is cut or not there
-            raise _unreadable(f"{self.version} {self._split}", error) from error
+            raise _unreadable(self.name, error) from error
         return [self._text(i, example["text"]) for i, example in zip(indices, examples, strict=True)]
 
     def _text(self, index: int, text: bytes) -> str:
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
-            place = f"document {index} of {self.version} {self._split}"
+            place = f"document {index} of {self.name}"
             raise ValueError(f"{place} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
@@ -84,14 +136,16 @@ def open_dataset(dataset: str, split: str) -> Documents:
     _check_format(version, path, builder.info)
     try:
         source = builder.as_data_source(split)
-        len(source)  # a slice of negative length fails here
+        takes = [part.take for part in builder.info.splits[split].file_instructions]
+        if len(source) != sum(takes):  # a slice of negative length fails here
+            raise ValueError
     except ValueError as error:
         there = ", ".join(builder.info.splits)
         raise ValueError(
             f"{version} has no split {split!r}: there are {there}, and slices of them"
         ) from error
     size = sum(file.stat().st_size for file in path.iterdir())
-    return Documents(source, version=version, split=split, bytes=size)
+    return Documents(source, version=version, split=split, bytes=size, takes=takes)
 
 
 def _parse(dataset: str) -> tuple[str, str | None]:

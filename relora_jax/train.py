@@ -22,6 +22,7 @@ from relora_jax.metrics import Diverged, Metrics, Sink
 from relora_jax.program import Program
 from relora_jax.sharding import make_mesh
 from relora_jax.signals import STOPPED, Signals
+from relora_jax.stores import How
 from relora_jax.tensorboard import Board
 from relora_jax.validate import validate
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if config.train.init_from and not saved:
             warm_start.find(config)
-        prepared = prepare.prepare(config.data)
+        how = How(command=flags.command("prepare", argv), progress=sys.stderr.isatty())
+        prepared = prepare.prepare(config.data, how)
         check_data(config, prepared)
         workdir.check_rows(place, keys_of(prepared))
         with workdir.locked(place):
@@ -73,22 +75,19 @@ def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Sign
     """Trains from the newest checkpoint or what `begin` gives, to the end or a signal; the updates done."""
     program = Program(config, make_mesh(**vars(config.mesh), devices=jax.devices()))
     settings, updates = config.train, config.train.updates
-    shape = {
-        "microbatch": settings.microbatch,
-        "across_documents": config.data.attend_across_documents,
-    }
     validation = data.validation_batches(
-        prepared.validation, eval_tokens=settings.eval_tokens, sharding=program.eval_rows, **shape
+        prepared.validation,
+        eval_tokens=settings.eval_tokens,
+        microbatch=settings.microbatch,
+        sharding=program.eval_rows,
+        across_documents=config.data.attend_across_documents,
     )
     unigram = data.unigram_perplexity(prepared.train.counts, validation)
     restored = restore_newest(place, config, program.state_at)
     start, state = restored or begin(config, program)
     workdir.begin(place, config, unigram_perplexity=unigram, rows=keys_of(prepared))
 
-    def batch_of(u: int) -> data.Batch:
-        order = {"batch": settings.batch, "seed": settings.seed}
-        return data.train_batch(prepared.train, u, sharding=program.rows, **order, **shape)
-
+    batch_of = data.stream(config, prepared.train, program.rows)
     told = {"restored_update": start, "anew": restored is None}
     with (
         Checkpoints(place, config) as checkpoints,

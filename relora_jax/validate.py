@@ -9,6 +9,7 @@ import jax
 from relora_jax import shapes
 from relora_jax.config import ARMS, LOW_RANK_ARMS, Config, flatten
 from relora_jax.model import ATTENTION, REMAT
+from relora_jax.packing import PACKINGS
 
 
 def validate(config: Config, *, devices: int) -> None:
@@ -75,7 +76,8 @@ def _counts(config: Config, devices: int) -> None:
     for name in ("seed", "keep_every"):
         _between(f"train.{name}", getattr(train, name), 0, 2**31 - 1)
     _positive("data.sequence_length", data.sequence_length)
-    _one_of("data.packing", data.packing, ("concatenate",))
+    _one_of("data.packing", data.packing, PACKINGS)
+    _between("data.train_tokens", data.train_tokens, 0, math.inf, below=True)
     for name in ("data", "fsdp", "tensor"):
         if name != "data" or mesh.data != -1:
             _positive(f"mesh.{name}", getattr(mesh, name))

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from relora_jax.data import RowStore
+from relora_jax.rows import FORMAT, RowStore
 
 WORDS = ["the", "union", "of", "states", "is", "strong", "and", "people", "are", "free", "to", "keep", "it"]
 
@@ -69,7 +69,7 @@ def write_store(
         listed.append({"file": file, "rows": len(rows)})
     ids = np.concatenate(shards)
     facts = {
-        "format": 2,
+        "format": FORMAT,
         "eos": eos,
         "rows": len(ids),
         "tokens": int(lengths.sum()),

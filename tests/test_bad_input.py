@@ -1,11 +1,13 @@
 """A mistake ends in one clear line that names value and remedy, exit code 2, nothing on disk harmed."""
 
+import gzip
+import json
 import pathlib
 from typing import Any
 
 import pytest
 
-from relora_jax import flags, train
+from relora_jax import flags, tokenizer, train
 from tests.documents import texts, write_dataset
 
 CONFIG = """
@@ -90,7 +92,24 @@ SETTINGS = {
     "--config.train.seed=-1": "train.seed -1",
     "--confg.train.seed=1": "confg",
     "stray": "'stray'",
-    "--config.data.dataset=nothing": "TFDS_DATA_DIR",
+    "--config.data.dataset=nothing": "dataset nothing is not in",
+    "--config.data.dataset=nothing:1.0.0": "set TFDS_DATA_DIR to the directory that holds nothing/<version>",
+    "--config.data.dataset=empty": "no bpe model of 380 pieces can be trained on this text: there is no text",
+    "--config.data.dataset=empty --config.data.tokenizer=toy.model": "train part has too little text",
+    "--config.data.dataset=images": "images:1.0.0 has no feature `text` of plain text",
+    "--config.data.dataset=latin": "document 1 of latin:1.0.0 train is not UTF-8",
+    "--config.data.dataset=": "set data.text to files of your own, or data.dataset",
+    "--config.data.validation_split=test": "toy:1.0.0 has no split 'test': there are train, validation",
+    "--config.data.train_tokens=-1": "data.train_tokens -1",
+    "--text=nothing/*.txt": "data.text 'nothing/*.txt' matches no file",
+    "--text=toy.py": "toy.py of data.text 'toy.py' is of no known kind",
+    "--text latin.jsonl": "latin.jsonl, line 2 is not UTF-8",
+    "--text=broken.jsonl": "broken.jsonl, line 2 is no JSON",
+    "--text=cut.jsonl.gz": "cut.jsonl.gz is damaged at line",
+    "--text=good.jsonl --text_field=content": "line 1 has no field 'content': set data.text_field to one of",
+    "--text=good.jsonl --config.data.validation_fraction=1": "data.validation_fraction 1.0 must lie in",
+    "--text=good.jsonl --config.data.validation_fraction=1e-9": "raise data.validation_fraction",
+    "--text=good.jsonl --config.data.sequence_length=60000": "too little text for one row of data.seq",
     "--config.data.train_split=trian": "trian",
     "--config.data.tokenizer=t5": "t5",
     "--config.model.vocab_size=379": "380 pieces and model.vocab_size is 379",
@@ -120,6 +139,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
         write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})
+        write_dataset("empty:1.0.0", {"train": ["", ""], "validation": texts(20)})
+        write_dataset("images:1.0.0", {"train": ["t"], "validation": ["v"]}, feature="label")
+        write_dataset("latin:1.0.0", {"train": ["fine", b"caf\xe9 "], "validation": texts(20)})
+    tokenizer.train(tokenizer._lines(texts(60)), kind="bpe", pieces=380, path=folder / "toy.model")
+    good = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts(60))
+    (folder / "good.jsonl").write_bytes(good)
+    (folder / "latin.jsonl").write_bytes(good[: good.index(b"\n") + 1] + b'{"text": "caf\xe9"}\n')
+    (folder / "broken.jsonl").write_bytes(good[: good.index(b"\n") + 9])
+    (folder / "cut.jsonl.gz").write_bytes(gzip.compress(good)[:-200])
     return folder
 
 

@@ -41,16 +41,6 @@ def validation_batches(store, *, eval_tokens=10**9, microbatch=4, devices=1, apa
     return data.validation_batches(store, eval_tokens=eval_tokens, across_documents=not apart, **shape)
 
 
-def test_rows_are_read_in_the_order_asked_for(store):
-    asked = [36, 0, 20, 20, 5, 21, 19]
-    ids, lengths = store.read(asked)
-    assert ids[:, 0].tolist() == asked and ids.dtype == lengths.dtype == np.int32
-    every, every_length = store.read(range(ROWS))
-    assert (every[asked] == ids).all() and (every_length[asked] == lengths).all()
-    assert store.counts.tolist() == np.bincount(every.ravel(), minlength=PIECES).tolist()
-    assert store.read([])[0].shape == (0, LENGTH + 1)
-
-
 @settings(deadline=None, max_examples=40)
 @given(rows=st.integers(1, 300), seed=st.integers(0, 2**70), epoch=st.integers(0, 10**7))
 def test_each_epoch_of_the_stream_is_every_row_once(rows, seed, epoch):
@@ -261,33 +251,3 @@ def test_closed_prefetch_makes_no_more_and_leaves_no_thread():
     batches.close()
     assert made in ([0], [0, 1])
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
-
-
-@pytest.mark.parametrize(
-    ("file", "damage"),
-    [
-        ("00001.array_record", lambda content: content[:-70_000]),
-        ("00001.array_record", None),
-        ("counts.npy", None),
-        ("manifest.json", None),
-        ("manifest.json", lambda content: b""),
-        ("manifest.json", lambda content: content.replace(b'"format": 2', b'"format": 3')),
-        ("manifest.json", lambda content: content.replace(b'"rows": 600', b'"rows": 599')),
-    ],
-)
-def test_store_that_is_not_whole_is_refused_by_name(tmp_path, file, damage):
-    rows = np.zeros((300, LENGTH + 1), int)
-    damaged = write_store(tmp_path / "s", [rows, rows], np.full(600, 7), pieces=9).path / file
-    content = damaged.read_bytes()
-    damaged.unlink() if damage is None else damaged.write_bytes(damage(content))
-    with pytest.raises(ValueError, match=f"^{damaged.parent} is no whole row store .*: delete it"):
-        data.RowStore.open(damaged.parent)
-
-
-def test_record_of_another_size_is_refused(tmp_path):
-    store = write_store(tmp_path / "s", [np.zeros((4, LENGTH + 2), int)], np.full(4, 7), pieces=9)
-    (store.path / "manifest.json").write_text(
-        (store.path / "manifest.json").read_text().replace('"sequence_length": 7', '"sequence_length": 6')
-    )
-    with pytest.raises(ValueError, match="record of another size"):
-        data.RowStore.open(store.path).read([1])

@@ -10,14 +10,14 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 FLOORS = [
     {
         *("prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"),
-        *("checksum", "signals"),
+        *("checksum", "signals", "packing", "blocks", "rows"),
     },
-    {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases"},
-    {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags"},
-    {"prepare", "sharding", "steps", "validate"},
-    {"program", "run", "saved"},
-    {"checkpoint", "comparison", "evaluate"},
-    {"report", "workdir", "warm_start"},
+    {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases", "files"},
+    {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},
+    {"workers", "sharding", "steps", "validate"},
+    {"program", "run", "saved", "stores"},
+    {"checkpoint", "comparison", "evaluate", "prepare"},
+    {"report", "workdir", "warm_start", "throughput"},
     {"train"},
 ]
 # These take numbers, arrays and modules.
@@ -46,6 +46,13 @@ def test_imports_go_down_only() -> None:
 def test_the_core_knows_neither_config_nor_model() -> None:
     for name in GROUND:
         assert imports(PACKAGE / f"{name}.py") <= GROUND, name
+
+
+def test_what_reads_text_needs_no_jax() -> None:
+    names = ("jax", "tensorflow_datasets")
+    code = f"import relora_jax.prepare, sys; print([m for m in {names} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"  # worker processes import it each
 
 
 def test_nothing_imports_tensorflow_or_torch() -> None:

@@ -2,22 +2,29 @@ import dataclasses
 import itertools
 import json
 import math
-import subprocess
-import sys
+import os
 
 import numpy as np
 import pytest
-import sentencepiece
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from relora_jax import places, prepare, text
+from relora_jax import places, prepare, rows, text
 from relora_jax import tokenizer as tokenizers
 from relora_jax.config import DataConfig
-from relora_jax.data import RowStore, record_type
+from relora_jax.packing import Packer
+from relora_jax.rows import RowStore
+from relora_jax.stores import How
 from tests.documents import texts, write_dataset
 
 EOS, DOCUMENTS = 1, 25
+CONFIG = """
+from tests import small
+from tests.test_prepare import DATA
+
+def get_config(arm='relora'):
+    made = small.config()
+    made.data = DATA
+    return made
+"""
 DATA = DataConfig(
     dataset="toy",
     train_split="train",
@@ -47,21 +54,24 @@ def rows_of(store: RowStore) -> np.ndarray:
     return store.read(range(store.rows))[0]
 
 
-@settings(deadline=None, max_examples=100)
-@given(documents=st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=12), length=st.integers(1, 9))
-def test_rows_are_the_documents_one_after_another_each_with_one_end(documents, length):
-    stream = []
-    for ids in documents:
-        stream += ids if not ids or ids[-1] == EOS else [*ids, EOS]
-    rows = prepare.pack([np.array(ids, np.int32) for ids in documents], EOS, length)
-    whole = len(stream) // (length + 1)
-    assert rows.dtype == np.int32 and rows.shape == (whole, length + 1)
-    assert rows.ravel().tolist() == stream[: whole * (length + 1)]
+def packed(documents, tokenizer, packing="concatenate", length=30):
+    packer = Packer(packing, length=length, eos=tokenizer.eos, pad=tokenizer.pad)
+    return packer.add(tokenizer.encode_documents(documents)).ids
+
+
+def halves(documents):
+    """A dataset of toy size lies in two files."""
+    return documents[: len(documents) // 2], documents[len(documents) // 2 :]
+
+
+def row_store(data, tokenizer, part="train", how=How()):  # noqa: B008
+    [found] = [each for each in prepare._dataset(data) if each.parts == (part,)]
+    return prepare._stores(data, found, tokenizer, how)[part]
 
 
 def test_store_holds_the_packed_rows_of_its_documents(tokenizer, toy):
-    store = prepare.row_store(DATA, "train", tokenizer)
-    rows = prepare.pack(tokenizer.encode_documents(toy), tokenizer.eos, 30)
+    store = row_store(DATA, tokenizer)
+    rows = np.concatenate([packed(half, tokenizer) for half in halves(toy)])
     assert (rows_of(store) == rows).all()
     assert (store.read(range(store.rows))[1] == 31).all()
     assert store.tokens == rows.size == 31 * store.rows
@@ -69,43 +79,59 @@ def test_store_holds_the_packed_rows_of_its_documents(tokenizer, toy):
     assert (rows == tokenizer.eos).sum() >= 20 and not ((rows[:, :-1] == EOS) & (rows[:, 1:] == EOS)).any()
 
 
+def test_truncated_store_counts_true_tokens_alone(tokenizer, toy, capsys):
+    store = row_store(dataclasses.replace(DATA, packing="truncate", sequence_length=50), tokenizer)
+    ids, lengths = store.read(range(store.rows))
+    assert (ids == packed(toy, tokenizer, "truncate", 50)).all() and lengths.min() < 45
+    assert store.rows == DOCUMENTS - 2 and store.tokens == lengths.sum() == store.counts.sum()
+    real = ids[np.arange(51) < lengths[:, None]]
+    assert store.counts.tolist() == np.bincount(real, minlength=380).tolist()
+    assert 0.05 < store.manifest["dropped"] == pytest.approx(1 - store.tokens / store.manifest["given"])
+    share = f"{100 * store.manifest['dropped']:.0f}% of the train tokens of toy:1.0.0 train lay behind"
+    assert share in (said := capsys.readouterr().err) and "data.packing=concatenate" in said
+
+
 @pytest.mark.parametrize("at_once", [1, 4, 1000])
 def test_rows_do_not_depend_on_how_many_documents_are_encoded_at_once(tokenizer, toy, monkeypatch, at_once):
-    monkeypatch.setattr(prepare, "ENCODED_AT_ONCE", at_once)
-    rows = prepare.pack(tokenizer.encode_documents(toy), tokenizer.eos, 30)
-    assert (rows_of(prepare.row_store(DATA, "train", tokenizer)) == rows).all()
+    monkeypatch.setattr(text, "CHUNK_DOCUMENTS", at_once)
+    rows = np.concatenate([packed(half, tokenizer) for half in halves(toy)])
+    assert (rows_of(row_store(DATA, tokenizer)) == rows).all()
 
 
 def test_rows_of_a_shard_are_those_of_its_block_alone(tokenizer, toy, monkeypatch):
-    monkeypatch.setattr(prepare, "BLOCK_DOCUMENTS", 6)
-    monkeypatch.setattr(prepare, "ENCODED_AT_ONCE", 4)  # does not divide a block
-    store = prepare.row_store(DATA, "train", tokenizer)
-    blocks = [
-        prepare.pack(tokenizer.encode_documents(toy[k : k + 6]), EOS, 30) for k in range(0, DOCUMENTS, 6)
-    ]
-    assert (rows_of(store) == np.concatenate(blocks)).all()
+    monkeypatch.setattr(text, "BLOCK_DOCUMENTS", 5)
+    monkeypatch.setattr(text, "CHUNK_DOCUMENTS", 4)  # does not divide a block
+    store = row_store(DATA, tokenizer)
+    blocks = [half[k : k + 5] for half in halves(toy) for k in range(0, len(half), 5)]
+    rows = [packed(block, tokenizer) for block in blocks]
+    assert (rows_of(store) == np.concatenate(rows)).all()
     shards = store.manifest["shards"]
-    assert [shard["rows"] for shard in shards] == [len(block) for block in blocks]
-    assert [shard["documents"] for shard in shards] == [6, 6, 6, 6, 1] and shards[4]["rows"] == 0
+    assert [shard["rows"] for shard in shards] == [len(each) for each in rows]
+    assert [shard["documents"] for shard in shards] == [5, 5, 2, 5, 5, 3]
+    given = sum(len(ids) + 1 for ids in tokenizer.encode_documents(toy) if len(ids))
+    assert store.manifest["given"] == given
+    assert store.manifest["dropped"] == pytest.approx((given - store.tokens) / given)
 
 
 def test_manifest_tells_what_decides_the_rows_and_what_they_are(tokenizer):
-    store = prepare.row_store(DATA, "validation", tokenizer)
+    store = row_store(DATA, tokenizer, "validation")
     manifest = json.loads((store.path / "manifest.json").read_text())
     assert manifest["key"] == {
         "format": 2,
         "dataset": "toy:1.0.0",
         "split": "validation",
         "tokenizer": tokenizer.sha256,
+        "eos": 1,
+        "pad": 0,
         "packing": "concatenate",
         "sequence_length": 30,
         "block_documents": 65536,
+        "train_tokens": 0,
     }
-    facts = [
-        manifest[name]
-        for name in ("format", "rows", "tokens", "documents", "pieces", "eos", "sequence_length")
-    ]
-    assert facts == [2, store.rows, store.tokens, 3, 380, tokenizer.eos, 30]
+    names = ("format", "rows", "tokens", "documents", "pieces", "sequence_length", "eos", "pad", "packing")
+    facts = [manifest[name] for name in names]
+    assert facts == [2, store.rows, store.tokens, 3, 380, 30, 1, 0, "concatenate"]
+    assert manifest["text"] == {"files": 2, "of_files": 2, "of_documents": 3}
     assert manifest["record"] == "[('length', '<u4'), ('ids', '<u2', (31,))]"
 
 
@@ -114,14 +140,20 @@ def test_anything_that_decides_the_rows_gives_a_store_of_its_own(tokenizer, tmp_
     other = tokenizers.train(tokenizers._lines(texts(9)), kind="bpe", pieces=330, path=tmp_path / "o.model")
     first = dataclasses.replace(DATA, dataset="toy:1.0.0")
     paths = {
-        prepare.row_store(first, "train", tokenizer).path,
-        prepare.row_store(first, "validation", tokenizer).path,
-        prepare.row_store(first, "train[:50%]", tokenizer).path,
-        prepare.row_store(first, "train", other).path,
-        prepare.row_store(dataclasses.replace(first, sequence_length=20), "train", tokenizer).path,
-        prepare.row_store(DATA, "train", tokenizer).path,  # the newest version now
+        row_store(first, tokenizer).path,
+        row_store(first, tokenizer, "validation").path,
+        row_store(dataclasses.replace(first, train_split="train[:50%]"), tokenizer).path,
+        row_store(first, other).path,
+        row_store(first, dataclasses.replace(tokenizer, eos=5)).path,
+        row_store(first, dataclasses.replace(tokenizer, pad=5)).path,
+        row_store(dataclasses.replace(first, sequence_length=20), tokenizer).path,
+        row_store(dataclasses.replace(first, packing="truncate"), tokenizer).path,
+        row_store(dataclasses.replace(first, train_tokens=31), tokenizer).path,
+        row_store(DATA, tokenizer).path,  # the newest version now
     }
-    assert len(paths) == 6
+    assert len(paths) == 10
+    budget = dataclasses.replace(first, train_tokens=31)  # is of no matter for the text that is held out
+    assert row_store(budget, tokenizer, "validation").path in paths
 
 
 def test_second_call_finds_everything_and_reads_no_text(monkeypatch):
@@ -131,7 +163,7 @@ def test_second_call_finds_everything_and_reads_no_text(monkeypatch):
         raise AssertionError("text is read again")
 
     monkeypatch.setattr(text, "open_dataset", never)
-    again = prepare.prepare(DATA, build_limit_bytes=0)
+    again = prepare.prepare(DATA, How(build_limit_bytes=0))
     assert again.tokenizer.sha256 == first.tokenizer.sha256
     for before, now in ((first.train, again.train), (first.validation, again.validation)):
         assert before.path == now.path and (rows_of(before) == rows_of(now)).all()
@@ -140,70 +172,63 @@ def test_second_call_finds_everything_and_reads_no_text(monkeypatch):
 
 def test_large_dataset_is_prepared_only_by_the_command(tokenizer):
     size = text.open_dataset("toy", "train").bytes
-    for refused in (
-        lambda: prepare.prepare(DATA, build_limit_bytes=size - 1),
-        lambda: prepare.row_store(DATA, "train", tokenizer, build_limit_bytes=size - 1),
-    ):
-        with pytest.raises(ValueError, match=r"python -m relora_jax\.prepare --config=\.\.\."):
+    how = How(build_limit_bytes=size - 1, command="python -m relora_jax.prepare --config=c.py --config.a.b=3")
+    for refused in (lambda: prepare.prepare(DATA, how), lambda: row_store(DATA, tokenizer, how=how)):
+        with pytest.raises(
+            ValueError, match=r"rows are made only by command: .* --config=c\.py --config\.a\.b=3$"
+        ):
             refused()
-    assert not list(places.cache_dir().rglob("*.model")) and not list(
-        places.cache_dir().rglob("manifest.json")
-    )
-    assert prepare.prepare(DATA, build_limit_bytes=size).train.rows > 0
+    cache = places.cache_dir()
+    assert not list(cache.rglob("*.model")) and not list(cache.rglob("manifest.json"))
+    assert prepare.prepare(DATA, How(build_limit_bytes=size)).train.rows > 0
+
+
+def test_command_for_a_store_that_does_not_fit_says_what_the_others_are(tokenizer):
+    for changes in ({"sequence_length": 20}, {"sequence_length": 9, "packing": "truncate"}):
+        row_store(dataclasses.replace(DATA, **changes), tokenizer)
+    row_store(dataclasses.replace(DATA, train_split="train[:50%]"), tokenizer)
+    with pytest.raises(ValueError) as raised:
+        row_store(DATA, tokenizer, how=How(build_limit_bytes=0))
+    told = str(raised.value).partition("(rows of this text are there with ")[2]
+    assert sorted(told[:-1].split("; ")) == [
+        "packing truncate, this config says concatenate and sequence_length 9, this config says 30",
+        "sequence_length 20, this config says 30",
+    ]
 
 
 def test_progress_counts_documents_and_tokens(tokenizer, capfd):
-    prepare.row_store(DATA, "validation", tokenizer)
+    row_store(DATA, tokenizer)
     assert capfd.readouterr() == ("", "")
-    prepare.row_store(DATA, "train", tokenizer, build_limit_bytes=math.inf, progress=True)
+    row_store(dataclasses.replace(DATA, sequence_length=20), tokenizer, how=How(progress=True))
     written = capfd.readouterr().err
     assert f"{DOCUMENTS}/{DOCUMENTS}" in written and "tokens/s" in written
 
 
-def test_killed_preparation_leaves_nothing_that_looks_whole(tmp_path):
-    code = (
-        "import os; from relora_jax import prepare; from tests.test_prepare import DATA\n"
-        "prepare.ENCODED_AT_ONCE = 2; whole = prepare._rows\n"
-        "def cut(*arguments):\n"
-        "    for k, rows in enumerate(whole(*arguments)):\n"
-        "        k == 5 and os._exit(9)\n"
-        "        yield rows\n"
-        "prepare._rows = cut; prepare.prepare(DATA)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
-    folder = places.cache_dir() / "rows"
-    assert [entry.suffix for entry in folder.iterdir() if entry.is_dir() and "partial" in entry.name]
-    expected = prepare.pack(
-        (prepared := prepare.prepare(DATA)).tokenizer.encode_documents(
-            list(text.open_dataset("toy", "train"))
-        ),
-        EOS,
-        30,
-    )
-    assert (rows_of(prepared.train) == expected).all()
-    assert len([entry for entry in folder.iterdir() if entry.is_dir()]) == 2
-
-
 def test_text_too_short_for_a_row_is_an_error_and_leaves_no_store(tokenizer):
-    with pytest.raises(ValueError, match=r"toy:1\.0\.0 train has too little text .* choose a smaller length"):
-        prepare.row_store(dataclasses.replace(DATA, sequence_length=100_000), "train", tokenizer)
+    with pytest.raises(ValueError, match=r"toy:1\.0\.0 train.* too little text .* choose a smaller length"):
+        row_store(dataclasses.replace(DATA, sequence_length=100_000), tokenizer)
     assert not list(places.cache_dir().rglob("manifest.json"))
 
 
 def test_rows_that_did_not_reach_the_disk_make_no_store(tokenizer, monkeypatch):
-    write, calls = prepare.ArrayRecordWriter.write, itertools.count()
+    write, calls = rows.ArrayRecordWriter.write, itertools.count()
     half = lambda self, row: next(calls) % 2 or write(self, row)  # noqa: E731
-    monkeypatch.setattr(prepare.ArrayRecordWriter, "write", half)
+    monkeypatch.setattr(rows.ArrayRecordWriter, "write", half)
     with pytest.raises(ValueError, match="is no whole row store"):
-        prepare.row_store(DATA, "train", tokenizer)
-    assert not [path for path in places.cache_dir().glob("rows/*/manifest.json") if path.parent.suffix == ""]
+        row_store(DATA, tokenizer)
+    stores = places.cache_dir().glob("rows/*/*/manifest.json")
+    assert not [path for path in stores if path.parents[1].suffix == ""]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"packing": "scatter"}, "data.packing=scatter"),
-        ({"sequence_length": 0}, "data.sequence_length=0"),
+        ({"packing": "scatter"}, "data.packing 'scatter'"),
+        ({"sequence_length": 0}, "data.sequence_length 0"),
+        ({"train_tokens": -1}, "data.train_tokens -1"),
+        ({"text": "*.txt", "validation_fraction": 0.0}, "data.validation_fraction 0.0 must lie in (0, 1)"),
+        ({"text": "*.txt", "validation_fraction": 1.0}, "data.validation_fraction 1.0"),
+        ({"dataset": ""}, "set data.text to files of your own, or data.dataset"),
         ({"train_split": "trian"}, "no split 'trian'"),
         ({"validation_split": "test"}, "no split 'test'"),
         ({"dataset": "c4/en"}, "c4/en is not in"),
@@ -216,29 +241,20 @@ def test_wrong_setting_is_said_in_one_line(change, said):
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("pieces", "width"), [(65_536, 2), (65_537, 4)])
-def test_largest_id_is_stored_and_read_back(tokenizer, pieces, width):
-    class Wide(sentencepiece.SentencePieceProcessor):
-        def encode(self, texts, *_):
-            return [[pieces - 1] * 50 for _ in texts]
-
-    wide = dataclasses.replace(tokenizer, pieces=pieces, sha256="w", model=Wide())
-    store = prepare.row_store(DATA, "train", wide)
-    assert rows_of(store).max() == pieces - 1 and store.counts[pieces - 1] > 900
-    assert record_type(sequence_length=30, pieces=pieces).itemsize == 4 + 31 * width
-
-
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 def test_command_prepares_whatever_the_size_and_says_what_it_made(tmp_path, monkeypatch, capsys):
-    limits, made = [], prepare.prepare
-    spy = lambda data, **options: limits.append(options["build_limit_bytes"]) or made(data, **options)  # noqa: E731
+    asked, made = [], prepare.prepare
+    spy = lambda data, how: asked.append(how) or made(data, how._replace(workers=1))  # noqa: E731
     monkeypatch.setattr(prepare, "prepare", spy)
-    settings = (
-        "from tests import small\nfrom tests.test_prepare import DATA\n"
-        "def get_config(arm='relora'):\n    made = small.config()\n    made.data = DATA\n    return made\n"
-    )
-    (tmp_path / "c.py").write_text(settings)
-    assert prepare.main(["prepare", f"--config={tmp_path}/c.py", "--config.data.sequence_length=20"]) == 0
+    (tmp_path / "c.py").write_text(CONFIG)
+    words = ["prepare", f"--config={tmp_path}/c.py", "--config.data.sequence_length=20"]
+    assert prepare.main(words) == prepare.main([*words, "--workers=3"]) == 0
     store = made(dataclasses.replace(DATA, sequence_length=20)).train
-    assert limits == [math.inf]
-    assert f"train: {store.rows:,} rows, {store.tokens:,} tokens in {store.path}" in capsys.readouterr().out
+    assert [(how.build_limit_bytes, how.workers) for how in asked] == [
+        (math.inf, len(os.sched_getaffinity(0))),
+        (math.inf, 3),
+    ]
+    said = f"train: {store.rows:,} rows, {store.tokens:,} tokens of 25 of 25 documents in 2 block(s)"
+    assert f"{said} (2 of 2 files): {store.path}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--workers=all is no number of processes"):
+        prepare.main([*words, "--workers=all"])

@@ -1,0 +1,207 @@
+"""Blocks of text -> shards of rows, each finished one with what the manifest will need of it.
+
+A store in the making is a directory: the shards of each part (train, validation) in a directory of its own,
+and `blocks/`, which holds a file for each finished block and one for each input file that was read to its
+end. Both are written aside and renamed, so that a kill loses the blocks that were being made, and no other.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from relora_jax.blocks import Chunk, Source, Stripe
+from relora_jax.packing import Packer
+from relora_jax.rows import COUNTS, FORMAT, MANIFEST, RowStore, RowWriter, record_type, write_aside
+from relora_jax.tokenizer import Tokenizer
+
+BLOCKS = "blocks"
+
+
+class Advance(NamedTuple):
+    """So much more of the source was read, and so many tokens came of it."""
+
+    size: float
+    tokens: int
+
+
+class Block(NamedTuple):
+    """A finished block: `size` of its source, and of each part the documents, rows, tokens and tokens given.
+
+    `counts` [parts, pieces] lies beside them on the disk, too large to keep.
+    """
+
+    file: int
+    number: int
+    size: float
+    parts: list[dict[str, int]]
+
+
+class End(NamedTuple):
+    """An input file has so many blocks."""
+
+    file: int
+    blocks: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What turns the blocks of `source` into shards under `folder`; sent to the workers."""
+
+    folder: Path
+    parts: tuple[str, ...]
+    source: Source
+    tokenizer: Tokenizer
+    packing: str
+    sequence_length: int
+    one_thread: bool
+
+    def work(self, stripe: Stripe) -> Iterator[Advance | Block | End]:
+        """Makes the blocks of a stripe that are not there yet, and says what it does."""
+        number = -1
+        with contextlib.closing(self.source.blocks(stripe.file)) as blocks:
+            for number, chunks in enumerate(blocks):
+                if number in stripe and not self._record(stripe.file, number).exists():
+                    yield from self._make(stripe.file, number, chunks)
+        end = End(stripe.file, number + 1)
+        write_aside(self.folder / BLOCKS / f"{stripe.file:05d}.end", json.dumps(end.blocks).encode())
+        yield end
+
+    def found(self) -> tuple[list[Block], list[End]]:
+        """The blocks that are finished, and the files whose number of blocks is known."""
+        folder = self.folder / BLOCKS
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in self.parts:
+            (self.folder / part).mkdir(exist_ok=True)
+        blocks = [Block(*json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
+        for lost in [block for block in blocks if not self._whole(block)]:
+            self._record(lost.file, lost.number).unlink()
+            blocks.remove(lost)
+        return blocks, [End(int(f.stem), int(f.read_text())) for f in sorted(folder.glob("*.end"))]
+
+    def _whole(self, block: Block) -> bool:
+        """Whether the shards are there: someone may have deleted them."""
+        name = f"{_name(block.file, block.number)}.array_record"
+        parts = zip(self.parts, block.parts, strict=True)
+        return all((self.folder / part / name).exists() for part, facts in parts if facts["rows"])
+
+    def _record(self, file: int, number: int) -> Path:
+        return self.folder / BLOCKS / f"{_name(file, number)}.json"
+
+    def _make(self, file: int, number: int, chunks: Iterator[Chunk]) -> Iterator[Advance | Block]:
+        shards = [_Shard(self, part, f"{_name(file, number)}.array_record") for part in self.parts]
+        size = 0.0
+        with contextlib.ExitStack() as writers:
+            for shard in shards:
+                writers.enter_context(shard.writer)
+            for chunk in chunks:
+                encoded = self._encode(chunk.texts)
+                places = [self.source.part(text) for text in chunk.texts]
+                for at, shard in enumerate(shards):
+                    shard.add([ids for ids, place in zip(encoded, places, strict=True) if place == at])
+                size += chunk.size
+                yield Advance(chunk.size, sum(map(len, encoded)))
+        counts = io.BytesIO()
+        np.save(counts, np.stack([shard.writer.counts for shard in shards]))
+        record = self._record(file, number)
+        write_aside(record.with_suffix(".npy"), counts.getvalue())
+        block = Block(file, number, size, [shard.facts() for shard in shards])
+        write_aside(record, json.dumps(block).encode())
+        yield block
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of each text; a list of one text keeps a tokenizer to one thread."""
+        if not self.one_thread:
+            return self.tokenizer.encode_documents(texts)
+        return [ids for text in texts for ids in self.tokenizer.encode_documents([text])]
+
+    def finish(self, blocks: Sequence[Block], facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """The parts become stores of `blocks`, in that order; shards of other blocks go. Their manifests."""
+        counts = np.zeros((len(self.parts), self.tokenizer.pieces), np.int64)
+        for block in blocks:
+            counts += np.load(self._record(block.file, block.number).with_suffix(".npy"))
+        manifests = {}
+        for at, part in enumerate(self.parts):
+            manifest = manifests[part] = {**self._manifest(blocks, at), **facts}
+            place = self.folder / part
+            listed = {shard["file"] for shard in manifest["shards"] if shard["rows"]}
+            for extra in [entry for entry in place.iterdir() if entry.name not in listed]:
+                extra.unlink(missing_ok=True)
+            np.save(place / COUNTS, counts[at])
+            (place / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            RowStore.open(place)  # what did not reach the disk shows before the store has its name
+        return manifests
+
+    def _manifest(self, blocks: Sequence[Block], at: int) -> dict[str, Any]:
+        """What part `at` holds; `dropped` is the share of its tokens that are in no row."""
+        record = record_type(sequence_length=self.sequence_length, pieces=self.tokenizer.pieces)
+        shards = [
+            {"file": f"{_name(block.file, block.number)}.array_record", **block.parts[at]} for block in blocks
+        ]
+        total = {name: sum(s[name] for s in shards) for name in ("documents", "rows", "tokens", "given")}
+        return {
+            "format": FORMAT,
+            "part": self.parts[at],
+            "packing": self.packing,
+            "sequence_length": self.sequence_length,
+            "pieces": self.tokenizer.pieces,
+            "eos": self.tokenizer.eos,
+            "pad": self.tokenizer.pad,
+            **total,
+            "dropped": 1 - total["tokens"] / max(1, total["given"]),
+            "record": str(record),
+            "shards": shards,
+        }
+
+
+class _Shard:
+    """The rows of one part of one block."""
+
+    def __init__(self, job: Job, part: str, file: str) -> None:
+        ids = {"eos": job.tokenizer.eos, "pad": job.tokenizer.pad}
+        self._packer = Packer(job.packing, length=job.sequence_length, **ids)
+        shape = {"sequence_length": job.sequence_length, "pieces": job.tokenizer.pieces}
+        self.writer = RowWriter(job.folder / part / file, **shape)
+        self._documents = 0
+
+    def add(self, documents: list[np.ndarray]) -> None:
+        self._documents += len(documents)
+        self.writer.write(*self._packer.add(documents))
+
+    def facts(self) -> dict[str, int]:
+        """Of the manifest."""
+        return {
+            "documents": self._documents,
+            "rows": self.writer.rows,
+            "tokens": int(self.writer.counts.sum()),
+            "given": self._packer.given,
+        }
+
+
+def whole(blocks: Sequence[Block], ends: Sequence[End], files: int, train_tokens: int) -> list[Block] | None:
+    """The blocks of a store in order, where they are all there; None before.
+
+    All of the files' blocks, or up to the first at which part 0 has `train_tokens` (0: no end).
+    """
+    there = {(block.file, block.number): block for block in blocks}
+    counts, taken, tokens = dict(ends), [], 0
+    for file in range(files):
+        number = 0
+        while (block := there.get((file, number))) is not None:
+            taken.append(block)
+            tokens += block.parts[0]["tokens"]
+            if 0 < train_tokens <= tokens:
+                return taken
+            number += 1
+        if counts.get(file) != number:
+            return None
+    return taken
+
+
+def _name(file: int, number: int) -> str:
+    return f"{file:05d}-{number:05d}"

@@ -1,0 +1,177 @@
+"""Row stores in the cache: found by what decides their rows, or made.
+
+rows/<hash of the key>/<part>, part train or validation; two parts where one reading gives both.
+"""
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from relora_jax import places, workers
+from relora_jax.blocks import Source
+from relora_jax.rows import MANIFEST, RowStore
+from relora_jax.shards import BLOCKS, Advance, Block, End, Job, whole
+
+BUILD_LIMIT_BYTES = 100_000_000  # above it, `train` does not prepare by itself
+DROPPED = 0.05  # a larger share of lost tokens is told
+REMEDIES = {
+    "concatenate": "fell off where blocks and files end: join small files, or shorten data.sequence_length",
+    "truncate": "lay behind data.sequence_length: raise it, or set data.packing=concatenate",
+}
+_TEXT = ("dataset", "split", "text", "text_field")  # of a key: which text it is
+
+
+class How(NamedTuple):
+    """How rows are made where they are not there yet; nothing here decides what they are."""
+
+    build_limit_bytes: int | float = BUILD_LIMIT_BYTES
+    workers: int = 1  # 1: in this process
+    progress: bool = False
+    command: str = "python -m relora_jax.prepare --config=..."  # that makes what is above the limit
+
+
+def row_stores(
+    key: dict[str, Any], parts: tuple[str, ...], job: Callable[[Path], Job], how: How
+) -> list[RowStore]:
+    """The stores of `parts` under `key`; a kill loses at most the blocks that were being made."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    path = places.cache_dir() / "rows" / name
+
+    def make(aside: Path) -> None:
+        _make(job(aside), key, how)
+
+    if not path.exists():
+        places.make_once(path, make, variable="XDG_CACHE_HOME", resume=True)
+        places.remove(path / BLOCKS)
+    return [RowStore.open(path / part) for part in parts]
+
+
+def check_size(source: Source, key: dict[str, Any], how: How) -> None:
+    """ValueError where rows of so much text are made only by command; it says what else is there."""
+    if source.bytes <= how.build_limit_bytes:
+        return
+    size, limit = (f"{number / 1e6:,.0f} MB" for number in (source.bytes, how.build_limit_bytes))
+    others = "; ".join(dict.fromkeys(_differences(key)))
+    raise ValueError(
+        f"{source.name} holds {size}, and above {limit} rows are made only by command: {how.command}"
+        + (f" (rows of this text are there with {others})" if others else "")
+    )
+
+
+def _differences(key: dict[str, Any]) -> Iterator[str]:
+    """What the other stores of the same text have, and `key` has not."""
+    for file in sorted((places.cache_dir() / "rows").glob(f"*/*/{MANIFEST}")):
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
+            other = json.loads(file.read_text())["key"]
+            same = all(other.get(name) == key.get(name) for name in _TEXT if name in key)
+            differs = [name for name in key if name not in _TEXT and other[name] != key[name]]
+            if same and differs:
+                yield " and ".join(f"{n} {other[n]}, this config says {key[n]}" for n in differs)
+
+
+def _make(job: Job, key: dict[str, Any], how: How) -> None:
+    """The stores of a job in its folder, from the blocks that are there and those that are not."""
+    blocks, ends = job.found()
+    source, budget = job.source, key["train_tokens"]
+    taken = whole(blocks, ends, source.files, budget)
+    if taken is None:
+        left = _left(source.stripes(how.workers), blocks, ends)
+        with (
+            _forgotten(job.folder, key),
+            _bar(job, blocks, budget, how) as advance,
+            contextlib.closing(workers.run(job.work, left, how.workers)) as messages,
+        ):
+            for message in messages:
+                if isinstance(message, Advance):
+                    advance(message)
+                    continue
+                (blocks if isinstance(message, Block) else ends).append(message)  # pyright: ignore
+                taken = whole(blocks, ends, source.files, budget)
+                if taken is not None:
+                    break
+    assert taken is not None, "every block was made"
+    _finish(job, key, taken)
+
+
+@contextlib.contextmanager
+def _forgotten(folder: Path, key: dict[str, Any]) -> Iterator[None]:
+    """Files that must be mended get another key: what was made of them is of no use any more."""
+    try:
+        yield
+    except ValueError:
+        if "text" in key:
+            places.remove(folder)
+        raise
+
+
+def _left(stripes: Sequence[Any], blocks: Sequence[Block], ends: Sequence[End]) -> list[Any]:
+    """The stripes that something is missing of."""
+    counts, there = dict(ends), {(block.file, block.number) for block in blocks}
+    return [
+        stripe
+        for stripe in stripes
+        if stripe.file not in counts
+        or any((stripe.file, n) not in there for n in range(counts[stripe.file]) if n in stripe)
+    ]
+
+
+def _finish(job: Job, key: dict[str, Any], blocks: Sequence[Block]) -> None:
+    source, name = job.source, job.source.name
+    facts = {
+        "key": key,
+        "text": {"files": len({block.file for block in blocks}), "of_files": source.files},
+    }
+    facts["text"]["of_documents"] = source.documents
+    for at, part in enumerate(job.parts):
+        if not sum(block.parts[at]["rows"] for block in blocks):
+            raise _too_little(job, part, blocks[0].parts[at] if blocks else {})
+    manifests = job.finish(blocks, facts)
+    for part, manifest in manifests.items():
+        if manifest["dropped"] > DROPPED:
+            share = f"{100 * manifest['dropped']:.0f}% of the {part} tokens of {name}"
+            print(f"{share} {REMEDIES[job.packing]}", file=sys.stderr)
+    wanted, got = key["train_tokens"], manifests[job.parts[0]]["tokens"]
+    if got < wanted:
+        print(f"{name} gives {got:,} tokens, of data.train_tokens={wanted:,}", file=sys.stderr)
+
+
+def _too_little(job: Job, part: str, facts: dict[str, int]) -> ValueError:
+    what = f"{job.source.name}: the {part} part has too little text for one row"
+    if len(job.parts) > 1 and part == "validation":
+        return ValueError(f"{what}, so nothing is held out: raise data.validation_fraction or give more text")
+    return ValueError(
+        f"{what} of data.sequence_length={job.sequence_length}: choose a smaller length or another split"
+    )
+
+
+@contextlib.contextmanager
+def _bar(job: Job, blocks: Sequence[Block], budget: int, how: How) -> Iterator[Callable[[Advance], None]]:
+    """A progress bar with tokens/s and the time left: in tokens to a budget, else through the source."""
+    tokens, size = sum(b.parts[0]["tokens"] for b in blocks), sum(b.size for b in blocks)
+    unit, total, done = (" tokens", budget, tokens) if budget else (job.source.unit, job.source.size, size)
+    made = 0
+    with tqdm(
+        total=total,
+        initial=done,
+        desc="+".join(job.parts),
+        unit=unit,
+        unit_scale=unit != " documents",
+        smoothing=0,
+        dynamic_ncols=True,
+        disable=not how.progress,
+    ) as bar:
+
+        def advance(message: Advance) -> None:
+            nonlocal made
+            made += message.tokens
+            elapsed_s = bar.format_dict["elapsed"] if how.progress else 0
+            bar.set_postfix_str(f"{made / elapsed_s:,.0f} tokens/s" if elapsed_s else "", refresh=False)
+            bar.update(message.tokens if budget else message.size)
+
+        yield advance

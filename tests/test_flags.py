@@ -1,0 +1,45 @@
+import shlex
+
+import pytest
+
+from relora_jax import flags
+
+CONFIG = "from tests import small\n\ndef get_config(arm='relora'):\n    return small.config(arm)\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "c d.py").write_text(CONFIG)
+    return str(tmp_path / "c d.py")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--text=*.gz", "--text_field=content"],
+        ["--text", "*.gz", "-text_field=content"],
+        ["--config.data.text=*.gz", "--config.data.text_field=content"],
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_text_and_its_field_are_short_for_their_settings(file, words, before):
+    line = [*words, f"--config={file}:full"] if before else [f"--config={file}:full", *words]
+    if before and words[0].startswith("--config"):
+        line = [line[-1], *line[:-1]]
+    config, strings = flags.parse(["train", *line, "--workdir=w"], workdir="")
+    assert (config.arm, config.data.text, config.data.text_field) == ("full", "*.gz", "content")
+    assert strings == {"workdir": "w"}
+
+
+@pytest.mark.parametrize("form", ["--config={}", "--config {}"])
+def test_command_for_another_module_has_the_settings_and_nothing_else(file, form):
+    words = (
+        form.format(shlex.quote(file)) + " --workdir=w --config.relora.rank 2 --config.relora.jagged=false"
+    )
+    words += " --text '*.gz'"
+    command = flags.command("prepare", ["train", *shlex.split(words)])
+    *python, module = shlex.split(command)[:3]
+    assert (python, module) == (["python", "-m"], "relora_jax.prepare")
+    config, _ = flags.parse(["prepare", *shlex.split(command)[3:]])
+    assert (config.relora.rank, config.relora.jagged, config.data.text) == (2, False, "*.gz")
+    assert "workdir" not in command

@@ -1,0 +1,331 @@
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relora_jax import files, places, prepare
+from relora_jax import tokenizer as tokenizers
+from relora_jax.config import DataConfig
+from relora_jax.packing import Packer
+from relora_jax.shards import Block, End, Job, whole
+from relora_jax.stores import How
+from tests.documents import texts
+
+SIZES = (9, 23, 14, 1, 30)  # documents of the files; a block has 8
+BLOCK, LENGTH = 8, 20
+FIND = files.find
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five files of text, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("own")
+    left = iter(texts(sum(SIZES)))
+    for k, size in enumerate(SIZES):
+        lines = "".join(json.dumps({"text": next(left)}) + "\n" for _ in range(size))
+        (folder / f"{k}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    tokenizers.train(tokenizers._lines(texts(40)), kind="bpe", pieces=380, path=folder / "t.model")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = lambda *words, **named: dataclasses.replace(FIND(*words, **named), block_documents=BLOCK)  # noqa: E731
+    monkeypatch.setattr(files, "find", found)
+
+
+def config(folder, **changes):
+    made = DataConfig(
+        text=str(folder / "*.jsonl.gz"),
+        validation_fraction=0.3,
+        tokenizer=str(folder / "t.model"),
+        sequence_length=LENGTH,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def made_in(cache, monkeypatch, data, how=How()):  # noqa: B008
+    """{file of the store: its bytes} of a preparation in a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    path = prepare.prepare(data, how).train.path.parent
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+def blocks_of(folder):
+    """(train, validation) documents of each block."""
+    for k in range(len(SIZES)):
+        content = gzip.decompress((folder / f"{k}.jsonl.gz").read_bytes()).decode()
+        documents = [json.loads(line)["text"] for line in content.splitlines()]
+        for start in range(0, len(documents), BLOCK):
+            parts = [], []
+            for text in documents[start : start + BLOCK]:
+                hashed = hashlib.sha256(text.encode()).digest()[:8]
+                parts[int.from_bytes(hashed, "big") / 2**64 < 0.3].append(text)
+            yield parts
+
+
+def packed(documents, tokenizer):
+    packer = Packer("concatenate", length=LENGTH, eos=tokenizer.eos, pad=tokenizer.pad)
+    return packer.add(tokenizer.encode_documents(documents)).ids
+
+
+def test_one_reading_gives_both_stores_each_document_in_its_own_part_of_its_block(folder):
+    prepared = prepare.prepare(config(folder))
+    for at, store in enumerate((prepared.train, prepared.validation)):
+        rows = np.concatenate([packed(parts[at], prepared.tokenizer) for parts in blocks_of(folder)])
+        assert (store.read(range(store.rows))[0] == rows).all()
+        assert store.manifest["documents"] == sum(len(parts[at]) for parts in blocks_of(folder))
+        assert store.counts.tolist() == np.bincount(rows.ravel(), minlength=380).tolist()
+    assert prepared.train.manifest["text"] == {"files": 5, "of_files": 5, "of_documents": None}
+    assert prepared.train.path.parent == prepared.validation.path.parent
+
+
+def test_store_does_not_depend_on_the_workers(folder, tmp_path, monkeypatch):
+    data = config(folder, text=f"{folder}/[14].jsonl.gz")
+    alone = made_in(tmp_path / "1", monkeypatch, data)
+    assert len(alone) > 14 and not any(name.startswith("blocks") for name in alone)
+    for workers in (2, 3):  # more of them than files: they share these
+        assert made_in(tmp_path / f"{workers}", monkeypatch, data, How(workers=workers)) == alone
+
+
+def test_more_files_leave_the_rows_of_the_others_as_they_are(folder, tmp_path, monkeypatch):
+    before = made_in(tmp_path / "1", monkeypatch, config(folder))
+    (more := tmp_path / "more").mkdir()
+    for file in folder.glob("*.gz"):
+        (more / file.name).write_bytes(file.read_bytes())
+    (more / "9.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "new " * 900}).encode()))
+    data = config(folder, text=str(more / "*.gz"))
+    after = made_in(tmp_path / "2", monkeypatch, data)
+    shards = {name for name in before if name.endswith("array_record")}
+    assert {name: after[name] for name in shards} == {name: before[name] for name in shards}
+    assert [name for name in after if name not in before] == ["train/00005-00000.array_record"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_train_tokens_end_the_store_with_the_first_block_that_reaches_them(
+    folder, tmp_path, monkeypatch, workers
+):
+    everything = prepare.prepare(config(folder))
+    shards = everything.train.manifest["shards"]
+    tokens = np.cumsum([shard["tokens"] for shard in shards]).tolist()
+    for budget, blocks in ((tokens[4], 5), (tokens[4] + 1, 6), (1, 1)):
+        data = config(folder, train_tokens=budget)
+        made = made_in(tmp_path / f"{budget}", monkeypatch, data, How(workers=workers))
+        train, validation = (json.loads(made[f"{part}/manifest.json"]) for part in files.PARTS)
+        assert train["shards"] == shards[:blocks] and train["tokens"] == tokens[blocks - 1] >= budget
+        assert validation["shards"] == everything.validation.manifest["shards"][:blocks]
+        on_disk = [name for name in made if name.startswith("train/") and name.endswith("record")]
+        assert len(on_disk) == sum(shard["rows"] > 0 for shard in train["shards"])
+        if workers == 3:
+            break
+
+
+def test_nothing_is_read_behind_the_train_tokens(folder, monkeypatch):
+    opened, blocks = [], files.Files.blocks
+    spy = lambda self, file: opened.append(file) or blocks(self, file)  # noqa: E731
+    monkeypatch.setattr(files.Files, "blocks", spy)
+    prepare.prepare(config(folder, train_tokens=600))
+    assert opened == [0, 1]
+
+
+def test_more_train_tokens_than_there_are_give_everything_and_say_so(folder, capsys):
+    everything = prepare.prepare(config(folder)).train
+    capsys.readouterr()
+    store = prepare.prepare(config(folder, train_tokens=10**6)).train
+    assert store.manifest["shards"] == everything.manifest["shards"]
+    assert f"gives {store.tokens:,} tokens, of data.train_tokens=1,000,000" in capsys.readouterr().err
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=5),
+    budget=st.integers(0, 40),
+    order=st.randoms(use_true_random=False),
+)
+def test_blocks_are_whole_when_the_first_that_reach_the_budget_are_there(sizes, budget, order):
+    every = [Block(f, n, 1, [{"tokens": t}]) for f, tokens in enumerate(sizes) for n, t in enumerate(tokens)]
+    reached = [sum(b.parts[0]["tokens"] for b in every[: k + 1]) >= budget > 0 for k in range(len(every))]
+    taken = every[: reached.index(True) + 1] if any(reached) else every
+    messages = [*every, *(End(f, len(tokens)) for f, tokens in enumerate(sizes))]
+    order.shuffle(messages)
+    for k in range(len(messages) + 1):
+        blocks = [m for m in messages[:k] if isinstance(m, Block)]
+        ends = [m for m in messages[:k] if isinstance(m, End)]
+        last = taken[-1].file if any(reached) else len(sizes)
+        needed = {*range(last)} <= {end.file for end in ends} and all(block in blocks for block in taken)
+        assert whole(blocks, ends, len(sizes), budget) == (taken if needed else None)
+
+
+KILLED = """
+import dataclasses, os, pathlib, signal, sys
+from relora_jax import files, prepare, shards
+from relora_jax.stores import How
+from tests.test_stores import config, BLOCK
+find = files.find
+files.find = lambda *a, **k: dataclasses.replace(find(*a, **k), block_documents=BLOCK)
+if __name__ == "__main__":
+    left = [int(sys.argv[2])]
+    make = shards.Job._make
+    def counted(self, *words):
+        for message in make(self, *words):
+            yield message
+            left[0] -= isinstance(message, shards.Block)
+            if left[0] < 0 or not left[0] and isinstance(message, shards.Advance):
+                os.kill(os.getpid(), signal.SIGKILL)  # in the middle of a block
+    shards.Job._make = counted
+    prepare.prepare(config(pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_killed_preparation_goes_on_with_the_blocks_that_are_missing(folder, tmp_path, monkeypatch):
+    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), "4"])
+    assert killed.returncode == -9
+    [partial] = (places.cache_dir() / "rows").glob("*.partial")
+    kept = sorted((partial / "blocks").glob("*.json"))
+    assert len(kept) == 4
+    made, make = [], Job._make
+    spy = lambda self, file, number, chunks: made.append((file, number)) or make(self, file, number, chunks)  # noqa: E731
+    monkeypatch.setattr(Job, "_make", spy)
+    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+    everything = [(f, n) for f, size in enumerate(SIZES) for n in range(-(-size // BLOCK))]
+    assert made == everything[4:] and not partial.exists()
+
+
+def test_block_whose_shard_was_deleted_is_made_again(folder, tmp_path, monkeypatch):
+    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    assert subprocess.run([sys.executable, "-c", KILLED, str(folder), "5"]).returncode == -9
+    [partial] = (places.cache_dir() / "rows").glob("*.partial")
+    (partial / "train" / "00001-00000.array_record").unlink()
+    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+
+
+def test_files_that_are_read_to_their_end_are_not_opened_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    assert subprocess.run([sys.executable, "-c", KILLED, str(folder), "6"]).returncode == -9
+    opened, blocks = [], files.Files.blocks
+    spy = lambda self, file: opened.append(file) or blocks(self, file)  # noqa: E731
+    monkeypatch.setattr(files.Files, "blocks", spy)
+    prepare.prepare(config(folder))
+    assert opened == [2, 3, 4]  # 2 + 3 blocks, and one of the third file
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_document_is_named_and_what_was_made_of_its_files_goes(folder, tmp_path, workers):
+    (bad := tmp_path / "bad").mkdir()
+    for file in sorted(folder.glob("*.gz")):
+        (bad / file.name).write_bytes(file.read_bytes())
+    (bad / "3.jsonl.gz").write_bytes(gzip.compress(b'{"text": "caf\xe9 "}\n'))
+    with pytest.raises(ValueError) as raised:
+        prepare.prepare(config(folder, text=f"{bad}/*"), How(workers=workers))
+    assert str(raised.value).startswith(f"{bad}/3.jsonl.gz, line 1 is not UTF-8")
+    assert not list((places.cache_dir() / "rows").glob("*.partial"))
+
+
+def test_nothing_held_out_is_said_with_the_remedy(folder):
+    with pytest.raises(ValueError, match=r"validation part .* raise data\.validation_fraction"):
+        prepare.prepare(config(folder, validation_fraction=1e-9))
+    with pytest.raises(ValueError, match=r"train part has too little text for one row of data\.seq.*=200000"):
+        prepare.prepare(config(folder, sequence_length=200_000))
+
+
+def test_many_small_files_are_told_of(folder, tmp_path, capsys):
+    prepare.prepare(config(folder))
+    assert "fell off" in (said := capsys.readouterr().err) and said.count("\n") <= 2
+    for k, text in enumerate(texts(50)):
+        (tmp_path / f"{k}.txt").write_text(text)
+    train = prepare.prepare(config(folder, text=f"{tmp_path}/*.txt")).train
+    share = f"{100 * train.manifest['dropped']:.0f}% of the train tokens of {tmp_path}/0.txt and 49 more"
+    assert f"{share} fell off where blocks and files end: join small files" in capsys.readouterr().err
+
+
+def test_tokenizer_is_trained_on_what_is_not_held_out(folder, tmp_path):
+    trained = prepare.prepare(config(folder, tokenizer="bpe(330)")).tokenizer
+    train = [text for parts in blocks_of(folder) for text in parts[0]]
+    lines = tokenizers._lines(train)
+    assert trained.sha256 == tokenizers.train(lines, kind="bpe", pieces=330, path=tmp_path / "o").sha256
+
+
+def command(folder, place, count, size):
+    """`prepare` in a process of its own, by two workers, of `count` files with `size` documents each."""
+    (place / "c.py").write_text(
+        "import pathlib\nfrom tests import small, test_stores\n"
+        "def get_config(arm='relora'):\n    made = small.config()\n"
+        f"    made.data = test_stores.config(pathlib.Path({str(folder)!r}))\n    return made\n"
+    )
+    for k in range(count):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts(200, seed=k))
+        (place / f"{k}.jsonl").write_text(lines * (size // 200))
+    words = [f"--config={place}/c.py", f"--text={place}/*.jsonl", "--workers=2"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "relora_jax.prepare", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # as at a terminal, where Ctrl-C reaches the workers as well
+    )
+
+
+def in_group(number):
+    """The processes of a group that run; nobody may have asked yet how the others ended."""
+    found = []
+    for file in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = file.read_text().rpartition(")")[2].split()[:3]
+            found += [file.parent.name] if int(group) == number and state != "Z" else []
+    return found
+
+
+def until(process, words):
+    """What it says until it has said the words, or ends."""
+    said = ""
+    while words not in said and (letter := process.stderr.read(1)):
+        said += letter
+    return said
+
+
+def test_interrupted_command_ends_in_one_line_without_its_workers(folder, tmp_path):
+    with command(folder, tmp_path, 2, 20_000) as process:
+        said = until(process, "tokens/s")
+        os.killpg(process.pid, signal.SIGINT)
+        said += process.stderr.read()  # pyright: ignore
+        assert process.wait(20) == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == "interrupted: the same command goes on"
+    waited_until = time.monotonic() + 20
+    while running := in_group(process.pid):
+        assert time.monotonic() < waited_until, running
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_command_killed_again_and_again_gives_the_same_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "find", FIND)  # blocks as they are
+    kept = lambda: len(list((places.cache_dir() / "rows").glob("*.partial/blocks/*.json")))  # noqa: E731
+    for blocks in (0, 2, 6):
+        with command(folder, tmp_path, 10, 6_000) as process:
+            until(process, "tokens/s")
+            while kept() < blocks and process.poll() is None:
+                time.sleep(0.01)
+            process.kill()
+        assert blocks <= kept() < 10
+    with command(folder, tmp_path, 10, 6_000) as process:
+        until(process, "no such words")
+    assert process.returncode == 0
+    [resumed] = (places.cache_dir() / "rows").glob("*/train")
+    data = config(folder, text=f"{tmp_path}/*.jsonl")
+    alone = made_in(tmp_path / "alone", monkeypatch, data)
+    assert alone == {str(f.relative_to(resumed.parent)): f.read_bytes() for f in resumed.parent.rglob("*.*")}
