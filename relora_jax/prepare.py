@@ -55,6 +55,8 @@ def prepare(
         data.tokenizer,
         lambda: _documents(data, data.train_split, build_limit_bytes),
         key=f"{text.dataset_version(data.dataset)} {data.train_split}",
+        eos_id=data.eos_id,
+        pad_id=data.pad_id,
     )
     stores = {  # the smaller split first: a wrong name shows before hours of work
         split: row_store(data, split, tokenizer, build_limit_bytes=build_limit_bytes, progress=progress)
