@@ -42,7 +42,7 @@ class HuggingFace:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
-        return [found.ids for found in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+        return [found.ids for found in self._model.encode_batch_fast(texts)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special tokens give none."""
@@ -75,7 +75,7 @@ def _parse(path: Path, content: bytes) -> tokenizers.Tokenizer:
             _hide_special_pieces(settings["added_tokens"], model["vocab"])
         made = tokenizers.Tokenizer.from_str(json.dumps(settings))
         made.encode_special_tokens = True
-        made.encode("A file may be read and still fail at its first text.", add_special_tokens=False)
+        made.encode("A file may be read and still fail at its first text.")
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # plain Exceptions of the library, and panics, which are not even those

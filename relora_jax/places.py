@@ -22,12 +22,12 @@ def datasets_dir() -> Path:
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
 
 
-def make_once(path: Path, make: Callable[[Path], object], *, variable: str) -> Path:
+def make_once(path: Path, make: Callable[[Path], object], *, variable: str, resume: bool = False) -> Path:
     """After the call `path` is there, whole: made aside by `make(aside)`, then renamed.
 
     One process makes, others wait for it. A kill at any moment leaves at most `path`.partial, which
-    nobody reads and the next maker removes. `variable` is the environment variable that moves the
-    place, named when it cannot be written.
+    nobody reads and the next maker removes; with `resume` it is given what is there, and goes on.
+    `variable` is the environment variable that moves the place, named when it cannot be written.
     """
     if path.exists():
         return path
@@ -42,7 +42,8 @@ def make_once(path: Path, make: Callable[[Path], object], *, variable: str) -> P
         _wait_for(lock, path)
         if not path.exists():
             aside = path.with_name(f"{path.name}.partial")
-            _remove(aside)
+            if not resume:
+                remove(aside)
             make(aside)
             aside.rename(path)
     return path
@@ -57,7 +58,8 @@ def _wait_for(lock: IO[str], path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """The file or directory, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
