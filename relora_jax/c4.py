@@ -125,15 +125,14 @@ def _write_shards(shards: dict[Path, Path], *, processes: int, skip_broken: bool
     left = [(file, target) for file, target in shards.items() if not target.exists()]
     done = sum(sizes.values()) - sum(sizes[file] for file, _ in left)
     documents, whole = 0, len(shards) - len(left)
-    bar = tqdm(
-        desc=f"{NAME}/{CONFIG}",
-        total=sum(sizes.values()),
-        initial=done,
-        unit="B",
-        unit_scale=True,
-        smoothing=0,
-        dynamic_ncols=True,
-    )
+    shown = {
+        "desc": f"{NAME}/{CONFIG}",
+        "unit": "B",
+        "unit_scale": True,
+        "smoothing": 0,
+        "dynamic_ncols": True,
+    }
+    bar = tqdm(total=sum(sizes.values()), initial=done, **shown)
     with bar, closing(workers.run(partial(_convert, skip_broken), left, processes)) as messages:
         for message in messages:
             documents, whole = documents + message.documents, whole + message.files
@@ -238,7 +237,10 @@ def _write_metadata(aside: Path, shards: dict[Path, Shard], version: str) -> Non
         made = [shard for target, shard in shards.items() if target.name.startswith(f"{NAME}-{split}.")]
         if made:
             template = tfds.core.ShardedFileTemplate(
-                dataset_name=NAME, data_dir=aside, split=split, filetype_suffix="array_record"
+                dataset_name=NAME,
+                data_dir=aside,  # pyright: ignore
+                split=split,
+                filetype_suffix="array_record",
             )
             lengths, size = [shard.documents for shard in made], sum(shard.bytes for shard in made)
             infos.append(

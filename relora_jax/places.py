@@ -26,8 +26,8 @@ def make_once(path: Path, make: Callable[[Path], object], *, variable: str, resu
     """After the call `path` is there, whole: made aside by `make(aside)`, then renamed.
 
     One process makes, others wait for it. A kill at any moment leaves at most `path`.partial, which
-    nobody reads and the next maker removes; with `resume` it is given what is there, and goes on.
-    `variable` is the environment variable that moves the place, named when it cannot be written.
+    nobody reads and the next maker removes; with `resume` it goes on with what is there. `variable` is
+    the environment variable that moves the place, named when it cannot be written.
     """
     if path.exists():
         return path

@@ -130,14 +130,17 @@ def _load_again(path: Path, sha256: str, eos: int, pad: int) -> Tokenizer:
     return tokenizer
 
 
-def train(lines: Iterable[str], *, kind: str, pieces: int, path: Path) -> Tokenizer:
-    """A "bpe" or "unigram" model of exactly `pieces` pieces at `path`: the same for the same lines.
+def train(documents: Iterable[str], *, kind: str, pieces: int, path: Path) -> Tokenizer:
+    """A "bpe" or "unigram" model of exactly `pieces` pieces at `path`: the same for the same text.
 
-    `path` is written whole or not at all. Lines carry no line ends: those are pieces already.
+    It sees the lines of the first TRAINING_BYTES, without their ends: those are pieces already. `path` is
+    written whole or not at all.
     """
     written = io.BytesIO()
     settings = {**_SETTINGS, "model_type": kind, "vocab_size": pieces, "model_writer": written}
-    sentences = list(lines)  # so that an error of the lines is raised here, not inside SentencePiece
+    sentences = list(
+        _lines(documents)
+    )  # so that an error of the lines is raised here, not inside SentencePiece
     try:
         if not sentences:
             raise RuntimeError("] there is no text")
@@ -169,7 +172,7 @@ def find(
         told = hashlib.sha256(f"{TRAINER} {key}".encode()).hexdigest()[:16]
         path = places.make_once(
             folder / f"{kind}-{pieces}-{told}.model",
-            lambda aside: train(_lines(documents()), kind=kind, pieces=pieces, path=aside),
+            lambda aside: train(documents(), kind=kind, pieces=pieces, path=aside),
             variable="XDG_CACHE_HOME",
         )
         return load(path, eos_id=eos_id, pad_id=pad_id)

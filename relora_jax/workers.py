@@ -7,9 +7,9 @@ the one who asked, however that ends.
 import multiprocessing
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import connection
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from relora_jax.flags import is_ours
 
@@ -24,8 +24,10 @@ class _Failure(NamedTuple):
     trace: str
 
 
-def run(work: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: int) -> Iterator[Any]:
-    """The messages of work(task) for each of the tasks, begun in order; one worker: in this process.
+def run(
+    work: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: int
+) -> Generator[Any, None, None]:
+    """The messages of work(task) for each task, begun in this order; by one worker: in this process.
 
     Closing the iterator ends the workers at once.
     """
@@ -42,7 +44,7 @@ def run(work: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: i
             pipe.send(task)
         busy = list(processes)
         while busy:
-            for pipe in connection.wait(busy):
+            for pipe in cast(list[Any], connection.wait(busy)):
                 message = _receive(pipe, processes[pipe])
                 if message is not _DONE:
                     yield message
