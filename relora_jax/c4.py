@@ -7,26 +7,23 @@ finished ones wait for the same command if it is killed; TFDS writes the metadat
 """
 
 import glob
-import gzip
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from relora_jax import places, workers
+from relora_jax import json_lines, places, workers
 
 NAME, CONFIG, VERSION = "c4", "en", "3.1.0"
 SPLITS = ("train", "validation")
 FEATURES = ("text", "timestamp", "url")
-LONGEST_LINE = 2**26  # bytes; a longer one counts as broken, so that memory is bounded
 NAMED = 3  # broken places of a file that are named; the others are counted
 REPORTED = 500  # documents between two reports of a worker
 FACTS, INPUTS = "facts", "inputs.json"  # in VERSION.partial: a Shard for each shard, and the list of files
@@ -125,14 +122,9 @@ def _write_shards(shards: dict[Path, Path], *, processes: int, skip_broken: bool
     left = [(file, target) for file, target in shards.items() if not target.exists()]
     done = sum(sizes.values()) - sum(sizes[file] for file, _ in left)
     documents, whole = 0, len(shards) - len(left)
-    shown = {
-        "desc": f"{NAME}/{CONFIG}",
-        "unit": "B",
-        "unit_scale": True,
-        "smoothing": 0,
-        "dynamic_ncols": True,
-    }
-    bar = tqdm(total=sum(sizes.values()), initial=done, **shown)
+    bar = tqdm(
+        total=sum(sizes.values()), initial=done, unit="B", unit_scale=True, smoothing=0, dynamic_ncols=True
+    )
     with bar, closing(workers.run(partial(_convert, skip_broken), left, processes)) as messages:
         for message in messages:
             documents, whole = documents + message.documents, whole + message.files
@@ -149,13 +141,12 @@ def _convert(skip_broken: bool, task: tuple[Path, Path]) -> Iterator[Advance]:
     file, target = task
     serializer = ExampleSerializer(_features(tfds).get_serialized_info())
     documents, size, broken, named, told = 0, 0, 0, [], Advance(0, 0)
-    aside = target.with_name(
-        f"{target.name}.{os.getpid()}.new"
-    )  # a killed command's worker may still write its own
+    # a killed command's worker may still write its own for a moment
+    aside = target.with_name(f"{target.name}.{os.getpid()}.new")
     writer = ArrayRecordWriter(str(aside), "group_size:1")  # as TFDS does
     try:
         with file.open("rb") as raw:
-            for line, found in _lines(raw, unzip=file.suffix == ".gz"):
+            for line, found in json_lines.read(raw, FEATURES, unzip=file.suffix == ".gz"):
                 if isinstance(found, str):
                     place = f"{file}:{line} is broken ({found})"
                     if not skip_broken:
@@ -175,44 +166,6 @@ def _convert(skip_broken: bool, task: tuple[Path, Path]) -> Iterator[Advance]:
     _facts_file(target).write_text(json.dumps(Shard(documents, size, broken, named)))
     aside.rename(target)
     yield Advance(documents - told.documents, file.stat().st_size - told.bytes, files=1)
-
-
-def _lines(raw: IO[bytes], *, unzip: bool) -> Iterator[tuple[int, dict[str, bytes] | str]]:
-    """(number from 1, features or what is wrong) of each line that is not empty.
-
-    What cannot be unzipped is one broken line, the last.
-    """
-    stream = gzip.GzipFile(fileobj=raw) if unzip else raw
-    number = 0
-    try:
-        while line := stream.readline(LONGEST_LINE):
-            number += 1
-            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(LONGEST_LINE)
-                yield number, f"longer than {LONGEST_LINE:,} bytes"
-            elif line.strip():
-                yield number, _features_of(line)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield number + 1, f"the file ends or is damaged here: {error}"
-
-
-def _features_of(line: bytes) -> dict[str, bytes] | str:
-    """The features of a line, or what is wrong with it."""
-    try:
-        found = json.loads(line.strip())
-        if not isinstance(found, dict):
-            return "no JSON object"
-        if "text" not in found:
-            return "it has no `text`"
-        texts = {name: found.get(name, "") for name in FEATURES}
-        if others := [name for name, text in texts.items() if not isinstance(text, str)]:
-            return f"its `{others[0]}` is not a text"
-        return {name: text.encode() for name, text in texts.items()}
-    except json.JSONDecodeError as error:
-        return f"{error.msg} at column {error.colno}"
-    except (ValueError, RecursionError) as error:
-        return str(error)
 
 
 def _facts_file(target: Path) -> Path:

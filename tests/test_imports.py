@@ -8,7 +8,18 @@ import sys
 PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 # From the ground up; a module imports from lower floors, or from its own.
 FLOORS = [
-    {"prune", "places", "schedule", "paths", "product", "merge", "progress", "spectrum", "hugging_face"},
+    {
+        "prune",
+        "places",
+        "schedule",
+        "paths",
+        "product",
+        "merge",
+        "progress",
+        "spectrum",
+        "hugging_face",
+        "json_lines",
+    },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags"},
     {"workers", "sharding", "steps", "validate"},
