@@ -110,7 +110,7 @@ def test_broken_line_is_named_and_stops_the_job_or_is_left_out(folders, content,
     assert list(text.open_dataset("c4/en", "train")) == ["one", "two"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "no gzip"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "garbled", "no gzip"])
 def test_damaged_file_is_named_and_what_precedes_the_damage_is_kept(folders, damage):
     pattern = write(folders / "in", texts(1000), files=2)
     file = folders / "in/c4-train.00001-of-00002.json.gz"
@@ -119,6 +119,7 @@ def test_damaged_file_is_named_and_what_precedes_the_damage_is_kept(folders, dam
     changed = {
         "cut": content[:middle],
         "flipped": content[:middle] + bytes(99) + content[middle + 99 :],
+        "garbled": content[:10] + b"\xff" * 9 + content[19:],
         "no gzip": b"plain",
     }
     file.write_bytes(changed[damage])
