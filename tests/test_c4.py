@@ -131,6 +131,7 @@ def test_damaged_file_is_named_and_what_precedes_the_damage_is_kept(folders, dam
     read = list(text.open_dataset("c4/en", "train"))
     assert read[:500] == texts(1000)[:500] and len(read) == 500 + shards[1].documents
     if damage == "cut":
+        assert f":{shards[1].documents + 1} is broken (the file ends" in shards[1].named[0]
         assert 0 < shards[1].documents < 500 and read == texts(1000)[: len(read)]
 
 
@@ -181,7 +182,7 @@ def test_killed_job_goes_on_with_the_files_that_are_left(folders):
     assert run.stdout == f"6,001 documents of 7 files in {dataset(folders)}\n"
     assert "7/7 files" in run.stderr and "documents/s" in run.stderr
     assert list(text.open_dataset("c4/en", "train")) == documents
-    assert not partial.exists()
+    assert not partial.exists() and not list(dataset(folders).glob("*.new"))
     assert all((dataset(folders) / name).stat().st_ino == inode for name, inode in before.items())
 
 

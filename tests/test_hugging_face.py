@@ -187,7 +187,11 @@ def test_fork_after_encoding_says_nothing(tmp_path):
     )
     environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
     run = subprocess.run(
-        [sys.executable, "-c", code, path], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", code, path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (run.returncode, run.stderr) == (0, "")
 
