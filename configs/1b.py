@@ -12,7 +12,7 @@ Ours, where they leave a choice: batch, length and rate of a script of May 2023 
 updates), warm-ups of 1,000 and 500, a cycle of 5,000, pruning .9, twice the full-rank rate in the low-
 rank phase, concatenated rows, clipping at 1.0 (none at first in the published code).
 Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
-Needs C4 as a TFDS dataset (ArrayRecord) and T5's SentencePiece model as tokenizers/t5.model in the cache.
+Needs C4 as a TFDS dataset (scripts/c4_from_json.py) and T5's tokenizer (scripts/get_t5_tokenizer.py).
 Rows are made of the first 30B tokens of C4: about 178 of its 1,024 train files.
 """
 

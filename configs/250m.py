@@ -12,7 +12,7 @@ alpha, dropout, betas, decay, warm start, cycle and its warm-up, the low-rank ph
 Ours, where they leave a choice: pruning .99 (a full reset is published as well), concatenated rows,
 clipping at 1.0 (none at first in the published code).
 Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
-Needs C4 as a TFDS dataset (ArrayRecord) and T5's SentencePiece model as tokenizers/t5.model in the cache.
+Needs C4 as a TFDS dataset (scripts/c4_from_json.py) and T5's tokenizer (scripts/get_t5_tokenizer.py).
 Rows are made of the first 12B tokens of C4: about 72 of its 1,024 train files.
 """
 

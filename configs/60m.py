@@ -14,7 +14,7 @@ the published figure looks as if it had one), a cycle of 1,500, its warm-up of 1
 a warm-up of 500 and twice the full-rank rate, concatenated rows, clipping at 1.0 (none at first in the
 published code).
 Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
-Needs C4 as a TFDS dataset (ArrayRecord) and T5's SentencePiece model as tokenizers/t5.model in the cache.
+Needs C4 as a TFDS dataset (scripts/c4_from_json.py) and T5's tokenizer (scripts/get_t5_tokenizer.py).
 Rows are made of the first 1.25B tokens of C4: about 8 of its 1,024 train files.
 """
 

@@ -86,10 +86,10 @@ class DataConfig:
 
     `text`, a glob pattern, is read in place of `dataset` where it is given: .jsonl, .txt or .parquet, the
     first two also .gz or .zst; `text_field` names the text of a line or of a column, `validation_fraction`
-    of the documents is held out. `tokenizer` is the path of a SentencePiece model or of a tokenizer.json,
-    the name of a model under the cache's `tokenizers/`, or "bpe(n)" / "unigram(n)": a model of n pieces
-    trained on the train split; `eos_id` and `pad_id` are its own where they are -1. `train_tokens`: the rows
-    end with the first block that reaches so many (0: all there are).
+    of the documents is held out. `tokenizer` is the path of a SentencePiece model, of a tokenizer.json or of
+    a directory with one, the name of a model under the cache's `tokenizers/`, or "bpe(n)" / "unigram(n)": a
+    model of n pieces trained on the train split; `eos_id` and `pad_id` are its own where they are -1.
+    `train_tokens`: the rows end with the first block that reaches so many (0: all there are).
     """
 
     dataset: str = ""

@@ -70,6 +70,28 @@ def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
     return config, {name: str(values[name].value) for name in strings}
 
 
+def options(argv: Sequence[str], **defaults: str | bool) -> dict[str, Any]:
+    """The values of the flags `name=default` of a command without a config; UsageError otherwise."""
+    values = flags.FlagValues()
+    for name, default in defaults.items():
+        define: Any = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
+        define(name, default, "", flag_values=values)
+    try:
+        rest = values(list(argv))[1:]
+    except flags.Error as error:
+        raise UsageError(_text(error)) from None
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r}: quote patterns, and write --name=value")
+    return {name: values[name].value for name in defaults}
+
+
+def count(name: str, value: str, *, at_least: int) -> int:
+    """The whole number that the flag `name` gives; UsageError where it gives none."""
+    if not value.isdecimal() or int(value) < at_least:
+        raise UsageError(f"--{name}={value} is no whole number from {at_least} on")
+    return int(value)
+
+
 def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | None = None) -> None:
     """Exit with what `run(argv)` returns; a ValueError of ours gives a line and 2, an OSError one and 74."""
     argv = sys.argv if argv is None else argv
@@ -79,7 +101,7 @@ def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | N
     try:
         code = run(argv)
     except ValueError as error:
-        if not is_ours(error):
+        if not (isinstance(error, UsageError) or is_ours(error)):
             raise  # a bug, and its trace tells where
         print(f"error: {_text(error)}", file=sys.stderr)
         code = BAD_CONFIG

@@ -9,7 +9,7 @@ same command goes on with the blocks that are missing. `train` prepares small te
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,8 +45,7 @@ def prepare(data: DataConfig, how: How = How()) -> Prepared:  # noqa: B008
 
     ValueError where something is to be made of text above `how.build_limit_bytes` (on disk).
     """
-    check(data)
-    found = _own_text(data) if data.text else _dataset(data)
+    found = _texts(data)
     train = found[-1]
 
     def documents() -> Iterable[str]:
@@ -54,9 +53,22 @@ def prepare(data: DataConfig, how: How = How()) -> Prepared:  # noqa: B008
         check_size(source, {**train.key, **_packing(data)}, how)
         return source.train_texts()
 
-    tokenizer = tokenizers.find(data.tokenizer, documents, key=json.dumps(train.key, sort_keys=True))
+    ids = {"eos_id": data.eos_id, "pad_id": data.pad_id}
+    key = json.dumps(train.key, sort_keys=True)
+    tokenizer = tokenizers.find(data.tokenizer, documents, key=key, **ids)
     stores = {part: store for each in found for part, store in _stores(data, each, tokenizer, how).items()}
     return Prepared(tokenizer, stores["train"], stores["validation"])
+
+
+def train_texts(data: DataConfig) -> Iterator[str]:
+    """The documents of the train part, in order."""
+    return _texts(data)[-1].open().train_texts()
+
+
+def _texts(data: DataConfig) -> list[_Text]:
+    """What is read, the train part last."""
+    check(data)
+    return _own_text(data) if data.text else _dataset(data)
 
 
 def _dataset(data: DataConfig) -> list[_Text]:

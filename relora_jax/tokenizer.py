@@ -1,7 +1,7 @@
-"""SentencePiece models: loaded, found by a name, or trained on documents.
+"""Tokenizers: found by a name, loaded (SentencePiece, Hugging Face's tokenizer.json), or trained.
 
-A model trained here loses nothing: decode(encode(text)) == text (but that U+2581, SentencePiece's
-sign for a space, comes back as one). Paragraphs are kept, as one piece for a line's end and one for
+A model trained here is SentencePiece's and loses nothing: decode(encode(text)) == text (but that U+2581,
+its sign for a space, comes back as one). Paragraphs are kept, as one piece for a line's end and one for
 an empty line; what has no piece of its own is spelled in bytes.
 """
 
@@ -18,8 +18,11 @@ import sentencepiece
 from jaxtyping import Int32
 
 from relora_jax import places
+from relora_jax.hugging_face import FILE, HuggingFace
 
 PAD, EOS, UNK = 0, 1, 2  # T5's
+FILES = (FILE, "tokenizer.model", "spiece.model")  # of a directory, the first that is there
+ENDINGS = (".model", ".json")  # of a name in the cache
 LINE_ENDS = ["\n", "\n\n"]
 LONGEST_LINE = 2**20  # bytes; SentencePiece drops longer ones without a word
 TRAINING_BYTES = 100_000_000  # a model is trained on the first so many bytes of the documents
@@ -42,57 +45,102 @@ _SETTINGS: dict[str, Any] = {
 _SPEC = re.compile(r"\s*(bpe|unigram)\s*\(\s*([^()]*?)\s*\)\s*")
 
 
+class _SentencePiece:
+    """A SentencePiece model: `eos` and `pad` are None where it has none."""
+
+    def __init__(self, path: Path, content: bytes, *, parallel: bool) -> None:
+        try:
+            if not content:
+                raise RuntimeError("the file is empty")
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no SentencePiece model: name another file, or bpe(4096)") from error
+        self._threads = -1 if parallel else 1
+        self.pieces = self._model.get_piece_size()
+        eos, pad = self._model.eos_id(), self._model.pad_id()
+        self.eos, self.pad = eos if eos >= 0 else None, pad if pad >= 0 else None
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text."""
+        return self._model.encode(texts, num_threads=self._threads)  # pyright: ignore
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return self._model.decode(ids)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Texts <-> ids below `pieces`. `pad` fills rows and is never counted: eos where a model has none."""
+    """Texts <-> ids below `pieces`. `pad` fills rows and is never counted: eos where a model has none.
+
+    Pickled it is only its path and ids, read again where it is unpickled, there without threads.
+    """
 
     path: Path
     sha256: str
     pieces: int
     eos: int
     pad: int
-    model: sentencepiece.SentencePieceProcessor = dataclasses.field(repr=False)
+    model: HuggingFace | _SentencePiece = dataclasses.field(repr=False)
 
     def encode_documents(self, texts: list[str]) -> list[Int32[np.ndarray, " _"]]:
-        """The ids of each text, by SentencePiece's own threads. No EOS: whoever packs ends documents."""
+        """The ids of each text, by the library's own threads. No EOS: whoever packs ends documents."""
         return [np.asarray(ids, np.int32) for ids in self.model.encode(texts)]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
         """The text of ids; EOS and pad give none."""
-        return self.model.decode([int(i) for i in ids])
+        return self.model.decode([int(i) for i in ids if int(i) not in (self.eos, self.pad)])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_again, (self.path, self.sha256, self.eos, self.pad)
 
 
-def load(path: Path | str) -> Tokenizer:
-    """The SentencePiece model in a file."""
+def load(path: Path | str, *, eos_id: int = -1, pad_id: int = -1, parallel: bool = True) -> Tokenizer:
+    """The tokenizer in a file: .json is Hugging Face's, anything else SentencePiece's; -1 is its own id."""
     path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"tokenizer {path} cannot be read: {error.strerror}") from error
-    try:
-        if not content:
-            raise RuntimeError("the file is empty")
-        model = sentencepiece.SentencePieceProcessor(model_proto=content)
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no SentencePiece model: name another file, or bpe(4096)") from error
-    eos, pad = model.eos_id(), model.pad_id()
-    if eos < 0:
-        raise ValueError(f"tokenizer {path} has no eos piece to end documents with: train it with an eos_id")
-    sha256 = hashlib.sha256(content).hexdigest()
-    pieces = model.get_piece_size()
+    model = (HuggingFace if path.suffix == ".json" else _SentencePiece)(path, content, parallel=parallel)
+    for name, given in (("eos", eos_id), ("pad", pad_id)):
+        if not -1 <= given < model.pieces:
+            raise ValueError(
+                f"data.{name}_id {given} is no id of tokenizer {path}: name one of 0 to {model.pieces - 1}, "
+                "or -1 for its own"
+            )
+    eos = model.eos if eos_id < 0 else eos_id
+    if eos is None:
+        raise ValueError(f"tokenizer {path} has no eos to end documents with: give its id as data.eos_id")
+    pad = model.pad if pad_id < 0 else pad_id
     return Tokenizer(
-        path=path, sha256=sha256, pieces=pieces, eos=eos, pad=pad if pad >= 0 else eos, model=model
+        path=path,
+        sha256=hashlib.sha256(content).hexdigest(),
+        pieces=model.pieces,
+        eos=eos,
+        pad=eos if pad is None else pad,
+        model=model,
     )
 
 
-def train(lines: Iterable[str], *, kind: str, pieces: int, path: Path) -> Tokenizer:
-    """A "bpe" or "unigram" model of exactly `pieces` pieces at `path`: the same for the same lines.
+def _load_again(path: Path, sha256: str, eos: int, pad: int) -> Tokenizer:
+    tokenizer = load(path, eos_id=eos, pad_id=pad, parallel=False)
+    if tokenizer.sha256 != sha256:
+        raise ValueError(f"tokenizer {path} has been changed meanwhile: begin again")
+    return tokenizer
 
-    `path` is written whole or not at all. Lines carry no line ends: those are pieces already.
+
+def train(documents: Iterable[str], *, kind: str, pieces: int, path: Path) -> Tokenizer:
+    """A "bpe" or "unigram" model of exactly `pieces` pieces at `path`: the same for the same text.
+
+    It sees the lines of the first TRAINING_BYTES, without their ends: those are pieces already. `path` is
+    written whole or not at all.
     """
     written = io.BytesIO()
     settings = {**_SETTINGS, "model_type": kind, "vocab_size": pieces, "model_writer": written}
-    sentences = list(lines)  # so that an error of the lines is raised here, not inside SentencePiece
+    sentences = list(
+        _lines(documents)
+    )  # so that an error of the lines is raised here, not inside SentencePiece
     try:
         if not sentences:
             raise RuntimeError("] there is no text")
@@ -109,12 +157,14 @@ def train(lines: Iterable[str], *, kind: str, pieces: int, path: Path) -> Tokeni
     return load(path)
 
 
-def find(spec: str, documents: Callable[[], Iterable[str]], key: str) -> Tokenizer:
-    """The model that a config's `data.tokenizer` names.
+def find(
+    spec: str, documents: Callable[[], Iterable[str]], key: str, *, eos_id: int = -1, pad_id: int = -1
+) -> Tokenizer:
+    """The tokenizer that a config's `data.tokenizer` names, with the ids that are given (-1: its own).
 
     "bpe(n)", "unigram(n)": trained on the documents, once for each `key` that tells their text (a
-    dataset's version and split). Otherwise a path, or the name of a model under the cache's
-    `tokenizers/`.
+    dataset's version and split). Otherwise the path of a file or of a directory that holds one, or the
+    name of a file under the cache's `tokenizers/`.
     """
     folder = places.cache_dir() / "tokenizers"
     if re.match(r"\s*(bpe|unigram)\s*\(", spec):
@@ -122,16 +172,19 @@ def find(spec: str, documents: Callable[[], Iterable[str]], key: str) -> Tokeniz
         told = hashlib.sha256(f"{TRAINER} {key}".encode()).hexdigest()[:16]
         path = places.make_once(
             folder / f"{kind}-{pieces}-{told}.model",
-            lambda aside: train(_lines(documents()), kind=kind, pieces=pieces, path=aside),
+            lambda aside: train(documents(), kind=kind, pieces=pieces, path=aside),
             variable="XDG_CACHE_HOME",
         )
-        return load(path)
-    candidates = [Path(spec).expanduser(), folder / f"{spec}.model"]
+        return load(path, eos_id=eos_id, pad_id=pad_id)
+    named = Path(spec).expanduser()
+    candidates = [named, *(named / name for name in FILES), *(folder / f"{spec}{end}" for end in ENDINGS)]
     for path in candidates:
         if path.is_file():
-            return load(path)
+            return load(path, eos_id=eos_id, pad_id=pad_id)
+    what = f"is a directory without {', '.join(FILES)}" if named.is_dir() else "is no file"
     raise ValueError(
-        f"tokenizer {spec!r} is no file, nor is {candidates[1]}: name a SentencePiece model or bpe(4096)"
+        f"tokenizer {spec!r} {what}, nor is there {folder / spec}{' or '.join(ENDINGS)}: "
+        f"name a SentencePiece model, a {FILE} or bpe(4096)"
     )
 
 

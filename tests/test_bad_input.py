@@ -9,6 +9,7 @@ import pytest
 
 from relora_jax import flags, tokenizer, train
 from tests.documents import texts, write_dataset
+from tests.test_hugging_face import json_file
 
 CONFIG = """
 from relora_jax.prune import magnitude
@@ -111,7 +112,14 @@ SETTINGS = {
     "--text=good.jsonl --config.data.validation_fraction=1e-9": "raise data.validation_fraction",
     "--text=good.jsonl --config.data.sequence_length=60000": "too little text for one row of data.seq",
     "--config.data.train_split=trian": "trian",
-    "--config.data.tokenizer=t5": "t5",
+    "--config.data.tokenizer=t5": "'t5' is no file, nor is there",
+    "--config.data.tokenizer=thesis.model": "thesis.model is no SentencePiece model: name another file",
+    "--config.data.tokenizer=thesis.json": "thesis.json is no tokenizer.json (",
+    "--config.data.tokenizer=folder": "'folder' is a directory without tokenizer.json",
+    "--config.data.tokenizer=endless.json": "has no eos to end documents with: give its id as",
+    "--config.data.tokenizer=endless.json --config.data.eos_id=4000": "eos_id 4000 is no id of tokenizer",
+    "--config.data.eos_id=380": "data.eos_id 380 is no id of tokenizer",
+    "--config.data.pad_id=-2": "data.pad_id -2 is no id of tokenizer",
     "--config.model.vocab_size=379": "380 pieces and model.vocab_size is 379",
     "--config.train.batch=4096": "fewer than one train.batch",
 }
@@ -136,6 +144,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (folder / "wrong.py").write_text("def get_config(arm=''):\n    return 3\n")
     (folder / "broken.py").write_text("def get_config(:\n")
     (folder / "odd.py").write_text(CONFIG.replace("vocab_size = 380", "layers = 2.5"))
+    for name in ("thesis.model", "thesis.json"):
+        (folder / name).write_text("On the rank of updates")
+    json_file(folder, special=["<unk>"], name="endless.json")
+    (folder / "folder").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
         write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})

@@ -10,12 +10,12 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 FLOORS = [
     {
         *("prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"),
-        *("checksum", "signals", "packing", "blocks", "rows"),
+        *("checksum", "signals", "packing", "blocks", "rows", "hugging_face", "json_lines"),
     },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases", "files"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},
     {"workers", "sharding", "steps", "validate"},
-    {"program", "run", "saved", "stores"},
+    {"program", "run", "saved", "stores", "c4"},
     {"checkpoint", "comparison", "evaluate", "prepare"},
     {"report", "workdir", "warm_start", "throughput"},
     {"train"},

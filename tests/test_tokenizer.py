@@ -1,4 +1,6 @@
 import io
+import os
+import pickle
 import string
 
 import numpy as np
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from relora_jax import tokenizer
 from tests.documents import texts
+from tests.test_hugging_face import json_file
 
 LINES = [line for text in texts(50) for line in text.split("\n\n")] + [string.printable.replace("\n", "")]
 PIECES = 420
@@ -61,7 +64,7 @@ def test_documents_are_encoded_each_alone_without_an_end(trained):
 
 def test_special_pieces_stand_where_t5_has_them(trained):
     assert (trained.pad, trained.eos, trained.pieces) == (0, 1, PIECES)
-    assert [trained.model.id_to_piece(i) for i in range(5)] == ["<pad>", "</s>", "<unk>", "\n", "\n\n"]
+    assert [trained.model._model.id_to_piece(i) for i in range(5)] == ["<pad>", "</s>", "<unk>", "\n", "\n\n"]
 
 
 def test_word_has_the_same_pieces_after_a_lines_end_and_at_the_start(trained):
@@ -118,8 +121,54 @@ def test_model_is_found_by_path_or_by_its_name_in_the_cache(trained, cache, tmp_
     cache.mkdir(parents=True)
     (cache / "mine.model").write_bytes(trained.path.read_bytes())
     assert tokenizer.find("mine", never, "k").sha256 == trained.sha256
-    with pytest.raises(ValueError, match=r"'other' is no file, nor is .*/tokenizers/other\.model"):
+    with pytest.raises(
+        ValueError, match=r"'other' is no file, nor is there .*/tokenizers/other\.model or \.json"
+    ):
         tokenizer.find("other", never, "k")
+
+
+def test_of_a_directory_the_tokenizer_in_it_is_read(trained, cache, tmp_path):
+    for name in ("spiece.model", "tokenizer.model"):
+        (tmp_path / name).write_bytes(trained.path.read_bytes())
+        assert tokenizer.find(str(tmp_path), list, "k").path == tmp_path / name
+    json_file(tmp_path)
+    assert tokenizer.find(str(tmp_path), list, "k").path == tmp_path / "tokenizer.json"
+    json_file(cache, name="named.json")
+    assert tokenizer.find("named", list, "k").path == cache / "named.json"
+
+
+def test_given_ids_stand_for_its_own(tmp_path):
+    path = model_file(tmp_path / "endless.model", eos_id=-1)
+    given = tokenizer.find(str(path), list, "k", eos_id=7, pad_id=109)
+    assert (given.eos, given.pad) == (7, 109)
+    assert tokenizer.find(str(path), list, "k", eos_id=0).pad == 0  # no pad: eos
+    (word,) = given.encode_documents(["people"])
+    assert given.decode([7, *word, 109, 7]) == "people"
+    ours = tokenizer.find("bpe(380)", lambda: texts(30), "key", eos_id=5)
+    assert (ours.eos, ours.pad) == (5, 0)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "t.model"])
+def test_pickled_tokenizer_is_its_path_and_ids_read_again_without_threads(
+    trained, name, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    path = tmp_path / name
+    json_file(tmp_path) if name.endswith("json") else path.write_bytes(trained.path.read_bytes())
+    first = tokenizer.load(path, eos_id=9, pad_id=8)
+    pickled = pickle.dumps(first)
+    second = pickle.loads(pickled)
+    assert len(pickled) < 500
+    assert (second.eos, second.pad, second.pieces, second.sha256) == (9, 8, first.pieces, first.sha256)
+    for a, b in zip(first.encode_documents(texts(9)), second.encode_documents(texts(9)), strict=True):
+        assert (a == b).all()
+    if name.endswith("json"):
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    else:
+        assert (first.model._threads, second.model._threads) == (-1, 1)
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=r"changed meanwhile|is no"):
+        pickle.loads(pickled)
 
 
 def test_model_without_pad_pads_with_eos(tmp_path):
@@ -141,16 +190,26 @@ def test_model_without_pad_pads_with_eos(tmp_path):
         ("missing.model", "is no file"),
         ("garbage", "is no SentencePiece model"),
         ("empty", "is no SentencePiece model"),
-        ("endless", "has no eos piece"),
+        ("endless", "has no eos to end documents with: give its id as data.eos_id"),
+        ("folder", "'folder' is a directory without tokenizer.json, tokenizer.model, spiece.model"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(spec, said, cache):
+def test_what_is_wrong_is_said_in_one_line(spec, said, cache, monkeypatch):
     model_file(cache / "endless.model", eos_id=-1)
     (cache / "garbage.model").write_bytes(b"\x07garbage" * 9)
     (cache / "empty.model").write_bytes(b"")
+    monkeypatch.chdir(cache)
+    (cache / "folder").mkdir()
     with pytest.raises(ValueError) as raised:
         tokenizer.find(spec, lambda: texts(30), "key")
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "given"), [("eos_id", 110), ("pad_id", 110), ("eos_id", -2)])
+def test_given_id_outside_the_vocabulary_is_named(name, given, tmp_path):
+    path = model_file(tmp_path / "m.model")
+    with pytest.raises(ValueError, match=rf"data\.{name} {given} is no id of .*m\.model: .* 0 to 109"):
+        tokenizer.load(path, **{name: given})
 
 
 def test_error_of_the_documents_is_raised_as_it_is():

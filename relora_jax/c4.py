@@ -1,0 +1,206 @@
+"""C4 as files of JSON lines -> the TFDS dataset `c4/en`: one ArrayRecord shard for each file.
+
+A line is an object with `text`; `timestamp` and `url` are kept where they are there. Documents keep the
+order of the files' names and of their lines; a file whose name says `validation` belongs to that split,
+any other to train. Shards are written by processes beside each other into VERSION.partial, where the
+finished ones wait for the same command if it is killed; TFDS writes the metadata, without TensorFlow.
+"""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tqdm import tqdm
+
+from relora_jax import json_lines, places, workers
+
+NAME, CONFIG, VERSION = "c4", "en", "3.1.0"
+SPLITS = ("train", "validation")
+FEATURES = ("text", "timestamp", "url")
+NAMED = 3  # broken places of a file that are named; the others are counted
+REPORTED = 500  # documents between two reports of a worker
+FACTS, INPUTS = "facts", "inputs.json"  # in VERSION.partial: a Shard for each shard, and the list of files
+REMEDY = "mend or remove it, or give --skip_broken"
+
+
+class Shard(NamedTuple):
+    """What one file gave: documents, their bytes as examples, broken lines and where the first ones are."""
+
+    documents: int
+    bytes: int
+    broken: int
+    named: list[str]
+
+
+class Advance(NamedTuple):
+    """What a worker has done since it last said so: documents, bytes of its file, files that became whole."""
+
+    documents: int
+    bytes: int
+    files: int = 0
+
+
+def build(
+    files: Sequence[Path], *, version: str, processes: int, skip_broken: bool
+) -> tuple[Path, list[Shard]]:
+    """The dataset's directory and a Shard for each file; a whole dataset is never written again.
+
+    ValueError names the first broken line as file:line unless `skip_broken`.
+    """
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise ValueError(f"--version={version} is no version: write three numbers, such as {VERSION}")
+    path = places.datasets_dir() / NAME / CONFIG / version
+    if path.exists():
+        raise ValueError(f"{path} is there already: remove it, or give another --version")
+    made: list[Shard] = []
+
+    def make(aside: Path) -> None:
+        (aside / FACTS).mkdir(parents=True, exist_ok=True)
+        for left in aside.glob("*.new"):
+            left.unlink()
+        shards = _shard_files(files, aside)
+        _check_inputs(files, aside)
+        _write_shards(shards, processes=processes, skip_broken=skip_broken)
+        made.extend(_facts(target) for target in shards.values())
+        if not skip_broken:  # what an earlier command with it skipped
+            for place in [place for shard in made for place in shard.named]:
+                raise ValueError(f"{place}: {REMEDY}")
+        _write_metadata(aside, dict(zip(shards.values(), made, strict=True)), version)
+
+    places.make_once(path, make, variable="TFDS_DATA_DIR", resume=True)
+    places.remove(path / FACTS)
+    return path, made
+
+
+def find(pattern: str) -> list[Path]:
+    """The files of a pattern, by name."""
+    files = sorted(
+        Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True) if Path(name).is_file()
+    )
+    if not files:
+        raise ValueError(f"no file is named --input={pattern}: write a pattern such as 'c4/c4-*.json.gz'")
+    return files
+
+
+def _split(file: Path) -> str:
+    return "validation" if "validation" in file.name else "train"
+
+
+def _shard_files(files: Sequence[Path], aside: Path) -> dict[Path, Path]:
+    """The shard of each file under the name that TFDS gives it, split by split."""
+    shards = {}
+    for split in SPLITS:
+        of_split = [file for file in files if _split(file) == split]
+        for number, file in enumerate(of_split):
+            shards[file] = aside / f"{NAME}-{split}.array_record-{number:05d}-of-{len(of_split):05d}"
+    return shards
+
+
+def _check_inputs(files: Sequence[Path], aside: Path) -> None:
+    """ValueError where finished shards in `aside` come from other files: they would be mixed."""
+    now = [[str(file.resolve()), file.stat().st_size] for file in files]
+    place = aside / FACTS / INPUTS
+    if place.exists():
+        if json.loads(place.read_text()) != now:
+            raise ValueError(f"{aside} was begun with other files: remove it, or give the same --input again")
+    else:
+        new = place.with_suffix(".new")
+        new.write_text(json.dumps(now))
+        new.rename(place)
+
+
+def _write_shards(shards: dict[Path, Path], *, processes: int, skip_broken: bool) -> None:
+    """Every shard that is not there yet, by so many processes; a bar tells how far they are."""
+    sizes = {file: file.stat().st_size for file in shards}
+    left = [(file, target) for file, target in shards.items() if not target.exists()]
+    done = sum(sizes.values()) - sum(sizes[file] for file, _ in left)
+    documents, whole = 0, len(shards) - len(left)
+    bar = tqdm(
+        total=sum(sizes.values()), initial=done, unit="B", unit_scale=True, smoothing=0, dynamic_ncols=True
+    )
+    with bar, closing(workers.run(partial(_convert, skip_broken), left, processes)) as messages:
+        for message in messages:
+            documents, whole = documents + message.documents, whole + message.files
+            speed = documents / (bar.format_dict["elapsed"] or 1)
+            bar.set_postfix_str(f"{whole}/{len(shards)} files, {speed:,.0f} documents/s", refresh=False)
+            bar.update(message.bytes)
+
+
+def _convert(skip_broken: bool, task: tuple[Path, Path]) -> Iterator[Advance]:
+    """Writes the documents of a file to its shard, which is there only when it is whole."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    file, target = task
+    serializer = ExampleSerializer(_features(tfds).get_serialized_info())
+    documents, size, broken, named, told = 0, 0, 0, [], Advance(0, 0)
+    # a killed command's worker may still write its own for a moment
+    aside = target.with_name(f"{target.name}.{os.getpid()}.new")
+    writer = ArrayRecordWriter(str(aside), "group_size:1")  # as TFDS does
+    try:
+        with file.open("rb") as raw:
+            for line, found in json_lines.read(raw, FEATURES, unzip=file.suffix == ".gz"):
+                if isinstance(found, str):
+                    place = f"{file}:{line} is broken ({found})"
+                    if not skip_broken:
+                        raise ValueError(f"{place}: {REMEDY}")
+                    broken, named = broken + 1, [*named, place][:NAMED]
+                else:
+                    example = serializer.serialize_example(found)
+                    writer.write(example)
+                    documents, size = documents + 1, size + len(example)
+                if documents - told.documents == REPORTED:
+                    yield Advance(REPORTED, raw.tell() - told.bytes)
+                    told = Advance(documents, raw.tell())
+    finally:
+        writer.close()
+    if (there := ArrayRecordReader(str(aside)).num_records()) != documents:
+        raise OSError(f"{aside} holds {there} of {documents} documents: is the disk full?")
+    _facts_file(target).write_text(json.dumps(Shard(documents, size, broken, named)))
+    aside.rename(target)
+    yield Advance(documents - told.documents, file.stat().st_size - told.bytes, files=1)
+
+
+def _facts_file(target: Path) -> Path:
+    return target.parent / FACTS / f"{target.name}.json"
+
+
+def _facts(target: Path) -> Shard:
+    """What is known of a shard that is there."""
+    return Shard(*json.loads(_facts_file(target).read_text()))
+
+
+def _features(tfds: Any) -> Any:
+    return tfds.features.FeaturesDict({name: tfds.features.Text() for name in FEATURES})
+
+
+def _write_metadata(aside: Path, shards: dict[Path, Shard], version: str) -> None:
+    """dataset_info.json and features.json in `aside`, by TFDS itself."""
+    import tensorflow_datasets as tfds
+
+    infos = []
+    for split in SPLITS:
+        made = [shard for target, shard in shards.items() if target.name.startswith(f"{NAME}-{split}.")]
+        if made:
+            template = tfds.core.ShardedFileTemplate(
+                dataset_name=NAME,
+                data_dir=aside,  # pyright: ignore
+                split=split,
+                filetype_suffix="array_record",
+            )
+            lengths, size = [shard.documents for shard in made], sum(shard.bytes for shard in made)
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split, shard_lengths=lengths, num_bytes=size, filename_template=template
+                )
+            )
+    tfds.folder_dataset.write_metadata(
+        data_dir=aside, features=_features(tfds), split_infos=infos, version=version, check_data=False
+    )

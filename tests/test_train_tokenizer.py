@@ -1,0 +1,62 @@
+import pathlib
+
+import pytest
+
+from relora_jax import flags, tokenizer
+from scripts import train_tokenizer
+from tests.documents import texts, write_dataset
+from tests.test_bad_input import CONFIG
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "toy.py").write_text(CONFIG)
+    write_dataset("toy:1.0.0", {"train": texts(60), "validation": ["\u65e5"]})
+
+
+def run(*words):
+    flags.main(train_tokenizer.main, train_tokenizer.__doc__, ["train_tokenizer", *words])
+
+
+@pytest.mark.parametrize(("kind", "pieces"), [("bpe", 350), ("unigram", 310)])
+def test_model_of_the_train_documents_loses_nothing(kind, pieces, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("--config=toy.py", f"--kind={kind}", f"--pieces={pieces}", "--output=new/my.model")
+    assert stop.value.code == 0
+    made = tokenizer.find("new/my.model", list, "key")
+    assert f"{kind} model of {pieces} pieces: new/my.model (sha256 {made.sha256})" in capsys.readouterr().out
+    assert made.pieces == pieces
+    # one piece for a known word, bytes for a letter that only the other split has
+    assert [len(ids) for ids in made.encode_documents(["people", "\u65e5"])] == [1, 3]
+    for text in (*texts(9), "\u65e5 \n\n  x"):
+        assert made.decode(made.encode_documents([text])[0]) == text
+    assert sorted(p.name for p in pathlib.Path("new").iterdir()) == ["my.model"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--config=toy.py --output=there.model", "there.model is there already: remove it"),
+        ("--config=toy.py --output=x.json", "--output=x.json is no name of a model"),
+        ("--config=toy.py", "--output= is no name of a model"),
+        ("--config=toy.py --output=x.model --kind=word", "--kind=word is not known: bpe or unigram"),
+        ("--config=toy.py --output=x.model --pieces=many", "--pieces=many is no whole number"),
+        ("--config=toy.py --output=x.model --pieces=0", "--pieces=0"),
+        ("--config=toy.py --output=x.model --pieces=100000", "no bpe model of 100000 pieces can be trained"),
+        ("--config=nowhere.py --output=x.model", "nowhere.py"),
+        ("--config=toy.py --config.data.dataset=none --output=x.model", "none is not in"),
+        ("--output=x.model", "say what to train on: --config="),
+        ("--txt=a.jsonl --output=x.model", "txt"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_and_no_file_is_harmed(line, said, capsys):
+    pathlib.Path("there.model").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        run(*line.split())
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and errors[-1].startswith("error: ") and said in errors[-1]
+    assert len(errors) == 1 or errors[0] == "reading text and training 100,000 pieces"
+    assert pathlib.Path("there.model").read_text() == "mine" and not pathlib.Path("x.model").exists()
