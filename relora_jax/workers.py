@@ -8,7 +8,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import Any, NamedTuple, TypeVar, cast
 
 from relora_jax.flags import is_ours
@@ -64,6 +64,7 @@ def _start(work: Callable[[Any], Iterator[Any]]) -> tuple[Any, Any]:
     """A process of its own interpreter; Ctrl-C reaches us alone, and we end it."""
     context = multiprocessing.get_context("spawn")  # JAX and gRPC threads do not survive a fork
     ours, theirs = context.Pipe()
+    resource_tracker.ensure_running()  # which would unblock SIGINT again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process = context.Process(target=_serve, args=(theirs, work), daemon=True)

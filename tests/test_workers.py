@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -60,3 +62,13 @@ def test_closing_ends_the_processes_at_once():
     _, pid = next(messages)
     messages.close()
     assert not os.path.exists(f"/proc/{pid}")
+
+
+def test_ctrl_c_reaches_no_worker_not_even_the_first(tmp_path):
+    (tmp_path / "mask.py").write_text(
+        "import signal\nfrom relora_jax import workers\n"
+        "def work(task): yield signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+        "if __name__ == '__main__': print(list(workers.run(work, [1, 2], 2)))\n"
+    )
+    words = [sys.executable, str(tmp_path / "mask.py")]
+    assert subprocess.run(words, capture_output=True, text=True).stdout == "[True, True]\n"
