@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,17 +102,22 @@ def train_batch(
     return _load(store, stream, lambda i: row_index(i, rows=store.rows, seed=seed), sharding)
 
 
+def validation_rows(store: RowStore, *, eval_tokens: int) -> int:
+    """eval_tokens // L, one at least, all at most."""
+    return min(store.rows, max(1, eval_tokens // store.sequence_length))
+
+
 def validation_batches(
     store: RowStore, *, eval_tokens: int, microbatch: int, sharding: NamedSharding
-) -> list[Batch]:
-    """The first eval_tokens // L rows (one at least, all at most) in the store's order.
+) -> Iterator[Batch]:
+    """The first `validation_rows` in the store's order, read as they are asked for.
 
     The last batch is filled up with rows of length 0, none of whose targets count.
     """
-    rows = min(store.rows, max(1, eval_tokens // store.sequence_length))
+    rows = validation_rows(store, eval_tokens=eval_tokens)
     stream = np.full(math.ceil(rows / microbatch) * microbatch, -1)
     stream[:rows] = np.arange(rows)
-    return [_load(store, each, lambda i: i, sharding) for each in stream.reshape(-1, microbatch)]
+    return (_load(store, each, lambda i: i, sharding) for each in stream.reshape(-1, microbatch))
 
 
 def _load(store: RowStore, stream: np.ndarray, place: Callable[[int], int], sharding: NamedSharding) -> Batch:

@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 
-from relora_jax import data, flags, places, prepare, report, run, shapes, steps, warm_start, workdir
+from relora_jax import data, flags, prepare, report, run, shapes, steps, warm_start, workdir
 from relora_jax.checkpoint import Checkpoints, restore_newest, updates_saved
 from relora_jax.config import Config
 from relora_jax.evaluate import evaluate
 from relora_jax.metrics import Diverged, Metrics
-from relora_jax.program import Program
+from relora_jax.program import Program, keep_compiled
 from relora_jax.sharding import make_mesh
 from relora_jax.signals import STOPPED, Signals
 from relora_jax.validate import validate
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
             warm_start.find(config)
         prepared = prepare.prepare(config.data)
         check_data(config, prepared)
-        workdir.check_rows(place, keys_of(prepared))
+        workdir.check_rows(place, workdir.keys_of(prepared))
         with workdir.locked(place):
             workdir.check(place, config)  # again: another process may have begun there meanwhile
             return run_to_end(config, place, prepared, signals)
@@ -48,9 +48,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run_to_end(config: Config, place: Path, prepared: prepare.Prepared, signals: Signals) -> int:
     """Trains and reports; the exit code."""
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore
-        jax.config.update("jax_compilation_cache_dir", str(places.cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_compiled()
     print(opening(config))
     try:
         done = train(config, place, prepared, signals)
@@ -70,11 +68,11 @@ def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Sign
     program = Program(config, make_mesh(**vars(config.mesh), devices=jax.devices()))
     settings, updates = config.train, config.train.updates
     rows = {"microbatch": settings.microbatch, "sharding": program.eval_rows}
-    validation = data.validation_batches(prepared.validation, eval_tokens=settings.eval_tokens, **rows)
+    validation = list(data.validation_batches(prepared.validation, eval_tokens=settings.eval_tokens, **rows))
     unigram = data.unigram_perplexity(prepared.train.counts, validation)
     restored = restore_newest(place, config, program.state_at)
     start, state = restored or begin(config, program)
-    workdir.begin(place, config, unigram_perplexity=unigram, rows=keys_of(prepared))
+    workdir.begin(place, config, unigram_perplexity=unigram, rows=workdir.keys_of(prepared))
 
     def batch_of(u: int) -> data.Batch:
         shape = {"batch": settings.batch, "microbatch": settings.microbatch}
@@ -165,11 +163,6 @@ def check_data(config: Config, prepared: prepare.Prepared) -> None:
             f"the train split has {rows} rows of data.sequence_length {config.data.sequence_length}, fewer "
             f"than one train.batch of {config.train.batch}: take more text, shorter rows or a smaller batch"
         )
-
-
-def keys_of(prepared: prepare.Prepared) -> dict[str, Any]:
-    """What decides the rows of each split: dataset version, tokenizer, packing, length."""
-    return {"train": prepared.train.manifest["key"], "validation": prepared.validation.manifest["key"]}
 
 
 def opening(config: Config) -> str:

@@ -24,8 +24,8 @@ FLOORS = [
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags"},
     {"prepare", "sharding", "steps", "validate"},
     {"program", "run", "saved"},
-    {"checkpoint", "evaluate"},
-    {"report", "workdir", "warm_start"},
+    {"checkpoint"},
+    {"report", "workdir", "warm_start", "evaluate"},
     {"train"},
 ]
 # These take numbers, arrays and modules.
