@@ -12,6 +12,7 @@ Exit codes: 0 done, 2 wrong usage or nothing there to evaluate, 74 data or disk 
 import json
 import math
 import re
+import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -74,8 +75,8 @@ def main(argv: Sequence[str]) -> int:
     size = {"eval_tokens": words.tokens or config.train.eval_tokens}
     rows = data.validation_rows(store, **size)
     batches = data.validation_batches(store, **size, microbatch=microbatch, sharding=program.eval_rows)
-    bar = tqdm(batches, desc=split, unit=" batches", total=-(-rows // microbatch), leave=False, disable=None)
-    found = evaluate(program, state, bar)
+    bar = {"desc": split, "unit": " batches", "total": -(-rows // microbatch), "leave": False}
+    found = evaluate(program, state, iter(tqdm(batches, **bar, disable=None)))
     if words.json:
         values = {key: value if math.isfinite(value) else None for key, value in found._asdict().items()}
         about = {"workdir": str(place), "arm": config.arm, "update": u, "split": split}
@@ -161,7 +162,7 @@ def _rows(place: Path, config: Config, split: str) -> RowStore:
         return prepared.train if split == "train" else prepared.validation
     # however large: it was asked for by name, and no other command makes it
     return prepare.row_store(
-        config.data, split, prepared.tokenizer, build_limit_bytes=math.inf, progress=True
+        config.data, split, prepared.tokenizer, build_limit_bytes=math.inf, progress=sys.stderr.isatty()
     )
 
 
