@@ -101,11 +101,12 @@ def restore(place: Path, u: int, config: Config, program: Program) -> TrainState
     except DamagedError as error:
         if not (directory(place) / str(u)).exists():
             raise ValueError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one") from error
-        for older in reversed([saved for saved in updates_saved(place) if saved < u]):
+        others = set(updates_saved(place)) - {u}
+        for other in sorted(others, key=lambda other: (other > u, abs(other - u))):  # an older one first
             with suppress(DamagedError):
-                model(older)
-                raise ValueError(f"{error}: --update={older} is whole, take that one") from error
-        raise ValueError(f"{error}, and none before it is whole: nothing to evaluate here") from error
+                model(other)
+                raise ValueError(f"{error}: --update={other} is whole, take that one") from error
+        raise ValueError(f"{error}, and no other is whole: nothing to evaluate here") from error
 
 
 def _parse(words: Sequence[str]) -> Any:

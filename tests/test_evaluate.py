@@ -303,15 +303,23 @@ def damage(place: pathlib.Path, u: int) -> None:
 
 
 def test_damaged_checkpoint_names_an_older_whole_one_and_stays(place: pathlib.Path, capsys: Any) -> None:
+    damage(place, 6)
+    assert ended(capsys, f"--workdir={place}", "--update=6", code=2).endswith(
+        "--update=4 is whole, take that one"
+    )
     damage(place, 8)
     before = contents(place)
     line = ended(capsys, f"--workdir={place}", code=2)
-    assert "checkpoints/8 cannot be read" in line and line.endswith("--update=6 is whole, take that one")
+    assert "checkpoints/8 cannot be read" in line and line.endswith("--update=4 is whole, take that one")
     assert contents(place) == before
-    damage(place, 6)
-    assert ended(capsys, f"--workdir={place}", code=2).endswith("--update=4 is whole, take that one")
     damage(place, 4)
-    assert "none before it is whole" in ended(capsys, f"--workdir={place}", code=2)
+    assert "no other is whole" in ended(capsys, f"--workdir={place}", code=2)
+
+
+def test_newer_checkpoint_is_named_where_none_before_is_whole(place: pathlib.Path, capsys: Any) -> None:
+    damage(place, 4)
+    line = ended(capsys, f"--workdir={place}", "--update=4", code=2)
+    assert line.endswith("--update=6 is whole, take that one")
 
 
 def test_checkpoint_deleted_meanwhile_is_not_called_damaged(
