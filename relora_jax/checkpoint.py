@@ -22,7 +22,6 @@ from relora_jax.program import abstract_state
 from relora_jax.saved import META, STATE, DamagedError, OtherModelError, Saved
 from relora_jax.steps import TrainState
 
-MODEL = ("trained/", "frozen/")  # the parts of a state that are the model
 _ERRNO = re.compile(r"os_error_code='(\d+)'")  # how tensorstore's errors name the system's
 
 
@@ -103,12 +102,20 @@ def restore_newest(
     return None
 
 
-def _restore(path: Path, config: Config, like: TrainState) -> TrainState:
+def restore_model(workdir: Path, u: int, config: Config, like: TrainState) -> TrainState:
+    """The state after u updates with nothing in it but its model, verified, placed as `like`.
+
+    DamagedError, and nothing renamed; ValueError for a checkpoint of another run or of something else.
+    """
+    return _restore(directory(workdir) / str(u), config, model_of(like), whole=False)
+
+
+def _restore(path: Path, config: Config, like: TrainState, *, whole: bool = True) -> TrainState:
     one = Saved.open(path)
     if changed := changed_results(one.config, config):
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): move it away, or take its config")
     try:
-        return unflatten(one.read(flatten(like)), like)
+        return unflatten(one.read(flatten(like), whole=whole), like)
     except OtherModelError as error:  # though its config is ours
         raise DamagedError(str(error)) from error
 
@@ -160,11 +167,15 @@ def load_model(workdir: Path, update: int) -> dict[str, np.ndarray]:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-        for path, leaf in flatten(abstract_state(one.config, update)).items()
-        if path.startswith(MODEL)
+        for path, leaf in flatten(model_of(abstract_state(one.config, update))).items()
     }
     arrays = one.read(like, whole=False)
     return {path.partition("/")[2]: np.asarray(array) for path, array in arrays.items()}
+
+
+def model_of(state: TrainState) -> TrainState:
+    """The state with nothing in it but the model's variables."""
+    return TrainState(None, None, None, None, trained=state.trained, frozen=state.frozen, opt_state=None)
 
 
 def flatten(state: TrainState) -> dict[str, Any]:

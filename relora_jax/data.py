@@ -8,7 +8,7 @@ t < length - 1 and, where documents are apart, ids t and t + 1 are of one docume
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -82,19 +82,23 @@ def stream(config: Config, store: RowStore, sharding: NamedSharding) -> Callable
     )
 
 
+def validation_rows(store: RowStore, *, eval_tokens: int) -> int:
+    """eval_tokens // L, one at least, all at most."""
+    return min(store.rows, max(1, eval_tokens // store.sequence_length))
+
+
 def validation_batches(
     store: RowStore, *, eval_tokens: int, microbatch: int, sharding: NamedSharding, across_documents: bool
-) -> list[Batch]:
-    """The first eval_tokens // L rows (one at least, all at most) in the store's order.
+) -> Iterator[Batch]:
+    """The first `validation_rows` in the store's order, read as they are asked for.
 
     The last batch is filled up with rows of length 0, none of whose targets count.
     """
-    rows = min(store.rows, max(1, eval_tokens // store.sequence_length))
+    rows = validation_rows(store, eval_tokens=eval_tokens)
     stream = np.full(math.ceil(rows / microbatch) * microbatch, -1)
     stream[:rows] = np.arange(rows)
-    return [
-        _load(store, each, lambda i: i, sharding, across_documents) for each in stream.reshape(-1, microbatch)
-    ]
+    batches = stream.reshape(-1, microbatch)
+    return (_load(store, each, lambda i: i, sharding, across_documents) for each in batches)
 
 
 def _load(

@@ -1,12 +1,41 @@
-"""Token-weighted loss and perplexity over a fixed budget of tokens of a fixed validation stream."""
+"""Token-weighted loss and perplexity over the first rows of a split: of a run as it goes, or of a checkpoint.
 
+    python -m relora_jax.evaluate --workdir=RUN [--update=U] [--split=validation] [--tokens=10M]
+                                  [--microbatch=N] [--json]
+
+evaluates the newest checkpoint of a run, or that of --update. --split: `validation` or `train`, the run's
+own, or a split of its dataset in TFDS's words ("test", "validation[:10%]"). Nothing is written into RUN,
+which may go on meanwhile. Without --tokens (10M, 500k, 32768) and --microbatch, as the run evaluates itself.
+Exit codes: 0 done, 2 wrong usage or nothing there to evaluate, 74 data or disk failed.
+"""
+
+import json
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+import re
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from relora_jax.data import Batch
-from relora_jax.program import Program
+import jax
+from tqdm import tqdm
+
+from relora_jax import data, flags, prepare, run, workdir
+from relora_jax.checkpoint import directory, restore_model, updates_saved
+from relora_jax.config import Config
+from relora_jax.data import Batch, RowStore
+from relora_jax.program import Program, keep_compiled
+from relora_jax.saved import DamagedError
+from relora_jax.sharding import make_mesh
 from relora_jax.steps import TrainState
+from relora_jax.stores import How
+
+OWN = ("train", "validation")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
+_AHEAD = 8  # batches whose sums are not waited for: all of a large split would not fit on the devices
 
 
 class Evaluation(NamedTuple):
@@ -18,8 +47,131 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(program: Program, state: TrainState, batches: Iterable[Batch]) -> Evaluation:
-    """Summed nats / counted targets over all batches: a short or padded batch weighs what it holds."""
-    sums = [program.eval_step(state, batch) for batch in batches]
+    """Summed nats / counted targets over all batches: a short or padded batch weighs what it holds.
+
+    Of the state only trained and frozen are looked at.
+    """
+    sums = []
+    for batch in batches:
+        sums.append(program.eval_step(state, batch))
+        jax.block_until_ready(sums[-_AHEAD:][0])  # the one so many before, or the first
     tokens = sum(int(count) for _, count in sums)
     loss = math.fsum(float(nats) for nats, _ in sums) / tokens
     return Evaluation(loss, math.exp(min(loss, 700.0)) if loss == loss else math.nan, tokens)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluates what the command line names and says the result in one line; the exit code."""
+    words = _parse(argv[1:])
+    place, split = words.workdir.expanduser(), words.split
+    config = run.read_config(place)
+    if config.data.text and split not in OWN:
+        raise ValueError(f"--split={split}: data.text of {place} has the splits {' and '.join(OWN)} alone")
+    u = _update(place, words.update)
+    microbatch = _microbatch(config, words.microbatch)
+    keep_compiled()
+    program = Program(config, _mesh(config))
+    state = restore(place, u, config, program)  # before rows are made: a run that goes on deletes old ones
+    store = _rows(place, config, split)
+    size = {"eval_tokens": words.tokens or config.train.eval_tokens}
+    rows = data.validation_rows(store, **size)
+    batches = data.validation_batches(
+        store,
+        **size,
+        microbatch=microbatch,
+        sharding=program.eval_rows,
+        across_documents=config.data.attend_across_documents,
+    )
+    bar = {"desc": split, "unit": " batches", "total": -(-rows // microbatch), "leave": False}
+    found = evaluate(program, state, iter(tqdm(batches, **bar, disable=None)))
+    if words.json:
+        values = {key: value if math.isfinite(value) else None for key, value in found._asdict().items()}
+        about = {"workdir": str(place), "arm": config.arm, "update": u, "split": split}
+        print(json.dumps(about | values | {"rows": rows, "rows_of_split": store.rows}))
+    else:
+        part = "the whole split" if rows == store.rows else f"{rows:,} of the split's {store.rows:,} rows"
+        print(
+            f"update {u} of {place}: {split} loss {found.loss:.4f} nats, perplexity {found.perplexity:,.1f} "
+            f"over {found.tokens:,} tokens, {part}"
+        )
+    return 0
+
+
+def restore(place: Path, u: int, config: Config, program: Program) -> TrainState:
+    """The model after u updates, placed for the program. ValueError names another that is whole."""
+
+    def model(u: int) -> TrainState:
+        return restore_model(place, u, config, program.state_at(u))
+
+    try:
+        return model(u)
+    except DamagedError as error:
+        if not (directory(place) / str(u)).exists():
+            raise ValueError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one") from error
+        others = set(updates_saved(place)) - {u}
+        for other in sorted(others, key=lambda other: (other > u, abs(other - u))):  # an older one first
+            with suppress(DamagedError):
+                model(other)
+                raise ValueError(f"{error}: --update={other} is whole, take that one") from error
+        raise ValueError(f"{error}, and no other is whole: nothing to evaluate here") from error
+
+
+def _parse(words: Sequence[str]) -> Any:
+    parser = flags.Words()
+    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--update", type=int)
+    parser.add_argument("--split", default="validation")
+    parser.add_argument("--tokens", type=_count)
+    parser.add_argument("--microbatch", type=int)
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(words)
+
+
+def _count(text: str) -> int:
+    """A plain number, or one of k, M or B: "1.5M" is 1,500,000."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMB]?)", text)
+    number = Decimal(match[1]) * _UNITS[match[2]] if match else Decimal(0)
+    if number < 1 or number % 1:
+        raise ArgumentTypeError(f"{text!r} is no number of tokens: write 32768, 500k, 10M or 1B")
+    return int(number)
+
+
+def _update(place: Path, asked: int | None) -> int:
+    there = updates_saved(place)
+    if not there:
+        raise ValueError(f"the run in {str(place)!r} has no checkpoint yet: wait for its first")
+    if asked is not None and asked not in there:
+        listed = ", ".join(map(str, there))
+        raise ValueError(f"{place} has no checkpoint of --update={asked}: there are {listed}")
+    return there[-1] if asked is None else asked
+
+
+def _microbatch(config: Config, asked: int | None) -> int:
+    """The run's own; where the devices here cannot share its rows, filled up."""
+    devices = jax.device_count()
+    if asked is None:
+        return -(-config.train.microbatch // devices) * devices
+    if asked < 1 or asked % devices:
+        raise ValueError(f"--microbatch={asked} must be a multiple of the number of devices here, {devices}")
+    return asked
+
+
+def _mesh(config: Config) -> jax.sharding.Mesh:
+    """The run's fsdp where it fits the devices that are here, else data alone."""
+    devices, fsdp = jax.devices(), config.mesh.fsdp
+    return make_mesh(data=-1, fsdp=fsdp if len(devices) % fsdp == 0 else 1, tensor=1, devices=devices)
+
+
+def _rows(place: Path, config: Config, split: str) -> RowStore:
+    """The rows of a split, with the tokenizer that the run was trained with."""
+    prepared = prepare.prepare(config.data)
+    workdir.check_rows(place, workdir.keys_of(prepared))
+    if split in OWN:
+        return prepared.train if split == "train" else prepared.validation
+    # however large: it was asked for by name, and no other command makes it
+    how = How(build_limit_bytes=math.inf, progress=sys.stderr.isatty())
+    return prepare.rows_of_split(config.data, split, prepared.tokenizer, how)
+
+
+if __name__ == "__main__":
+    flags.main(main, __doc__)

@@ -4,6 +4,7 @@
 can be imported and run twice in a process.
 """
 
+import argparse
 import dataclasses
 import itertools
 import linecache
@@ -28,6 +29,17 @@ NO_DATA = 74  # exit code: data or disk failed
 
 class UsageError(ValueError):
     """A mistake on the command line or in a setting: one line that names it and the remedy."""
+
+
+class Words(argparse.ArgumentParser):
+    """argparse for the commands that take no --config: a mistake is a UsageError, as `main` prints it."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)  # `main` prints the help
+
+    def error(self, message: str) -> Any:
+        """Raises it."""
+        raise UsageError(message)
 
 
 class _PruneParser(flags.ArgumentParser):

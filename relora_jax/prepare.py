@@ -71,16 +71,19 @@ def _texts(data: DataConfig) -> list[_Text]:
     return _own_text(data) if data.text else _dataset(data)
 
 
+def rows_of_split(data: DataConfig, split: str, tokenizer: Tokenizer, how: How) -> RowStore:
+    """The rows of any split of the dataset, packed as those of the run."""
+    return _stores(data, _split(data, "validation", split), tokenizer, how)["validation"]
+
+
 def _dataset(data: DataConfig) -> list[_Text]:
     """A split each, the smaller one first: a wrong name shows before hours of work."""
-    return [
-        _Text(
-            {"dataset": text.dataset_version(data.dataset), "split": split},
-            (part,),
-            lambda split=split: text.open_dataset(data.dataset, split),
-        )
-        for part, split in (("validation", data.validation_split), ("train", data.train_split))
-    ]
+    return [_split(data, "validation", data.validation_split), _split(data, "train", data.train_split)]
+
+
+def _split(data: DataConfig, part: str, split: str) -> _Text:
+    key = {"dataset": text.dataset_version(data.dataset), "split": split}
+    return _Text(key, (part,), lambda: text.open_dataset(data.dataset, split))
 
 
 def _own_text(data: DataConfig) -> list[_Text]:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from relora_jax import steps
+from relora_jax import places, steps
 from relora_jax.config import Config
 from relora_jax.data import Batch
 from relora_jax.sharding import row_sharding, shardings
@@ -72,6 +72,13 @@ class Program:
             donate_argnums=0,
             out_shardings=(shardings(state, self.mesh), None),
         )
+
+
+def keep_compiled() -> None:
+    """Compiled programs are kept for later processes: under the user's cache, or where jax was told to."""
+    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore
+        jax.config.update("jax_compilation_cache_dir", str(places.cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def abstract_state(config: Config, u: int) -> TrainState:

@@ -46,14 +46,23 @@ class Run:
 def read(workdir: Path) -> Run:
     """The run in `workdir`. ValueError where there is none, or one that has not written a row."""
     workdir = Path(workdir)
-    config, facts = workdir / "config.json", workdir / "run.json"
-    if not config.is_file():
-        raise ValueError(f"workdir {str(workdir)!r} holds no run (no config.json): give a run's --workdir")
+    config, facts = read_config(workdir), workdir / "run.json"
     rows = metrics.read(workdir)
     if not rows:
         raise ValueError(f"the run in {str(workdir)!r} has no metrics yet: let it train a little first")
     written = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
-    return Run(workdir, from_json(config.read_text(encoding="utf-8")), written, rows)
+    return Run(workdir, config, written, rows)
+
+
+def read_config(workdir: Path) -> Config:
+    """The config of the run in `workdir`. ValueError where there is none, or not as it was written."""
+    saved = workdir / "config.json"
+    if not saved.is_file():
+        raise ValueError(f"workdir {str(workdir)!r} holds no run (no config.json): give a run's --workdir")
+    try:
+        return from_json(saved.read_text(encoding="utf-8", errors="replace"))
+    except ValueError as error:
+        raise ValueError(f"{saved}: {error}: take another --workdir, or bring the file back") from error
 
 
 def summary(workdir: Path) -> str:

@@ -13,13 +13,13 @@ from typing import Any
 
 import jax
 
-from relora_jax import data, flags, places, prepare, report, run, shapes, steps, warm_start, workdir
+from relora_jax import data, flags, prepare, report, run, shapes, steps, warm_start, workdir
 from relora_jax import weights_and_biases as wandb
 from relora_jax.checkpoint import Checkpoints, restore_newest, updates_saved
 from relora_jax.config import Config, to_json
 from relora_jax.evaluate import evaluate
 from relora_jax.metrics import Diverged, Metrics, Sink
-from relora_jax.program import Program
+from relora_jax.program import Program, keep_compiled
 from relora_jax.sharding import make_mesh
 from relora_jax.signals import STOPPED, Signals
 from relora_jax.stores import How
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         how = How(command=flags.command("prepare", argv), progress=sys.stderr.isatty())
         prepared = prepare.prepare(config.data, how)
         check_data(config, prepared)
-        workdir.check_rows(place, keys_of(prepared))
+        workdir.check_rows(place, workdir.keys_of(prepared))
         with workdir.locked(place):
             workdir.check(place, config)  # again: another process may have begun there meanwhile
             return run_to_end(config, place, prepared, signals)
@@ -54,9 +54,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run_to_end(config: Config, place: Path, prepared: prepare.Prepared, signals: Signals) -> int:
     """Trains and reports; the exit code."""
-    if not jax.config.jax_compilation_cache_dir:  # pyright: ignore
-        jax.config.update("jax_compilation_cache_dir", str(places.cache_dir() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_compiled()
     print(opening(config))
     try:
         done = train(config, place, prepared, signals)
@@ -75,17 +73,19 @@ def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Sign
     """Trains from the newest checkpoint or what `begin` gives, to the end or a signal; the updates done."""
     program = Program(config, make_mesh(**vars(config.mesh), devices=jax.devices()))
     settings, updates = config.train, config.train.updates
-    validation = data.validation_batches(
-        prepared.validation,
-        eval_tokens=settings.eval_tokens,
-        microbatch=settings.microbatch,
-        sharding=program.eval_rows,
-        across_documents=config.data.attend_across_documents,
+    validation = list(
+        data.validation_batches(
+            prepared.validation,
+            eval_tokens=settings.eval_tokens,
+            microbatch=settings.microbatch,
+            sharding=program.eval_rows,
+            across_documents=config.data.attend_across_documents,
+        )
     )
     unigram = data.unigram_perplexity(prepared.train.counts, validation)
     restored = restore_newest(place, config, program.state_at)
     start, state = restored or begin(config, program)
-    workdir.begin(place, config, unigram_perplexity=unigram, rows=keys_of(prepared))
+    workdir.begin(place, config, unigram_perplexity=unigram, rows=workdir.keys_of(prepared))
 
     batch_of = data.stream(config, prepared.train, program.rows)
     told = {"restored_update": start, "anew": restored is None}
@@ -183,11 +183,6 @@ def check_data(config: Config, prepared: prepare.Prepared) -> None:
             f"the train split has {rows} rows of data.sequence_length {config.data.sequence_length}, fewer "
             f"than one train.batch of {config.train.batch}: take more text, shorter rows or a smaller batch"
         )
-
-
-def keys_of(prepared: prepare.Prepared) -> dict[str, Any]:
-    """What decides the rows of each split: dataset version, tokenizer, packing, length."""
-    return {"train": prepared.train.manifest["key"], "validation": prepared.validation.manifest["key"]}
 
 
 def opening(config: Config) -> str:

@@ -14,7 +14,9 @@ import jax
 
 from relora_jax import shapes
 from relora_jax.checkpoint import updates_saved
-from relora_jax.config import Config, changed_results, from_json, to_json
+from relora_jax.config import Config, changed_results, to_json
+from relora_jax.prepare import Prepared
+from relora_jax.run import read_config
 
 LOCK = "lock"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
@@ -29,7 +31,7 @@ def check(workdir: Path, config: Config) -> None:
     if workdir.is_symlink() and not workdir.exists():
         raise ValueError(f"workdir {str(workdir)!r} is a link to nowhere: take another --workdir")
     if saved.is_file():
-        changed = changed_results(_read_config(saved), config)
+        changed = changed_results(read_config(workdir), config)
         if changed and updates_saved(workdir):
             raise ValueError(
                 f"{workdir} holds a run of another config, which would change its result "
@@ -47,11 +49,9 @@ def check(workdir: Path, config: Config) -> None:
         ) from None
 
 
-def _read_config(path: Path) -> Config:
-    try:
-        return from_json(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}: take another --workdir, or bring the file back") from error
+def keys_of(prepared: Prepared) -> dict[str, Any]:
+    """What decides the rows of each split: dataset version, tokenizer, packing, length."""
+    return {"train": prepared.train.manifest["key"], "validation": prepared.validation.manifest["key"]}
 
 
 def check_rows(workdir: Path, rows: dict[str, Any]) -> None:

@@ -65,16 +65,23 @@ class Place:
 
     def train(self, *words: str, workdir: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """The finished process of one command."""
-        process = self.start(*words, workdir=workdir, **environment)
-        out, err = process.communicate(timeout=300)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return _finished(self.start(*words, workdir=workdir, **environment))
+
+    def evaluate(self, *words: str, workdir: str) -> subprocess.CompletedProcess[str]:
+        """The finished process of one `python -m relora_jax.evaluate`."""
+        return _finished(self.start(*words, workdir=workdir, command="evaluate"))
 
     def start(
-        self, *words: str, workdir: str, limit_file_kib: int | None = None, **environment: str
+        self,
+        *words: str,
+        workdir: str,
+        command: str = "train",
+        limit_file_kib: int | None = None,
+        **environment: str,
     ) -> subprocess.Popen[str]:
         """The running process of one command; with a limit it can write no file larger than that."""
         process = subprocess.Popen(
-            [sys.executable, "-m", "relora_jax.train", *words, f"--workdir={self.folder / workdir}"],
+            [sys.executable, "-m", f"relora_jax.{command}", *words, f"--workdir={self.folder / workdir}"],
             env={**os.environ, **self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -97,3 +104,8 @@ class Place:
     def facts(self, workdir: str) -> dict[str, Any]:
         """run.json."""
         return json.loads((self.folder / workdir / "run.json").read_text())
+
+
+def _finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)

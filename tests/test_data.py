@@ -135,7 +135,8 @@ def test_process_reads_its_own_rows_alone_and_once(store, monkeypatch):
 def test_validation_is_the_first_rows_of_the_store_with_the_last_batch_filled_up(store):
     ids, lengths = store.read(range(ROWS))
     for eval_tokens, rows in ((0, 1), (LENGTH, 1), (10 * LENGTH + 5, 10), (8 * LENGTH, 8), (10**9, ROWS)):
-        batches = validation_batches(store, eval_tokens=eval_tokens, devices=2)
+        batches = list(validation_batches(store, eval_tokens=eval_tokens, devices=2))
+        assert data.validation_rows(store, eval_tokens=eval_tokens) == rows
         assert len(batches) == -(-rows // 4)
         assert all(b.ids.shape == (4, LENGTH + 1) and b.lengths.shape == (4,) for b in batches)
         got, got_lengths = (
@@ -147,7 +148,7 @@ def test_validation_is_the_first_rows_of_the_store_with_the_last_batch_filled_up
 
 def test_unigram_perplexity_is_that_of_the_smoothed_counts_over_counted_targets(store):
     counts = np.random.default_rng(1).integers(0, 9, PIECES)
-    batches = validation_batches(store, microbatch=8)
+    batches = list(validation_batches(store, microbatch=8))
     ids, lengths = store.read(range(ROWS))
     targets = [t for row, length in zip(ids, lengths, strict=True) for t in row[1 : max(length, 1)]]
     probability = (counts + 1) / (counts + 1).sum()

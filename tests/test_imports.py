@@ -16,8 +16,8 @@ FLOORS = [
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},
     {"workers", "sharding", "steps", "validate"},
     {"program", "run", "saved", "stores", "c4"},
-    {"checkpoint", "comparison", "evaluate", "prepare"},
-    {"report", "workdir", "warm_start", "throughput"},
+    {"checkpoint", "comparison", "prepare"},
+    {"report", "workdir", "warm_start", "throughput", "evaluate"},
     {"train"},
 ]
 # These take numbers, arrays and modules.
