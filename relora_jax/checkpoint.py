@@ -29,6 +29,7 @@ class Checkpoints:
     """The checkpoints of one run, saved asynchronously; the last ones, and some for ever, are kept."""
 
     def __init__(self, workdir: Path, config: Config) -> None:
+        saved.hush()
         train = config.train
         keep: list[Any] = [policies.LatestN(train.keep_last), policies.CustomSteps([snapshot_update(config)])]
         if train.keep_every:
@@ -65,21 +66,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._hear
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits for the newest save. Where it fails, the hook stays: its other files may still be failing."""
         try:
             self.wait()
-            sys.unraisablehook = self._hook
         finally:
             self._manager.close()
-
-    def _hear(self, error: Any) -> None:
-        """Not of each file of a failed save whose event loop has gone: the save itself raises, once."""
-        if str(error.exc_value) != "Event loop is closed":
-            self._hook(error)
 
 
 def restore_newest(

@@ -5,10 +5,12 @@ and `meta`, JSON: format, update, config, a checksum of each array, and a digest
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,6 @@ STATE, META = "state", "meta"
 _ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # what it puts beside the items
 _KINDS = {"format": int, "update": int, "config": str, "checksums": dict}  # of the meta's values
 
-for _name in ("absl", "asyncio"):  # through which Orbax logs, with traces, what it also raises
-    logging.getLogger(_name).setLevel(logging.CRITICAL)
-
 
 class DamagedError(Exception):
     """The checkpoint is ours and not as it was written: cut, altered or emptied."""
@@ -34,6 +33,20 @@ class DamagedError(Exception):
 
 class OtherModelError(ValueError):
     """The arrays of the checkpoint have other paths, shapes or types than those asked for."""
+
+
+@functools.cache
+def hush() -> None:
+    """Orbax says an error once, by raising it: not in the log as well, nor for each file that follows."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def hear(error: Any) -> None:
+        if str(error.exc_value) != "Event loop is closed":
+            hook(error)
+
+    sys.unraisablehook = hear
 
 
 def meta_of(update: int, config: Config, arrays: dict[str, jax.Array]) -> dict[str, Any]:
@@ -55,6 +68,7 @@ class Saved:
     @classmethod
     def open(cls, path: Path) -> "Saved":
         """Reads the meta alone. DamagedError; ValueError where it is not ours and must stay as it is."""
+        hush()
         _check_entries(path)
         meta = _read_meta(path)
         if meta["format"] != FORMAT:
