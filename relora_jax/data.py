@@ -73,9 +73,12 @@ class RowStore:
         return cls(path=path, manifest=manifest, counts=counts, _source=source, **facts)
 
     def read(self, indices: Sequence[int]) -> tuple[Int32[np.ndarray, "n S"], Int32[np.ndarray, " n"]]:
-        """ids and true lengths of the rows at `indices`, in that order, by one call."""
+        """ids and true lengths of the rows at `indices`, in that order, by one call. OSError: unreadable."""
         record = record_type(sequence_length=self.sequence_length, pieces=self.pieces)
-        records = self._source.__getitems__(indices) if len(indices) else []
+        try:
+            records = self._source.__getitems__(indices) if len(indices) else []
+        except RuntimeError as error:  # as ArrayRecord says that a file is gone or altered
+            raise OSError(f"rows of {self.path} cannot be read ({' '.join(str(error).split())})") from error
         if any(len(each) != record.itemsize for each in records):
             raise ValueError(f"{self.path} holds a record of another size: delete it, and it is made again")
         table = np.frombuffer(b"".join(records), record)

@@ -249,3 +249,20 @@ def test_record_of_another_size_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match="record of another size"):
         data.RowStore.open(store.path).read([1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(bytes(byte ^ 255 for byte in file.read_bytes())),
+    ],
+    ids=["gone", "altered"],
+)
+def test_rows_lost_in_mid_run_are_an_error_of_the_disk_in_one_line(tmp_path, damage):
+    ids = np.zeros((4, LENGTH + 1), np.int32)
+    opened = write_store(tmp_path / "s", [ids], np.full(4, LENGTH + 1), pieces=PIECES)
+    damage(tmp_path / "s" / "00000.array_record")
+    with pytest.raises(OSError, match=f"^rows of {tmp_path / 's'} cannot be read ") as lost:
+        opened.read([2])
+    assert "\n" not in str(lost.value)
