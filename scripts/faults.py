@@ -44,13 +44,15 @@ def main(words: list[str]) -> int:
     for row in done.values():
         print(line(row), flush=True)
     missing = [number for number in range(1, given.n + 1) if number not in done]
+    git = ["git", "-C", str(faulty_run.ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     if missing:
         faulty_run.uninterrupted(directory)
     with ThreadPoolExecutor(given.workers) as threads:
         futures = [threads.submit(fault_kinds.hit, directory, given.seed, number) for number in missing]
         try:
             for future in as_completed(futures):
-                row = dataclasses.asdict(future.result())
+                row = dataclasses.asdict(future.result()) | {"commit": commit}
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(line(row), flush=True)
@@ -86,15 +88,14 @@ def line(row: dict[str, Any]) -> str:
 def table(command: str, rows: list[dict[str, Any]]) -> str:
     """The faults as markdown, with what they were made by."""
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
-    git = ["git", "-C", str(faulty_run.ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    commits = " and ".join(sorted({row["commit"] for row in rows}))
     equal, minutes = sum(row["equal"] for row in rows), sum(row["seconds"] for row in rows) / 60
     cells = [[str(row[key]).replace("|", "\\|") for key in COLUMNS] for row in rows]
     cells = [[*cell[:-1], "yes" if row["equal"] else "**no**"] for cell, row in zip(cells, rows, strict=True)]
     return "\n".join(
         [
             f"`{command}`: **{equal}/{len(rows)} ended bitwise equal**, {minutes:.0f} minutes of runs, on "
-            f"{time.strftime('%Y-%m-%d')}, commit {commit}, Python {platform.python_version()}, {versions}, "
+            f"{time.strftime('%Y-%m-%d')}, commit {commits}, Python {platform.python_version()}, {versions}, "
             f"{os.cpu_count()} cores.\n",
             f"| {' | '.join(key.replace('_', ' ') for key in COLUMNS)} |",
             "|---" * len(COLUMNS) + "|",

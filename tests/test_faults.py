@@ -66,7 +66,7 @@ def test_results_are_read_by_number_without_a_torn_line(tmp_path: pathlib.Path) 
 
 def test_table_has_a_row_for_each_fault_and_counts_what_is_equal() -> None:
     row = {"number": 1, "kind": "disk full", "moment": "checkpoint 10", "codes": "74 0", "said": "a | b"}
-    row |= {"went_on_after": "10", "equal": True, "seconds": 30.0}
+    row |= {"went_on_after": "10", "equal": True, "seconds": 30.0, "commit": "abc"}
     text = faults.table("python x", [row, {**row, "number": 2, "equal": False}])
     assert "`python x`: **1/2 ended bitwise equal**, 1 minutes" in text
     assert "| 1 | disk full | checkpoint 10 | 74 0 | a \\| b | 10 | yes |\n" in text
