@@ -42,20 +42,16 @@ def several(run: Run) -> str:
 
 
 def cold(run: Run) -> str:
-    """A signal while programs are compiled."""
-    shutil.rmtree(run.cache / "xla")
+    """A signal while programs are compiled; perhaps some that are kept are cut, as a full disk leaves them."""
+    run.programs = run.folder / "xla"
     process = run.start()
-    moment = run.wait(process, 2 * run.wall_s)
+    moment = run.wait(process, times=3)
     run.stop(process)
-    return moment
-
-
-def compiled_cut(run: Run) -> str:
-    """A kill, and a program of the compilation cache cut, as a kill or a full disk may leave it."""
-    moment = stopped(run, KILL)
-    for file in run.rng.sample(files(run.cache / "xla"), 3):
+    kept = files(run.programs) if run.programs.exists() else []
+    cuts = run.rng.sample(kept, min(len(kept), run.rng.choice((0, 3))))
+    for file in cuts:
         cut(file, run.rng)
-    return moment
+    return f"{moment}, {len(cuts)} programs cut"
 
 
 def damaged(run: Run, damage: Callable[[Path, random.Random], object], whole_step: bool = False) -> str:
@@ -96,18 +92,17 @@ def rows_away(run: Run) -> str:
     """The row store renamed at a random moment, and back after the end."""
     process = run.start()
     moment = run.wait(process)
-    rows, aside = run.cache / "rows", run.cache / "aside"
-    rows.rename(aside)
+    aside = run.rows.rename(run.rows.with_name("aside"))
     run.end(process, lambda code, _: code in (0, NO_DATA))
-    shutil.rmtree(rows, ignore_errors=True)  # made anew where it was away before it was opened
-    aside.rename(rows)
+    shutil.rmtree(run.rows, ignore_errors=True)  # made anew where it was away before it was opened
+    aside.rename(run.rows)
     return moment
 
 
 def rows_lost(run: Run) -> str:
     """A stop, and no row store at the next start, which makes it anew from the text."""
     moment = stopped(run)
-    shutil.rmtree(run.cache / "rows")
+    shutil.rmtree(run.rows)
     return moment
 
 
@@ -135,8 +130,7 @@ KINDS: dict[str, Callable[[Run], str]] = {
     "SIGTERM": lambda run: stopped(run, TERM),
     "SIGINT": lambda run: stopped(run, INT),
     "several signals": several,
-    "signal, nothing compiled": cold,
-    "compiled programs cut": compiled_cut,
+    "signal while compiling": cold,
     "checkpoint: file cut": lambda run: damaged(run, cut),
     "checkpoint: file emptied": lambda run: damaged(run, lambda file, _: os.truncate(file, 0)),
     "checkpoint: file removed": lambda run: damaged(run, lambda file, _: file.unlink()),
@@ -164,8 +158,8 @@ def hit(directory: Path, seed: int, number: int) -> Result:
     whole = directory / ("whole_nan" if nan else "whole")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole / "cache", folder / "cache")
-    wall_s = float((whole / "wall_s").read_text())
-    run, result = Run(folder, rng, wall_s=wall_s, nan=nan), Result(number, kind)
+    cpu_s = float((whole / "cpu_s").read_text())
+    run, result = Run(folder, rng, cpu_s=cpu_s, nan=nan), Result(number, kind)
     try:
         result.moment = KINDS[kind](run)
         run.end(run.start(), lambda code, _: code == 0)

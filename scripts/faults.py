@@ -52,7 +52,7 @@ def main(words: list[str]) -> int:
         futures = [threads.submit(fault_kinds.hit, directory, given.seed, number) for number in missing]
         try:
             for future in as_completed(futures):
-                row = dataclasses.asdict(future.result()) | {"commit": commit}
+                row: dict[str, Any] = dataclasses.asdict(future.result()) | {"commit": commit}
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(line(row), flush=True)

@@ -1,9 +1,9 @@
 """One run of the quickstart's model in processes of its own, for scripts/faults.py."""
 
-import contextlib
 import functools
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -53,9 +53,10 @@ class UnexpectedError(Exception):
 class Run:
     """A run in a folder with caches of its own, what its processes said, and its chances."""
 
-    def __init__(self, folder: Path, rng: random.Random, *, wall_s: float = 0.0, nan: bool = False) -> None:
-        self.folder, self.rng, self.wall_s, self.nan = folder, rng, wall_s, nan
-        self.workdir, self.cache = folder / "run", folder / "cache" / "relora_jax"
+    def __init__(self, folder: Path, rng: random.Random, *, cpu_s: float = 0.0, nan: bool = False) -> None:
+        self.folder, self.rng, self.cpu_s, self.nan = folder, rng, cpu_s, nan
+        self.workdir, self.rows = folder / "run", folder / "cache" / "relora_jax" / "rows"
+        self.programs = folder.parent / "xla"  # compiled; shared, since their keys hold the path
         self.codes: list[int] = []
         self.errors: list[str] = []  # lines of standard error
         self.out = ""  # standard output of the process that ended last
@@ -66,6 +67,7 @@ class Run:
         words += [f"--config={CONFIG}", *(f"--config.{word}" for word in SETTINGS.split())]
         environment = {"XDG_CACHE_HOME": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         environment |= {"TFDS_DATA_DIR": str(self.folder.parent / "tfds"), "PYTHONUNBUFFERED": "1"}
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(self.programs)
         environment["OPENBLAS_NUM_THREADS"] = "1"  # the report's: threads that wait would burn half of a core
         process = subprocess.Popen(
             [sys.executable, *words, f"--workdir={self.workdir}"],
@@ -94,11 +96,11 @@ class Run:
         process.send_signal(number)
         self.end(process, functools.partial(documented, number))
 
-    def wait(self, process: subprocess.Popen[str], wall_s: float = 0.0) -> str:
-        """Until a moment uniform in the time of a whole run, or the end; the moment in words."""
-        moment_s = self.rng.uniform(0, wall_s or self.wall_s)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(moment_s)
+    def wait(self, process: subprocess.Popen[str], *, times: float = 1.0) -> str:
+        """Until a moment uniform in the (processor) time of a whole run, or the end; the moment in words."""
+        moment_s = self.rng.uniform(0, times * self.cpu_s)
+        while process.poll() is None and cpu_s(process) < moment_s:
+            time.sleep(0.02)
         rows = metrics.read(self.workdir)
         return f"{moment_s:.1f} s, " + (f"update {rows[-1]['update']}" if rows else "no update yet")
 
@@ -126,20 +128,28 @@ def documented(number: signal.Signals, code: int, out: str) -> bool:
     return code == STOPPED or (code == 0 and ended) or (code in (-number, 130) and (ended or not out))
 
 
+def cpu_s(process: subprocess.Popen[str]) -> float:
+    """Processor time of a process of ours: its pace does not depend on what else the machine does."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def uninterrupted(directory: Path) -> None:
-    """The runs to compare with, in `whole` and `whole_nan`, their caches, and the time of a warm one."""
+    """The runs to compare with, in `whole` and `whole_nan`: with caches, and the time of a warm one."""
     for name in ("whole", "whole_nan"):
-        if (directory / name / "wall_s").exists():
+        if (directory / name / "cpu_s").exists():
             continue
         shutil.rmtree(directory / name, ignore_errors=True)
         if name == "whole_nan":
             shutil.copytree(directory / "whole" / "cache", directory / name / "cache")
-        for _ in ("cold", "warm")[name == "whole_nan" :]:
+        for _ in ("cold", "warm"):
             run = Run(directory / name, random.Random(0), nan=name == "whole_nan")
             shutil.rmtree(run.workdir, ignore_errors=True)
-            since = time.monotonic()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             run.end(run.start(), lambda code, _: code == 0)
-        (directory / name / "wall_s").write_text(f"{time.monotonic() - since:.1f}\n")
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        (directory / name / "cpu_s").write_text(f"{seconds:.1f}\n")
 
 
 def outcome(workdir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:

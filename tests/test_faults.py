@@ -91,4 +91,4 @@ def test_faults_end_equal_and_the_command_goes_on_where_it_was(tmp_path: pathlib
     assert second.returncode == 0 and second.stdout.endswith("\n3/3 ended bitwise equal\n"), second
     assert second.stdout.splitlines()[0] == first.stdout.splitlines()[0]
     assert (tmp_path / "t.md").read_text().count("\n| ") == 4
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["tfds", "whole", "whole_nan"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["tfds", "whole", "whole_nan", "xla"]
