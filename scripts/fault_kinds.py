@@ -42,7 +42,7 @@ def several(run: Run) -> str:
 
 
 def cold(run: Run) -> str:
-    """A signal while programs are compiled; perhaps some that are kept are cut, as a full disk leaves them."""
+    """A signal while programs are compiled; perhaps some of those kept are cut, as a full disk leaves them."""
     run.programs = run.folder / "xla"
     process = run.start()
     moment = run.wait(process, times=3)
