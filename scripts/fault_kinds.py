@@ -28,25 +28,23 @@ class Result:
     seconds: float = 0.0
 
 
-def stopped(run: Run, *numbers: signal.Signals) -> str:
+def stopped(run: Run, *numbers: signal.Signals, times: float = 1.0) -> str:
     """A signal at a random moment."""
     process = run.start()
-    moment = run.wait(process)
+    moment = run.wait(process, times=times)
     run.stop(process, *numbers)
     return moment
 
 
 def several(run: Run) -> str:
-    """Two to four signals, each at a random moment of another start."""
-    return "; ".join(stopped(run) for _ in range(run.rng.randint(2, 4)))
+    """Two to four signals, each at a random moment of another start, rather early."""
+    return "; ".join(stopped(run, times=0.6) for _ in range(run.rng.randint(2, 4)))
 
 
 def cold(run: Run) -> str:
-    """A signal while programs are compiled; perhaps some of those kept are cut, as a full disk leaves them."""
+    """A signal while programs are compiled; perhaps some of those that are kept are cut, as by a full disk."""
     run.programs = run.folder / "xla"
-    process = run.start()
-    moment = run.wait(process, times=3)
-    run.stop(process)
+    moment = stopped(run, times=2.5)
     kept = files(run.programs) if run.programs.exists() else []
     cuts = run.rng.sample(kept, min(len(kept), run.rng.choice((0, 3))))
     for file in cuts:
