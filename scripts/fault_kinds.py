@@ -42,7 +42,7 @@ def several(run: Run) -> str:
 
 
 def cold(run: Run) -> str:
-    """A signal while programs are compiled; perhaps some of those that are kept are cut, as by a full disk."""
+    """A signal while programs are compiled; perhaps some of those kept are cut, as by a full disk."""
     run.programs = run.folder / "xla"
     moment = stopped(run, times=2.5)
     kept = files(run.programs) if run.programs.exists() else []
