@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--table", type=Path)
     given = parser.parse_args(words)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored, here and below
     directory: Path = given.directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
     results = directory / f"seed_{given.seed}.jsonl"

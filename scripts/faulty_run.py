@@ -92,17 +92,20 @@ class Run:
 
     def stop(self, process: subprocess.Popen[str], *numbers: signal.Signals) -> None:
         """One of the signals, and the end with a code for it."""
-        number = self.rng.choice(numbers or (KILL, TERM, INT))
+        number, near_end = self.rng.choice(numbers or (KILL, TERM, INT)), self.done() > UPDATES - 6
         process.send_signal(number)
-        self.end(process, functools.partial(documented, number))
+        self.end(process, functools.partial(documented, number, near_end=near_end))
+
+    def done(self) -> int:
+        """Updates of which metrics.jsonl has a row; the newest few may still be queued."""
+        return max((row["update"] for row in metrics.read(self.workdir)), default=0)
 
     def wait(self, process: subprocess.Popen[str], *, times: float = 1.0) -> str:
         """Until a moment uniform in the (processor) time of a whole run, or the end; the moment in words."""
         moment_s = self.rng.uniform(0, times * self.cpu_s)
         while process.poll() is None and cpu_s(process) < moment_s:
             time.sleep(0.02)
-        rows = metrics.read(self.workdir)
-        return f"{moment_s:.1f} s, " + (f"update {rows[-1]['update']}" if rows else "no update yet")
+        return f"{moment_s:.1f} s, update {self.done()}"
 
     def wait_saved(self, process: subprocess.Popen[str]) -> str:
         """Until the second checkpoint or a later one is there; its update, which is drawn, in words."""
@@ -117,12 +120,12 @@ class Run:
         return checkpoints_of(self.workdir) / str(updates_saved(self.workdir)[-1])
 
 
-def documented(number: signal.Signals, code: int, out: str) -> bool:
+def documented(number: signal.Signals, code: int, out: str, *, near_end: bool) -> bool:
     """Whether a process that has printed `out` may end with the code after the signal.
 
     Python's own way to die is right before the command has begun and after its last line.
     """
-    ended = ", report " in out
+    ended = near_end and ", report " in out
     if number == KILL:
         return code == -KILL or (code == 0 and ended)
     return code == STOPPED or (code == 0 and ended) or (code in (-number, 130) and (ended or not out))

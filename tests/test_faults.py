@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -52,8 +53,13 @@ def test_fault_is_drawn_from_seed_and_number_alone() -> None:
         (TERM, 74, "update 3\n", False),
     ],
 )
-def test_only_documented_exit_codes_are_allowed(number: int, code: int, out: str, allowed: bool) -> None:
-    assert documented(number, code, out) is allowed  # type: ignore[arg-type]
+@pytest.mark.parametrize("near_end", [True, False])
+def test_only_documented_exit_codes_are_allowed(
+    number: signal.Signals, code: int, out: str, allowed: bool, near_end: bool
+) -> None:
+    """A process that went on to its end where it should have stopped has not heard the signal."""
+    unheard = out == ENDED and code != -KILL and not near_end
+    assert documented(number, code, out, near_end=near_end) is (allowed and not unheard)
 
 
 def test_results_are_read_by_number_without_a_torn_line(tmp_path: pathlib.Path) -> None:
