@@ -66,21 +66,17 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
-        self._hook, sys.unraisablehook = sys.unraisablehook, self._hear
+        self._heard_once = saved.heard_once()
+        self._heard_once.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits for the newest save. Where it fails, the hook stays: its other files may still be failing."""
+        """Waits for the newest save."""
         try:
             self.wait()
-            sys.unraisablehook = self._hook
+            self._heard_once.__exit__(None, None, None)
         finally:
             self._manager.close()
-
-    def _hear(self, error: Any) -> None:
-        """Not of each file of a failed save whose event loop has gone: the save itself raises, once."""
-        if str(error.exc_value) != "Event loop is closed":
-            self._hook(error)
 
 
 def restore_newest(

@@ -4,11 +4,14 @@ A checkpoint is a directory named by its update, with two items by Orbax: `state
 and `meta`, JSON: format, update, config, a checksum of each array, and a digest of all these.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from relora_jax.config import Config, from_json, to_json
 FORMAT = 1  # of a checkpoint: raise it with any change of the state's paths or of the meta
 STATE, META = "state", "meta"
 _ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # what it puts beside the items
+_OF_A_FILE = ("Event loop is closed", "Encountered error while reading array index")
 _KINDS = {"format": int, "update": int, "config": str, "checksums": dict}  # of the meta's values
 
 for _name in ("absl", "asyncio"):  # through which Orbax logs, with traces, what it also raises
@@ -34,6 +38,23 @@ class DamagedError(Exception):
 
 class OtherModelError(ValueError):
     """The arrays of the checkpoint have other paths, shapes or types than those asked for."""
+
+
+@contextlib.contextmanager
+def heard_once() -> Iterator[None]:
+    """No news of every single file of a save or restore that fails: it raises, once.
+
+    Where it raises, the hook stays: its other files may still be failing.
+    """
+    before = sys.unraisablehook
+
+    def hear(error: Any) -> None:
+        if not str(error.exc_value).startswith(_OF_A_FILE):
+            before(error)
+
+    sys.unraisablehook = hear
+    yield
+    sys.unraisablehook = before
 
 
 def meta_of(update: int, config: Config, arrays: dict[str, jax.Array]) -> dict[str, Any]:
@@ -68,9 +89,8 @@ class Saved:
     def kinds(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """(shape, type) of each array, read without the arrays."""
         try:
-            with ocp.StandardCheckpointer() as reader:
-                found = reader.metadata(self.path / STATE).item_metadata
-            return kinds_of(found)
+            with heard_once(), ocp.StandardCheckpointer() as reader:
+                return kinds_of(reader.metadata(self.path / STATE).item_metadata)
         except Exception as error:  # what it raises depends on which file is damaged
             raise _damaged(self.path, error) from error
 
@@ -87,7 +107,7 @@ class Saved:
                     f"{_said(wanted.get(name))} here"
                 )
         try:
-            with ocp.PyTreeCheckpointer() as reader:
+            with heard_once(), ocp.PyTreeCheckpointer() as reader:
                 how = ocp.checkpoint_utils.construct_restore_args(like)
                 args = ocp.args.PyTreeRestore(item=like, restore_args=how, partial_restore=True)
                 arrays = reader.restore(self.path / STATE, args=args)

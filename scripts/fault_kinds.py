@@ -91,7 +91,7 @@ def rows_away(run: Run) -> str:
     process = run.start()
     moment = run.wait(process)
     aside = run.rows.rename(run.rows.with_name("aside"))
-    run.end(process, lambda code, _: code in (0, NO_DATA))
+    run.end(process, lambda code, *_: code in (0, NO_DATA))
     shutil.rmtree(run.rows, ignore_errors=True)  # made anew where it was away before it was opened
     aside.rename(run.rows)
     return moment
@@ -109,7 +109,7 @@ def disk_full(run: Run) -> str:
     process, limit_kib = run.start(), run.rng.choice((1, 16, 256, 4096))
     moment = run.wait_saved(process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1024 * limit_kib, 1024 * limit_kib))
-    run.end(process, lambda code, _: code == NO_DATA)
+    run.end(process, lambda code, *_: code == NO_DATA)
     return f"{moment}, {limit_kib} KiB"
 
 
@@ -118,7 +118,7 @@ def two(run: Run) -> str:
     first = run.start()
     moment = run.wait_saved(first)
     second = run.start()
-    run.end(second, lambda code, _: code == REFUSED)
+    run.end(second, lambda code, *_: code == REFUSED)
     run.stop(first)
     return moment
 
@@ -160,7 +160,7 @@ def hit(directory: Path, seed: int, number: int) -> Result:
     run, result = Run(folder, rng, cpu_s=cpu_s, nan=nan), Result(number, kind)
     try:
         result.moment = KINDS[kind](run)
-        run.end(run.start(), lambda code, _: code == 0)
+        run.end(run.start(), lambda code, *_: code == 0)
         found = re.search(r"goes on after update (\d+)|(is finished)", run.out)
         result.went_on_after = (found[1] or "the end") if found else "nothing"
         result.equal = outcome(run.workdir) == outcome(whole / "run")

@@ -80,14 +80,14 @@ class Run:
         RUNNING.add(process)
         return process
 
-    def end(self, process: subprocess.Popen[str], allowed: Callable[[int, str], bool]) -> None:
-        """Until the process has ended. UnexpectedError where its exit code is not allowed with its output."""
+    def end(self, process: subprocess.Popen[str], allowed: Callable[[int, str, str], bool]) -> None:
+        """Until the process has ended. UnexpectedError where its exit code is not allowed with what it said."""
         self.out, err = process.communicate(timeout=1800)
         RUNNING.discard(process)
         self.codes.append(process.returncode)
         lines = [line for line in err.splitlines() if line.strip()]
         self.errors += lines[-1:] if any(line.startswith("Traceback") for line in lines) else lines
-        if not allowed(process.returncode, self.out):
+        if not allowed(process.returncode, self.out, err):
             raise UnexpectedError(f"exit code {process.returncode} is not documented for that")
 
     def stop(self, process: subprocess.Popen[str], *numbers: signal.Signals) -> None:
@@ -120,14 +120,17 @@ class Run:
         return checkpoints_of(self.workdir) / str(updates_saved(self.workdir)[-1])
 
 
-def documented(number: signal.Signals, code: int, out: str, *, near_end: bool) -> bool:
-    """Whether a process that has printed `out` may end with the code after the signal.
+def documented(number: signal.Signals, code: int, out: str, err: str = "", *, near_end: bool) -> bool:
+    """Whether a process that has printed `out` and `err` may end with the code after the signal.
 
-    Python's own way to die is right before the command has begun and after its last line.
+    Right before the command has begun and after its last line, signals are Python's own: SIGTERM kills, and
+    SIGINT is a KeyboardInterrupt, which an import may turn into another error or lose.
     """
     ended = near_end and ", report " in out
     if number == KILL:
         return code == -KILL or (code == 0 and ended)
+    if number == INT and ((code == 1 and not out) or (code == 0 and "KeyboardInterrupt" in err)):
+        return True
     return code == STOPPED or (code == 0 and ended) or (code in (-number, 130) and (ended or not out))
 
 
@@ -149,7 +152,7 @@ def uninterrupted(directory: Path) -> None:
             run = Run(directory / name, random.Random(0), nan=name == "whole_nan")
             shutil.rmtree(run.workdir, ignore_errors=True)
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            run.end(run.start(), lambda code, _: code == 0)
+            run.end(run.start(), lambda code, *_: code == 0)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         (directory / name / "cpu_s").write_text(f"{seconds:.1f}\n")

@@ -93,7 +93,7 @@ def summary(config: Config, watch: Watch) -> dict[str, Any]:
         "updates": last,
         "device": str(jax.devices()[0]),
         "cores": os.cpu_count(),
-        "rss_mb": {u: round(watch.rss_mb[u]) for u in (last // 10, last // 2, last)},
+        "rss_mb": {u: round(watch.rss_mb[u]) for u in range(last // 10, last + 1, last // 10)},
         "rss_mb_per_1000_updates": round(1000 * float(slope), 2),
         "first_cycle_ended_at": settled,
         "compiled_in_first_cycle": sum(n for u, n in watch.compiled.items() if u <= settled),

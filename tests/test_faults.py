@@ -50,6 +50,8 @@ def test_fault_is_drawn_from_seed_and_number_alone() -> None:
         (INT, -2, "", True),
         (INT, -15, "", False),
         (INT, 1, "update 3\n", False),
+        (INT, 1, "", True),
+        (TERM, 1, "", False),
         (TERM, 74, "update 3\n", False),
     ],
 )
@@ -60,6 +62,13 @@ def test_only_documented_exit_codes_are_allowed(
     """A process that went on to its end where it should have stopped has not heard the signal."""
     unheard = out == ENDED and code != -KILL and not near_end
     assert documented(number, code, out, near_end=near_end) is (allowed and not unheard)
+
+
+def test_interrupt_that_python_lost_in_an_import_is_allowed_where_it_says_so() -> None:
+    said = "Exception ignored in: <function x>\nKeyboardInterrupt: \n"
+    assert documented(INT, 0, ENDED, said, near_end=False)
+    assert not documented(TERM, 0, ENDED, said, near_end=False)
+    assert not documented(INT, 0, ENDED, "", near_end=False)
 
 
 def test_results_are_read_by_number_without_a_torn_line(tmp_path: pathlib.Path) -> None:

@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import shutil
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -255,3 +257,23 @@ def test_report_and_others_read_no_damaged_model(run: pathlib.Path) -> None:
     with pytest.raises(saved.DamagedError):
         checkpoint.load_model(run, 6)
     assert step(run).is_dir()
+
+
+def test_failed_restore_is_heard_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: heard.append(str(error.exc_value)))
+
+    def say(what: str) -> None:
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(what)))  # type: ignore[arg-type]
+
+    with saved.heard_once():
+        say("Event loop is closed")
+        say("Encountered error while reading array index: (slice(0, 4, 1))")
+        say("a")
+    say("Event loop is closed")
+    assert heard == ["a", "Event loop is closed"]
+    with pytest.raises(ValueError), saved.heard_once():
+        raise ValueError
+    say("Event loop is closed")  # of its other files, later
+    say("b")
+    assert heard == ["a", "Event loop is closed", "b"]
