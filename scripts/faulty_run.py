@@ -81,7 +81,7 @@ class Run:
         return process
 
     def end(self, process: subprocess.Popen[str], allowed: Callable[[int, str, str], bool]) -> None:
-        """Until the process has ended. UnexpectedError where its exit code is not allowed with what it said."""
+        """Until the process has ended. UnexpectedError where its exit code does not fit what it said."""
         self.out, err = process.communicate(timeout=1800)
         RUNNING.discard(process)
         self.codes.append(process.returncode)
