@@ -167,7 +167,8 @@ def hit(directory: Path, seed: int, number: int) -> Result:
     except Exception as error:
         result.moment = f"{result.moment} {type(error).__name__}: {error}".strip()
     result.codes = " ".join(map(str, run.codes))
-    result.said = "; ".join(run.errors).replace(f"{run.folder}/", "")
+    said = "; ".join(run.errors).replace(f"{run.folder}/", "")
+    result.said = re.sub(r"/\S*/site-packages/", "", said)
     result.seconds = round(time.monotonic() - since, 1)
     if result.equal:
         shutil.rmtree(folder)

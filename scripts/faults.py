@@ -92,7 +92,8 @@ def table(command: str, rows: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     commits = " and ".join(sorted({row["commit"] for row in rows}))
     equal, minutes = sum(row["equal"] for row in rows), sum(row["seconds"] for row in rows) / 60
-    cells = [[str(row[key]).replace("|", "\\|") for key in COLUMNS] for row in rows]
+    short = lambda text: text if len(text) < 240 else f"{text[:240]} ..."  # noqa: E731
+    cells = [[short(str(row[key])).replace("|", "\\|") for key in COLUMNS] for row in rows]
     cells = [[*cell[:-1], "yes" if row["equal"] else "**no**"] for cell, row in zip(cells, rows, strict=True)]
     return "\n".join(
         [
