@@ -19,10 +19,8 @@ from relora_jax import saved
 from relora_jax.config import Config, changed_results
 from relora_jax.paths import leaves, value_of
 from relora_jax.program import abstract_state
-from relora_jax.saved import META, STATE, DamagedError, OtherModelError, Saved
+from relora_jax.saved import META, STATE, DamagedError, OtherModelError, Saved, system_code
 from relora_jax.steps import TrainState
-
-_ERRNO = re.compile(r"os_error_code='(\d+)'")  # how tensorstore's errors name the system's
 
 
 class Checkpoints:
@@ -80,18 +78,23 @@ def restore_newest(
 ) -> tuple[int, TrainState] | None:
     """(u, the state after u updates) of the newest whole checkpoint, placed as like(u); None: nothing saved.
 
-    A damaged one is renamed into workdir/damaged, with a warning, and the one before is taken. ValueError for
-    a checkpoint of another run or of something else, which stays as it is; OSError where none is whole.
+    Where it is damaged the one before is taken, and the damaged ones are then renamed into workdir/damaged,
+    each with a warning. ValueError for a checkpoint of another run or of something else, OSError where none
+    can be read: nothing is renamed.
     """
-    steps = updates_saved(workdir)
-    for u in reversed(steps):
+    damaged: list[tuple[int, DamagedError]] = []
+    for u in reversed(updates_saved(workdir)):
         try:
-            return u, _restore(directory(workdir) / str(u), config, like(u))
+            state = _restore(directory(workdir) / str(u), config, like(u))
         except DamagedError as error:
-            aside = _set_aside(workdir, u)
+            damaged.append((u, error))
+            continue
+        for lost, error in damaged:
+            aside = _set_aside(workdir, lost)
             print(f"warning: {error}: renamed to {aside}, the checkpoint before is taken", file=sys.stderr)
-    if steps:
-        raise OSError(f"no checkpoint of {workdir} is whole any more: begin anew with another --workdir")
+        return u, state
+    if damaged:
+        raise OSError(f"no checkpoint of {workdir} is whole: {damaged[0][1]}")
     return None
 
 
@@ -131,10 +134,10 @@ def _as_os_error(folder: Any) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        code = _ERRNO.search(str(error))
-        if code is None:
+        code = system_code(error)
+        if not code:
             raise
-        raise OSError(int(code[1]), str(error).rpartition(": ")[2].partition(" [")[0], str(folder)) from error
+        raise OSError(code, str(error).rpartition(": ")[2].partition(" [")[0], str(folder)) from error
 
 
 def directory(workdir: Path) -> Path:
@@ -151,7 +154,7 @@ def updates_saved(workdir: Path) -> list[int]:
     """Updates of the checkpoints of a run, ascending; those of a save that did not end have another name."""
     folder = directory(workdir)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if re.fullmatch("[0-9]+", name))
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,9}", name))
 
 
 def load_model(workdir: Path, update: int) -> dict[str, np.ndarray]:

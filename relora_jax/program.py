@@ -27,7 +27,7 @@ class Program:
             row_sharding(mesh, accumulated=False),
         )
         (self.phase, full), low = _phases(config)
-        self.full_rank = _placed(full, mesh)
+        self.full_rank = self.low_rank = _placed(full, mesh)
         self.init = jax.jit(lambda: steps.init_state(config)[1], out_shardings=shardings(full, mesh))
         self._train = self._train_step(self.phase, full)
         if low is not None:

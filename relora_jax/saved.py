@@ -5,11 +5,13 @@ and `meta`, JSON: format, update, config, a checksum of each array, and a digest
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from relora_jax.config import Config, from_json, to_json
 FORMAT = 1  # of a checkpoint: raise it with any change of the state's paths or of the meta
 STATE, META = "state", "meta"
 _ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # what it puts beside the items
+_OF_A_FILE = ("Event loop is closed", "Encountered error while reading array index")
+_OF_THE_FILES = (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)  # no error of disk or memory
 _KINDS = {"format": int, "update": int, "config": str, "checksums": dict}  # of the meta's values
 
 
@@ -43,7 +47,7 @@ def hush() -> None:
     hook = sys.unraisablehook
 
     def hear(error: Any) -> None:
-        if str(error.exc_value) != "Event loop is closed":
+        if not str(error.exc_value).startswith(_OF_A_FILE):
             hook(error)
 
     sys.unraisablehook = hear
@@ -83,8 +87,7 @@ class Saved:
         """(shape, type) of each array, read without the arrays."""
         try:
             with ocp.StandardCheckpointer() as reader:
-                found = reader.metadata(self.path / STATE).item_metadata
-            return kinds_of(found)
+                return kinds_of(reader.metadata(self.path / STATE).item_metadata)
         except Exception as error:  # what it raises depends on which file is damaged
             raise _damaged(self.path, error) from error
 
@@ -153,9 +156,22 @@ def _digest(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _damaged(path: Path, error: Exception) -> DamagedError:
-    reason = (str(error) or type(error).__name__).partition("\n")[0]
-    return DamagedError(f"{path} cannot be read ({reason[:200]})")
+def _damaged(path: Path, error: Exception) -> DamagedError | OSError:
+    """What reading met: damage, or a system that may read the same files well at another time."""
+    reason = (str(error) or type(error).__name__).partition("\n")[0][:200]
+    code = system_code(error)
+    if code in _OF_THE_FILES:
+        return DamagedError(f"{path} cannot be read ({reason})")
+    return OSError(code, reason, str(path))
+
+
+def system_code(error: BaseException) -> int:
+    """The system's number of what a library raised (tensorstore has it in its text), 0 where it has none."""
+    said = re.search(r"os_error_code='(\d+)'", str(error))
+    if said or isinstance(error, OSError):
+        return int(said[1]) if said else getattr(error, "errno", None) or 0
+    out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return errno.ENOMEM if out_of_memory else 0
 
 
 def _said(kind: Any) -> str:
