@@ -1,7 +1,8 @@
 """The settings of a run, as typed dataclasses; each field says what it decides.
 
 A field marked RUN decides only how a run runs (speed, memory, cadence): a resumed run may change
-it. Every other field decides the result: a run resumed under another value is refused. Where a
+it. Every other field decides the result: a run resumed under another value is refused. One marked CONTENT
+is a place, which may change where what lies there is the same. Where a
 field has no default, every config states it. `validate` (validate.py) judges the values.
 """
 
@@ -16,6 +17,7 @@ ARMS = ("full", "control", "lora", "lora_warm", "relora")
 LOW_RANK_ARMS = ("lora", "lora_warm", "relora")
 SKIPS_IN_ROW = 20  # so many skipped updates, one after another, stop a run
 RUN: dict[str, Any] = {"decides": "run"}
+CONTENT: dict[str, Any] = {"decides": "result, by what lies there"}  # compared by workdir.check_rows
 
 
 def run_field(default: Any = dataclasses.MISSING) -> Any:
@@ -95,11 +97,11 @@ class DataConfig:
     dataset: str = ""
     train_split: str = "train"
     validation_split: str = "validation"
-    text: str = ""
+    text: str = dataclasses.field(default="", metadata=CONTENT)
     text_field: str = "text"
     validation_fraction: float = 0.01
     train_tokens: int = 0
-    tokenizer: str
+    tokenizer: str = dataclasses.field(metadata=CONTENT)
     eos_id: int = -1
     pad_id: int = -1
     sequence_length: int
@@ -206,7 +208,7 @@ def changed_results(before: Config, now: Config) -> list[str]:
     """
     changed, drops = [], now.relora.dropout > 0 and now.arm in LOW_RANK_ARMS
     for (key, old, field), (_, new, _) in zip(flatten(before), flatten(now), strict=True):
-        decides = field.metadata != RUN or (key == "train.microbatch" and drops)
+        decides = field.metadata not in (RUN, CONTENT) or (key == "train.microbatch" and drops)
         if decides and old != new:
             changed.append(f"{key}: {old} -> {new}")
     return changed

@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
     words = _parse(argv[1:])
     place, split = words.workdir.expanduser(), words.split
     config = run.read_config(place)
+    if jax.default_backend() != "gpu":  # where the run was, cuDNN may have been
+        config.model.attention = config.model.attention.replace("cudnn", "xla")
     if config.data.text and split not in OWN:
         raise ValueError(f"--split={split}: data.text of {place} has the splits {' and '.join(OWN)} alone")
     u = _update(place, words.update)

@@ -1,17 +1,17 @@
-"""A run's directory -> report.md with its pictures. `python -m relora_jax.report --workdir=RUN`
+"""python -m relora_jax.report --workdir RUN [RUN ...] [--output=comparison.md]
 
-Reads files only: config.json, run.json, metrics.jsonl and two checkpoints. Several runs: comparison.py.
+A run's directory -> its report.md with pictures; several's -> one page that compares them (comparison.py).
+Reads files only: config.json, run.json, metrics.jsonl and two checkpoints.
 """
 
-import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from relora_jax import comparison, metrics, pictures, spectrum
+from relora_jax import comparison, flags, metrics, pictures, spectrum
 from relora_jax.progress import duration, number
 from relora_jax.run import Run, read
 
@@ -229,21 +229,17 @@ def _flat(value: Any) -> str:
     return ", ".join(str(one) for one in value) if isinstance(value, list) else str(value or "-")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0 and the page's path on a line; 2 and one line of error where there is no run to report."""
-    parser = argparse.ArgumentParser("python -m relora_jax.report", description="Report or compare runs.")
-    parser.add_argument("--workdir", nargs="+", required=True, help="a run's directory, or several's")
-    parser.add_argument("--output", type=Path, help="the page of several runs (comparison.md)")
-    given = parser.parse_args(arguments)
-    try:
-        runs = comparison.places(given.workdir)
-        one = len(runs) == 1 and not given.output
-        print(write(runs[0]) if one else comparison.write(runs, given.output or Path("comparison.md")))
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
+def main(argv: Sequence[str]) -> int:
+    """Writes the page of one run or of several, and prints its path; the exit code."""
+    parser = flags.Words()
+    parser.add_argument("--workdir", nargs="+", required=True)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args(argv[1:])
+    runs = comparison.places(given.workdir)
+    one = len(runs) == 1 and not given.output
+    print(write(runs[0]) if one else comparison.write(runs, given.output or Path("comparison.md")))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    flags.main(main, __doc__)

@@ -46,12 +46,11 @@ class Run:
 def read(workdir: Path) -> Run:
     """The run in `workdir`. ValueError where there is none, or one that has not written a row."""
     workdir = Path(workdir)
-    config, facts = read_config(workdir), workdir / "run.json"
+    config, facts = read_config(workdir), read_facts(workdir)
     rows = metrics.read(workdir)
     if not rows:
         raise ValueError(f"the run in {str(workdir)!r} has no metrics yet: let it train a little first")
-    written = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
-    return Run(workdir, config, written, rows)
+    return Run(workdir, config, facts, rows)
 
 
 def read_config(workdir: Path) -> Config:
@@ -63,6 +62,20 @@ def read_config(workdir: Path) -> Config:
         return from_json(saved.read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:
         raise ValueError(f"{saved}: {error}: take another --workdir, or bring the file back") from error
+
+
+def read_facts(workdir: Path) -> dict[str, Any]:
+    """What `workdir.begin` wrote; empty where it did not. ValueError where it is not as it was written."""
+    file = Path(workdir) / "run.json"
+    if not file.is_file():
+        return {}
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+        if not all(isinstance(keys, dict) for keys in facts.get("rows", {}).values()):
+            raise TypeError("rows of another kind")
+    except (TypeError, AttributeError, RecursionError, ValueError) as error:
+        raise ValueError(f"{file} is not as it was written ({error}): bring it back") from error
+    return facts
 
 
 def summary(workdir: Path) -> str:

@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
         prepared = prepare.prepare(config.data, how)
         check_data(config, prepared)
         workdir.check_rows(place, workdir.keys_of(prepared))
+        if config.train.init_from and not saved:
+            warm_start.check_tokenizer(config, workdir.keys_of(prepared))
         with workdir.locked(place):
             workdir.check(place, config)  # again: another process may have begun there meanwhile
             return run_to_end(config, place, prepared, signals)

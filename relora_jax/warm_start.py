@@ -5,12 +5,17 @@ start; a checkpoint without moments, of an imported model, gives weights alone a
 """
 
 from pathlib import Path
+from typing import Any
 
 from relora_jax.checkpoint import directory, flatten, unflatten, updates_saved
-from relora_jax.config import Config
+from relora_jax.config import RUN, Config
+from relora_jax.config import flatten as flatten_config
 from relora_jax.program import Program
+from relora_jax.run import read_facts
 from relora_jax.saved import DamagedError, Saved
 from relora_jax.steps import TrainState
+
+FREE = ("init_std", "compute_dtype")  # of the model's settings: what another run may choose for itself
 
 
 def find(config: Config) -> Saved:
@@ -29,12 +34,40 @@ def find(config: Config) -> Saved:
         kinds = found.kinds()
     except DamagedError as error:
         raise ValueError(f"train.init_from cannot be used: {error}") from error
+    _check_model(found, config)
+    if start and not any(path.startswith("opt_state/") for path in kinds):
+        raise ValueError(
+            f"train.init_from {str(source)!r} has no moments at u = {start}: only at u = 0 can it do without"
+        )
     if any(path.startswith("frozen/") for path in kinds):
         raise ValueError(
             f"the checkpoint of train.init_from {str(source)!r} at u = {start} is of its low-rank phase, "
             f"which began at {found.config.low_rank_start}: relora.warm_start_updates can be at most that"
         )
     return found
+
+
+def check_tokenizer(config: Config, rows: dict[str, Any]) -> None:
+    """ValueError where the source was trained with another tokenizer than `rows`, the keys of this run's."""
+    source = Path(config.train.init_from).expanduser()
+    before, now = read_facts(source).get("rows", {}).get("train", {}), rows["train"]
+    for key in ("tokenizer", "eos"):
+        if key in before and before[key] != now[key]:
+            raise ValueError(
+                f"train.init_from {str(source)!r} was trained with another tokenizer ({key}: {before[key]} "
+                f"-> {now[key]}): take its own as data.tokenizer"
+            )
+
+
+def _check_model(found: Saved, config: Config) -> None:
+    """ValueError for a model that computes something else, though its arrays may have the same shapes."""
+    changed = [
+        f"model.{key}: {was} -> {getattr(config.model, key)}"
+        for key, was, field in flatten_config(found.config.model)
+        if field.metadata != RUN and key not in FREE and was != getattr(config.model, key)
+    ]
+    if changed:
+        raise ValueError(f"{found.path} is of another model ({'; '.join(changed)}): set these as they were")
 
 
 def load(found: Saved, program: Program) -> TrainState:

@@ -16,7 +16,7 @@ from relora_jax import shapes
 from relora_jax.checkpoint import updates_saved
 from relora_jax.config import Config, changed_results, to_json
 from relora_jax.prepare import Prepared
-from relora_jax.run import read_config
+from relora_jax.run import read_config, read_facts
 
 LOCK = "lock"
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
@@ -56,16 +56,11 @@ def keys_of(prepared: Prepared) -> dict[str, Any]:
 
 def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
     """ValueError where the run in `workdir` was trained on other rows: newer text, another tokenizer file."""
-    facts = workdir / "run.json"
-    if not (facts.is_file() and updates_saved(workdir)):
-        return
-    try:
-        before = json.loads(facts.read_text(encoding="utf-8", errors="replace"))["rows"]
-        told = [
-            (split, key, was, rows[split].get(key)) for split in before for key, was in before[split].items()
-        ]
-    except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        raise ValueError(f"{facts} is not as it was written ({error}): bring it back") from error
+    facts = read_facts(workdir) if updates_saved(workdir) else {}
+    if facts and "rows" not in facts:
+        raise ValueError(f"{workdir / 'run.json'} does not say what the run was trained on: bring it back")
+    before = facts.get("rows", {})
+    told = [(split, key, was, rows[split].get(key)) for split in before for key, was in before[split].items()]
     for split, key, was, now in told:
         if was != now:
             raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from relora_jax import comparison, pictures, report, run
+from relora_jax import comparison, flags, pictures, report, run
 from relora_jax.config import to_json
 from tests import small
 from tests.test_report import FACTS, figures, upright  # noqa: F401  (a fixture)
@@ -153,10 +153,10 @@ def test_command_takes_patterns_and_compares_more_than_one(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     for name in ("x/run", "y/run", "z"):
         make(tmp_path / name)
-    assert report.main(["--workdir", "x/run", "y/run", "x/run"]) == 0
-    assert report.main(["--workdir=*/run", "--output=pages/two.md"]) == 0
-    assert report.main(["--workdir", "z", "--output=one.md"]) == 0
-    assert report.main(["--workdir=z"]) == 0
+    assert report.main(["report", "--workdir", "x/run", "y/run", "x/run"]) == 0
+    assert report.main(["report", "--workdir=*/run", "--output=pages/two.md"]) == 0
+    assert report.main(["report", "--workdir", "z", "--output=one.md"]) == 0
+    assert report.main(["report", "--workdir=z"]) == 0
     assert capsys.readouterr().out.split() == ["comparison.md", "pages/two.md", "one.md", "z/report.md"]
     for page in ("comparison.md", "pages/two.md"):
         assert list(table_of(Path(page).read_text())) == ["run", "---", "x/run", "y/run"], page
@@ -177,7 +177,8 @@ def test_what_is_no_run_is_one_line(tmp_path: Path, monkeypatch, capsys, words: 
     make(tmp_path / "run")
     (tmp_path / "run.txt").write_text("")
     before = sorted(tmp_path.iterdir())
-    assert report.main(["--workdir", *words]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        flags.main(report.main, "", ["report", "--workdir", *words])
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and told in err
     assert sorted(tmp_path.iterdir()) == before

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from relora_jax import pictures, report
+from relora_jax import flags, pictures, report
 from relora_jax.config import Config
 from relora_jax.spectrum import KINDS
 from tests import small
@@ -333,11 +333,11 @@ def test_smoothing_keeps_lines_straight_and_halves_noise() -> None:
 
 
 def test_command_writes_the_report_and_prints_its_path(tmp_path: Path, capsys) -> None:
-    assert report.main([f"--workdir={make(tmp_path)}"]) == 0
+    assert report.main(["report", f"--workdir={make(tmp_path)}"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'report.md'}\n" and (tmp_path / "report.md").exists()
 
 
-@pytest.mark.parametrize("case", ["missing", "empty", "a file", "no rows", "a config of another version"])
+@pytest.mark.parametrize("case", ["missing", "empty", "a file", "no rows", "another version", "facts"])
 def test_command_refuses_a_workdir_without_a_run_in_one_line(tmp_path: Path, capsys, case: str) -> None:
     workdir = tmp_path / "run"
     if case == "empty":
@@ -346,11 +346,15 @@ def test_command_refuses_a_workdir_without_a_run_in_one_line(tmp_path: Path, cap
         workdir.write_text("")
     elif case != "missing":
         make(workdir, lines=[] if case == "no rows" else None)
-    if case == "a config of another version":
+    if case == "another version":
         (workdir / "config.json").write_text("{}")
-    assert report.main([f"--workdir={workdir}"]) == 2
+    if case == "facts":
+        (workdir / "run.json").write_text("{")
+    with pytest.raises(SystemExit, match="2"):
+        flags.main(report.main, "", ["report", f"--workdir={workdir}"])
     out, err = capsys.readouterr()
-    wanted = {"no rows": "no metrics yet", "a config of another version": "cannot read"}
+    wanted = {"no rows": "no metrics yet", "another version": "cannot read"}
+    wanted["facts"] = "run.json is not as it was written"
     assert out == "" and err.count("\n") == 1 and wanted.get(case, "holds no run (no config.json)") in err
     assert not (workdir / "report.md").exists() and not (workdir / "report").exists()
 

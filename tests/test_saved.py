@@ -168,8 +168,8 @@ def test_damaged_checkpoint_is_set_aside_by_name_and_the_one_before_taken(
     assert checkpoint.updates_saved(run) == [5, 6]
 
 
-@pytest.mark.parametrize("bit", range(8))
-@pytest.mark.parametrize("tenth", range(10))
+@pytest.mark.parametrize("bit", (0, 7))
+@pytest.mark.parametrize("tenth", (0, 3, 6, 9))
 @pytest.mark.slow
 def test_no_flipped_bit_goes_unnoticed_or_harms(
     run: pathlib.Path, program: Program, tenth: int, bit: int

@@ -1,5 +1,6 @@
 """A run that begins with another run's full-rank checkpoint is the run that had trained it itself."""
 
+import json
 import pathlib
 import shutil
 from typing import Any
@@ -78,8 +79,32 @@ def test_low_rank_checkpoint_is_refused(source: pathlib.Path) -> None:
 
 
 def test_another_model_is_refused_by_name(source: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"is of another model: .*mlp.* there and .* here"):
+    with pytest.raises(ValueError, match=r"is of another model \(model.mlp: 24 -> 32\)"):
         begun(source, model__mlp=32)
+    with pytest.raises(ValueError, match=r"heads: 4 -> 8; model.kv_heads: 2 -> 4; model.head_dim: 4 -> 2"):
+        begun(source, model__heads=8, model__kv_heads=4, model__head_dim=2)  # the same shapes
+    begun(source, model__init_std=1.0)  # what no longer matters
+
+
+def test_another_tokenizer_is_refused(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    copy = pathlib.Path(shutil.copytree(source, tmp_path / "copy"))
+    made = small.config(train__init_from=str(copy))
+    keys = {"train": {"tokenizer": "a", "eos": 1, "split": "train"}}
+    warm_start.check_tokenizer(made, keys)  # a source that does not say
+    (copy / "run.json").write_text(json.dumps({"rows": {"train": {**keys["train"], "split": "train[:9]"}}}))
+    warm_start.check_tokenizer(made, keys)
+    for key, value in (("tokenizer", "b"), ("eos", 2)):
+        with pytest.raises(ValueError, match=rf"another tokenizer \({key}: .* -> {value}\)"):
+            warm_start.check_tokenizer(made, {"train": {**keys["train"], key: value}})
+
+
+def test_checkpoint_without_moments_begins_at_0_alone(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    made = small.config()
+    state = flatten(Program(made, small.mesh()).init())
+    with Checkpoints(tmp_path, made) as checkpoints:
+        checkpoints._write(W, {path: leaf for path, leaf in state.items() if path.startswith("trained/")})
+    with pytest.raises(ValueError, match=r"no moments at u = 4: only at u = 0"):
+        begun(tmp_path)
 
 
 def test_no_run_and_a_damaged_one_are_refused_and_left_as_they_are(
