@@ -16,10 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from relora_jax import json_lines, places, workers
+from relora_jax import disk, json_lines, places, workers
 
 NAME, CONFIG, VERSION = "c4", "en", "3.1.0"
 SPLITS = ("train", "validation")
@@ -63,7 +62,7 @@ def build(
 
     def make(aside: Path) -> None:
         (aside / FACTS).mkdir(parents=True, exist_ok=True)
-        for left in aside.glob("*.new"):
+        for left in aside.rglob(disk.ASIDE):
             left.unlink()
         shards = _shard_files(files, aside)
         _check_inputs(files, aside)
@@ -111,9 +110,7 @@ def _check_inputs(files: Sequence[Path], aside: Path) -> None:
         if json.loads(place.read_text()) != now:
             raise ValueError(f"{aside} was begun with other files: remove it, or give the same --input again")
     else:
-        new = place.with_suffix(".new")
-        new.write_text(json.dumps(now))
-        new.rename(place)
+        disk.write(place, json.dumps(now).encode())
 
 
 def _write_shards(shards: dict[Path, Path], *, processes: int, skip_broken: bool) -> None:
@@ -141,30 +138,22 @@ def _convert(skip_broken: bool, task: tuple[Path, Path]) -> Iterator[Advance]:
     file, target = task
     serializer = ExampleSerializer(_features(tfds).get_serialized_info())
     documents, size, broken, named, told = 0, 0, 0, [], Advance(0, 0)
-    # a killed command's worker may still write its own for a moment
-    aside = target.with_name(f"{target.name}.{os.getpid()}.new")
-    writer = ArrayRecordWriter(str(aside), "group_size:1")  # as TFDS does
-    try:
-        with file.open("rb") as raw:
-            for line, found in json_lines.read(raw, FEATURES, unzip=file.suffix == ".gz"):
-                if isinstance(found, str):
-                    place = f"{file}:{line} is broken ({found})"
-                    if not skip_broken:
-                        raise ValueError(f"{place}: {REMEDY}")
-                    broken, named = broken + 1, [*named, place][:NAMED]
-                else:
-                    example = serializer.serialize_example(found)
-                    writer.write(example)
-                    documents, size = documents + 1, size + len(example)
-                if documents - told.documents == REPORTED:
-                    yield Advance(REPORTED, raw.tell() - told.bytes)
-                    told = Advance(documents, raw.tell())
-    finally:
-        writer.close()
-    if (there := ArrayRecordReader(str(aside)).num_records()) != documents:
-        raise OSError(f"{aside} holds {there} of {documents} documents: is the disk full?")
-    _facts_file(target).write_text(json.dumps(Shard(documents, size, broken, named)))
-    aside.rename(target)
+    with file.open("rb") as raw, disk.RecordWriter(target, "group_size:1") as writer:  # as TFDS does
+        for line, found in json_lines.read(raw, FEATURES, unzip=file.suffix == ".gz"):
+            if isinstance(found, str):
+                place = f"{file}:{line} is broken ({found})"
+                if not skip_broken:
+                    raise ValueError(f"{place}: {REMEDY}")
+                broken, named = broken + 1, [*named, place][:NAMED]
+            else:
+                example = serializer.serialize_example(found)
+                writer.write(example)
+                documents, size = documents + 1, size + len(example)
+            if documents - told.documents == REPORTED:
+                yield Advance(REPORTED, raw.tell() - told.bytes)
+                told = Advance(documents, raw.tell())
+        # before the shard has its name: it is never there without them
+        disk.write(_facts_file(target), json.dumps(Shard(documents, size, broken, named)).encode())
     yield Advance(documents - told.documents, file.stat().st_size - told.bytes, files=1)
 
 

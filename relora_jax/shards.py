@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from relora_jax import disk
 from relora_jax.blocks import Chunk, Source, Stripe
 from relora_jax.packing import Packer
-from relora_jax.rows import COUNTS, FORMAT, MANIFEST, RowStore, RowWriter, record_type, write_aside
+from relora_jax.rows import COUNTS, FORMAT, MANIFEST, RowStore, RowWriter, record_type
 from relora_jax.tokenizer import Tokenizer
 
 BLOCKS = "blocks"
@@ -69,7 +70,7 @@ class Job:
                 if number in stripe and not self._record(stripe.file, number).exists():
                     yield from self._make(stripe.file, number, chunks)
         end = End(stripe.file, number + 1)
-        write_aside(self.folder / BLOCKS / f"{stripe.file:05d}.end", json.dumps(end.blocks).encode())
+        disk.write(self.folder / BLOCKS / f"{stripe.file:05d}.end", json.dumps(end.blocks).encode())
         yield end
 
     def found(self) -> tuple[list[Block], list[End]]:
@@ -109,9 +110,9 @@ class Job:
         counts = io.BytesIO()
         np.save(counts, np.stack([shard.writer.counts for shard in shards]))
         record = self._record(file, number)
-        write_aside(record.with_suffix(".npy"), counts.getvalue())
+        disk.write(record.with_suffix(".npy"), counts.getvalue())
         block = Block(file, number, size, [shard.facts() for shard in shards])
-        write_aside(record, json.dumps(block).encode())
+        disk.write(record, json.dumps(block).encode())
         yield block
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:

@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 
-from relora_jax import c4, flags, json_lines, text
+from relora_jax import c4, disk, flags, json_lines, text
 from scripts import c4_from_json
 from tests.documents import texts
 
@@ -77,7 +78,7 @@ def test_tfds_itself_opens_it_with_timestamp_and_url(folders):
     ]
     sizes = tfds.builder_from_directory(dataset(folders)).info.splits
     (file,) = dataset(folders).glob("c4-train*")
-    examples = c4.ArrayRecordReader(str(file)).read_all()
+    examples = disk.ArrayRecordReader(str(file)).read_all()
     assert list(sizes) == ["train"] and sizes["train"].num_bytes == sum(map(len, examples))
 
 
@@ -208,15 +209,29 @@ def test_other_files_are_not_mixed_with_those_that_a_killed_job_began_with(folde
 
 
 def test_shard_that_did_not_reach_the_disk_is_an_error_and_has_no_name(folders, monkeypatch):
-    class Deaf(c4.ArrayRecordWriter):
+    class Deaf(disk.ArrayRecordWriter):
         def write(self, example):
             if b"Number 1." not in example:
                 super().write(example)
 
-    monkeypatch.setattr(c4, "ArrayRecordWriter", Deaf)
-    with pytest.raises(OSError, match=r"00000-of-00001\.\d+\.new holds 5 of 6 documents: is the disk full"):
+    monkeypatch.setattr(disk, "ArrayRecordWriter", Deaf)
+    with pytest.raises(OSError, match=r"00000-of-00001\.\d+\.new holds 5 of 6 records: is the disk full"):
         build(write(folders / "in", texts(6), files=1))
     assert not list(folders.glob("tfds/c4/en/*/c4-train.array_record-00000-of-00001"))
+
+
+def test_full_disk_ends_the_command_in_one_line(folders):
+    noise = [os.urandom(3000).hex() for _ in range(20)]
+    command = [sys.executable, "scripts/c4_from_json.py", f"--input={write(folders / 'in', noise)}"]
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*command, "--workers=1"], cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=full
+    )
+    said = run.stderr.splitlines()[-1]
+    assert run.returncode == 74 and said.startswith("error: ") and "Traceback" not in run.stderr
+    assert "c4-train.array_record-00000-of-00003 cannot be written (" in said and "File too large" in said
+    assert not list(folders.rglob("*.new"))
 
 
 def test_command_names_and_counts_what_it_leaves_out(folders, capsys):

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from relora_jax import places, prepare, rows, text
+from relora_jax import disk, places, prepare, text
 from relora_jax import tokenizer as tokenizers
 from relora_jax.config import DataConfig
 from relora_jax.packing import Packer
@@ -211,10 +211,10 @@ def test_text_too_short_for_a_row_is_an_error_and_leaves_no_store(tokenizer):
 
 
 def test_rows_that_did_not_reach_the_disk_make_no_store(tokenizer, monkeypatch):
-    write, calls = rows.ArrayRecordWriter.write, itertools.count()
+    write, calls = disk.ArrayRecordWriter.write, itertools.count()
     half = lambda self, row: next(calls) % 2 or write(self, row)  # noqa: E731
-    monkeypatch.setattr(rows.ArrayRecordWriter, "write", half)
-    with pytest.raises(ValueError, match="is no whole row store"):
+    monkeypatch.setattr(disk.ArrayRecordWriter, "write", half)
+    with pytest.raises(OSError, match=r"\.array_record\.\d+\.new holds \d+ of \d+ records: is the disk full"):
         row_store(DATA, tokenizer)
     stores = places.cache_dir().glob("rows/*/*/manifest.json")
     assert not [path for path in stores if path.parents[1].suffix == ""]
