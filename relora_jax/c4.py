@@ -2,11 +2,12 @@
 
 A line is an object with `text`; `timestamp` and `url` are kept where they are there. Documents keep the
 order of the files' names and of their lines; a file whose name says `validation` belongs to that split,
-any other to train. Shards are written by processes beside each other into VERSION.partial, where the
-finished ones wait for the same command if it is killed; TFDS writes the metadata, without TensorFlow.
+any other to train. Shards are written by processes beside each other into VERSION.partial, where finished
+ones wait for the next command that reads their files; TFDS writes the metadata, without TensorFlow.
 """
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ SPLITS = ("train", "validation")
 FEATURES = ("text", "timestamp", "url")
 NAMED = 3  # broken places of a file that are named; the others are counted
 REPORTED = 500  # documents between two reports of a worker
-FACTS, INPUTS = "facts", "inputs.json"  # in VERSION.partial: a Shard for each shard, and the list of files
+FINISHED, NAMES = "finished", "names.json"  # in VERSION.partial: whole shards, what they become in the end
 REMEDY = "mend or remove it, or give --skip_broken"
 
 
@@ -61,28 +62,28 @@ def build(
     made: list[Shard] = []
 
     def make(aside: Path) -> None:
-        (aside / FACTS).mkdir(parents=True, exist_ok=True)
+        (aside / FINISHED).mkdir(parents=True, exist_ok=True)
         for left in aside.rglob(disk.ASIDE):
             left.unlink()
-        shards = _shard_files(files, aside)
-        _check_inputs(files, aside)
+        _unname(aside)
+        shards = {file: aside / FINISHED / _key(file) for file in files}
         _write_shards(shards, processes=processes, skip_broken=skip_broken)
-        made.extend(_facts(target) for target in shards.values())
+        made.extend(_facts(shards[file]) for file in files)
         if not skip_broken:  # what an earlier command with it skipped
             for place in [place for shard in made for place in shard.named]:
                 raise ValueError(f"{place}: {REMEDY}")
-        _write_metadata(aside, dict(zip(shards.values(), made, strict=True)), version)
+        _name(aside, {shards[file].name: name for file, name in _names(files).items()})
+        _write_metadata(aside, dict(zip(files, made, strict=True)), version)
 
     places.make_once(path, make, variable="TFDS_DATA_DIR", resume=True)
-    places.remove(path / FACTS)
+    places.remove(path / FINISHED)
     return path, made
 
 
 def find(pattern: str) -> list[Path]:
     """The files of a pattern, by name."""
-    files = sorted(
-        Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True) if Path(name).is_file()
-    )
+    found = {Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)}
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise ValueError(f"no file is named --input={pattern}: write a pattern such as 'c4/c4-*.json.gz'")
     return files
@@ -92,25 +93,38 @@ def _split(file: Path) -> str:
     return "validation" if "validation" in file.name else "train"
 
 
-def _shard_files(files: Sequence[Path], aside: Path) -> dict[Path, Path]:
-    """The shard of each file under the name that TFDS gives it, split by split."""
-    shards = {}
+def _key(file: Path) -> str:
+    """The name of a file's shard while others are missing: another for a file that was mended or replaced."""
+    facts = file.stat()
+    told = [os.path.abspath(file), facts.st_size, facts.st_mtime_ns]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+
+
+def _names(files: Sequence[Path]) -> dict[Path, str]:
+    """The name that TFDS gives the shard of each file, split by split."""
+    names = {}
     for split in SPLITS:
         of_split = [file for file in files if _split(file) == split]
         for number, file in enumerate(of_split):
-            shards[file] = aside / f"{NAME}-{split}.array_record-{number:05d}-of-{len(of_split):05d}"
-    return shards
+            names[file] = f"{NAME}-{split}.array_record-{number:05d}-of-{len(of_split):05d}"
+    return names
 
 
-def _check_inputs(files: Sequence[Path], aside: Path) -> None:
-    """ValueError where finished shards in `aside` come from other files: they would be mixed."""
-    now = [[str(file.resolve()), file.stat().st_size] for file in files]
-    place = aside / FACTS / INPUTS
-    if place.exists():
-        if json.loads(place.read_text()) != now:
-            raise ValueError(f"{aside} was begun with other files: remove it, or give the same --input again")
-    else:
-        disk.write(place, json.dumps(now).encode())
+def _name(aside: Path, names: dict[str, str]) -> None:
+    """Gives finished shards their last names, having noted which, for a kill between two of them."""
+    disk.write(aside / FINISHED / NAMES, json.dumps(names).encode())
+    for key, name in names.items():
+        (aside / FINISHED / key).rename(aside / name)
+
+
+def _unname(aside: Path) -> None:
+    """Takes the names back that a killed command gave: the files may be others now."""
+    noted = aside / FINISHED / NAMES
+    if noted.exists():
+        for key, name in json.loads(noted.read_text()).items():
+            if (aside / name).exists():
+                (aside / name).rename(aside / FINISHED / key)
+        noted.unlink()
 
 
 def _write_shards(shards: dict[Path, Path], *, processes: int, skip_broken: bool) -> None:
@@ -158,7 +172,7 @@ def _convert(skip_broken: bool, task: tuple[Path, Path]) -> Iterator[Advance]:
 
 
 def _facts_file(target: Path) -> Path:
-    return target.parent / FACTS / f"{target.name}.json"
+    return target.with_suffix(".json")
 
 
 def _facts(target: Path) -> Shard:
@@ -176,7 +190,7 @@ def _write_metadata(aside: Path, shards: dict[Path, Shard], version: str) -> Non
 
     infos = []
     for split in SPLITS:
-        made = [shard for target, shard in shards.items() if target.name.startswith(f"{NAME}-{split}.")]
+        made = [shard for file, shard in shards.items() if _split(file) == split]
         if made:
             template = tfds.core.ShardedFileTemplate(
                 dataset_name=NAME,
