@@ -7,7 +7,9 @@ ones wait for the next command that reads their files; TFDS writes the metadata,
 """
 
 import glob
+import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -153,7 +155,7 @@ def _convert(skip_broken: bool, task: tuple[Path, Path]) -> Iterator[Advance]:
     serializer = ExampleSerializer(_features(tfds).get_serialized_info())
     documents, size, broken, named, told = 0, 0, 0, [], Advance(0, 0)
     with file.open("rb") as raw, disk.RecordWriter(target, "group_size:1") as writer:  # as TFDS does
-        for line, found in json_lines.read(raw, FEATURES, unzip=file.suffix == ".gz"):
+        for line, found in _examples(file, raw):
             if isinstance(found, str):
                 place = f"{file}:{line} is broken ({found})"
                 if not skip_broken:
@@ -169,6 +171,32 @@ def _convert(skip_broken: bool, task: tuple[Path, Path]) -> Iterator[Advance]:
         # before the shard has its name: it is never there without them
         disk.write(_facts_file(target), json.dumps(Shard(documents, size, broken, named)).encode())
     yield Advance(documents - told.documents, file.stat().st_size - told.bytes, files=1)
+
+
+def _examples(file: Path, raw: io.BufferedReader) -> Iterator[tuple[int, dict[str, bytes] | str]]:
+    """(line, its features in UTF-8, or what is wrong with it); what cannot be unzipped is the last line."""
+    try:
+        for number, line in json_lines.lines(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw):
+            try:
+                yield number, _example(line)
+            except json_lines.Broken as error:
+                yield number, str(error)
+    except json_lines.Damaged as error:
+        yield error.line, f"the file ends or is damaged here: {error}"
+
+
+def _example(line: bytes) -> dict[str, bytes]:
+    """The features of a line, empty where they are not there; `text` must be."""
+    found = json_lines.parse(line)
+    texts = {name: found.get(name, "") for name in FEATURES}
+    if "text" not in found:
+        raise json_lines.Broken("it has no `text`")
+    if others := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise json_lines.Broken(f"its `{others[0]}` is not a text")
+    try:
+        return {name: text.encode() for name, text in texts.items()}
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON spells it
+        raise json_lines.Broken(f"not UTF-8 ({error.reason})") from error
 
 
 def _facts_file(target: Path) -> Path:

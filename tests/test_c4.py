@@ -90,9 +90,10 @@ BROKEN = {
     b'{"txt": "x"}': "it has no `text`",
     b'{"text": 3}': "its `text` is not a text",
     b'{"text": "x", "url": 3}': "its `url` is not a text",
-    b'{"text": "caf\xe9"}': "codec can't decode",
+    b'{"text": "caf\xe9"}': "(not UTF-8 (invalid continuation byte at byte 13))",
     b'{"text": "\\ud800"}': "surrogates not allowed",
     b"[" * 100_000: "recursion",
+    b'{"text": "x", "n": ' + b"1" * 5000 + b"}": "(no JSON (Exceeds the limit (4300 digits)",
     b'{"text": "' + b"x" * 1000 + b'"}': "longer than 900 bytes",
 }
 
