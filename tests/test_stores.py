@@ -214,6 +214,38 @@ def test_block_whose_shard_was_deleted_is_made_again(folder, tmp_path, monkeypat
     assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
 
 
+@pytest.mark.parametrize("left", [0, 9, None])
+@pytest.mark.parametrize("name", ["00001-00000.json", "00000.end", "00001-00001.npy"])
+def test_record_that_is_empty_cut_or_gone_is_made_again(folder, tmp_path, monkeypatch, name, left):
+    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made_in(tmp_path / "2", patch, config(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    [file] = (places.cache_dir() / "rows").glob(f"*.partial/blocks/{name}")
+    file.unlink() if left is None else os.truncate(file, min(left, file.stat().st_size - 1))
+    (file.parent / "00004.end").write_text("4")  # no such record
+    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+
+
+def test_every_file_of_a_store_is_on_the_disk_before_it_has_its_name(folder, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    spy = lambda file: synced.add(os.fstat(file).st_ino) or fsync(file)  # noqa: E731
+    monkeypatch.setattr(os, "fsync", spy)
+    replace, named = pathlib.Path.replace, []
+
+    def renamed(self, target):
+        assert self.stat().st_ino in synced, target
+        named.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", renamed)
+    made = made_in(tmp_path / "1", monkeypatch, config(folder))
+    assert {pathlib.Path(name).name for name in made} <= set(named)
+    assert {"00000.end", "00001-00000.json", "00001-00000.npy"} <= set(named)
+
+
 def test_files_that_are_read_to_their_end_are_not_opened_again(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
     assert subprocess.run([sys.executable, "-c", KILLED, str(folder), "6"]).returncode == -9
