@@ -136,7 +136,13 @@ def _write_shards(shards: dict[Path, Path], *, processes: int, skip_broken: bool
     done = sum(sizes.values()) - sum(sizes[file] for file, _ in left)
     documents, whole = 0, len(shards) - len(left)
     bar = tqdm(
-        total=sum(sizes.values()), initial=done, unit="B", unit_scale=True, smoothing=0, dynamic_ncols=True
+        total=sum(sizes.values()),
+        initial=done,
+        unit="B",
+        unit_scale=True,
+        smoothing=0,
+        dynamic_ncols=True,
+        disable=None,  # drawn at a terminal alone
     )
     with bar, closing(workers.run(partial(_convert, skip_broken), left, processes)) as messages:
         for message in messages:

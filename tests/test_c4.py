@@ -183,7 +183,6 @@ def test_killed_job_goes_on_with_the_files_that_are_left(folders):
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"6,001 documents of 7 files in {dataset(folders)}\n"
-    assert "7/7 files" in run.stderr and "documents/s" in run.stderr
     assert list(text.open_dataset("c4/en", "train")) == documents
     assert not partial.exists() and not list(dataset(folders).rglob("*.new"))
     assert before < {file.stat().st_ino for file in dataset(folders).iterdir()}
@@ -302,6 +301,14 @@ def test_full_disk_ends_the_command_in_one_line(folders):
     assert run.returncode == 74 and said.startswith("error: ") and "Traceback" not in run.stderr
     assert re.search(r"/finished/\w+ cannot be written \(", said) and "File too large" in said
     assert not list(folders.rglob("*.new"))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bar_tells_files_and_speed_at_a_terminal_alone(folders, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    build(write(folders / "in", texts(6)))
+    said = capsys.readouterr().err
+    assert ("4/4 files" in said and "documents/s" in said) if terminal else said == ""
 
 
 def test_command_names_and_counts_what_it_leaves_out(folders, capsys):
