@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from relora_jax import json_lines
-from relora_jax.blocks import BLOCK_DOCUMENTS, CHUNK_DOCUMENTS, Chunk, Stripe, striped
+from relora_jax.blocks import BLOCK_DOCUMENTS, CHUNK_DOCUMENTS, Chunk, Stripe
 
 PARTS = ("train", "validation")
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
+COMPRESSED = (".gz", ".zst")
 FINGERPRINT_BYTES = 2**16
 _BOM = b"\xef\xbb\xbf"
 _Document = Callable[[], str]  # decodes it: one that is skipped never is
@@ -74,8 +75,13 @@ class Files:
         return known.hexdigest()
 
     def stripes(self, workers: int) -> list[Stripe]:
-        """A file each; where workers outnumber files several read one, each encoding its share of blocks."""
-        return striped(len(self.paths), -(-workers // len(self.paths)))
+        """A file each; where workers outnumber files several read one, each encoding its share of blocks.
+
+        A compressed file has one reader: what the others would read over, each of them would decompress.
+        """
+        shares = -(-workers // len(self.paths))
+        steps = [1 if path.suffix in COMPRESSED else shares for path in self.paths]
+        return [Stripe(file, first, step) for file, step in enumerate(steps) for first in range(step)]
 
     def blocks(self, file: int) -> Generator[Iterator[Chunk], None, None]:
         """The blocks of a file; what is not asked for is read over, not decoded."""
@@ -130,7 +136,7 @@ def find(pattern: str, *, field: str, validation_fraction: float) -> Files:
 
 
 def _kind(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
 
 
 def _chunks(block: Iterable[_Document], position: Callable[[], int]) -> Iterator[Chunk]:

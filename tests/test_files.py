@@ -140,13 +140,14 @@ def test_fingerprint_tells_other_text_and_not_where_it_lies(tmp_path):
     assert len(others | {first}) == 7
 
 
-def test_workers_share_a_file_where_there_are_more_of_them(tmp_path):
-    for name in ("a.txt", "b.txt"):
+def test_workers_share_a_file_where_there_are_more_of_them_and_it_is_not_compressed(tmp_path):
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.json.zst"):
         (tmp_path / name).write_text("t")
-    for workers, step in ((1, 1), (2, 1), (3, 2), (5, 3)):
+    for workers, step in ((1, 1), (4, 1), (5, 2), (9, 3)):
         stripes = find(tmp_path / "*").stripes(workers)
         blocks = [(s.file, n) for s in stripes for n in range(7) if n in s]
-        assert len(stripes) == 2 * step and sorted(blocks) == list(itertools.product(range(2), range(7)))
+        assert len(blocks) == 28 and sorted(blocks) == list(itertools.product(range(4), range(7)))
+        assert [sum(s.file == file for s in stripes) for file in range(4)] == [step, 1, step, 1]
 
 
 DAMAGED = {  # name, content -> what the one line says
