@@ -85,8 +85,3 @@ class Source(Protocol):
     def part(self, text: str) -> int:
         """0 for train, 1 for validation, where one source holds both."""
         ...
-
-
-def striped(files: int, step: int) -> list[Stripe]:
-    """`step` stripes of each file."""
-    return [Stripe(file, first, step) for file in range(files) for first in range(step)]

@@ -2,11 +2,14 @@
 
 A line is an object with `text`; `timestamp` and `url` are kept where they are there. Documents keep the
 order of the files' names and of their lines; a file whose name says `validation` belongs to that split,
-any other to train. Shards are written by processes beside each other into VERSION.partial, where the
-finished ones wait for the same command if it is killed; TFDS writes the metadata, without TensorFlow.
+any other to train. Shards are written by processes beside each other into VERSION.partial, where finished
+ones wait for the next command that reads their files; TFDS writes the metadata, without TensorFlow.
 """
 
 import glob
+import gzip
+import hashlib
+import io
 import json
 import os
 import re
@@ -16,17 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
-from relora_jax import json_lines, places, workers
+from relora_jax import disk, json_lines, places, workers
 
 NAME, CONFIG, VERSION = "c4", "en", "3.1.0"
 SPLITS = ("train", "validation")
 FEATURES = ("text", "timestamp", "url")
 NAMED = 3  # broken places of a file that are named; the others are counted
 REPORTED = 500  # documents between two reports of a worker
-FACTS, INPUTS = "facts", "inputs.json"  # in VERSION.partial: a Shard for each shard, and the list of files
+FINISHED, NAMES = "finished", "names.json"  # in VERSION.partial: whole shards, what they become in the end
 REMEDY = "mend or remove it, or give --skip_broken"
 
 
@@ -62,28 +64,28 @@ def build(
     made: list[Shard] = []
 
     def make(aside: Path) -> None:
-        (aside / FACTS).mkdir(parents=True, exist_ok=True)
-        for left in aside.glob("*.new"):
+        (aside / FINISHED).mkdir(parents=True, exist_ok=True)
+        for left in aside.rglob(disk.ASIDE):
             left.unlink()
-        shards = _shard_files(files, aside)
-        _check_inputs(files, aside)
+        _unname(aside)
+        shards = {file: aside / FINISHED / _key(file) for file in files}
         _write_shards(shards, processes=processes, skip_broken=skip_broken)
-        made.extend(_facts(target) for target in shards.values())
+        made.extend(_facts(shards[file]) for file in files)
         if not skip_broken:  # what an earlier command with it skipped
             for place in [place for shard in made for place in shard.named]:
                 raise ValueError(f"{place}: {REMEDY}")
-        _write_metadata(aside, dict(zip(shards.values(), made, strict=True)), version)
+        _name(aside, {shards[file].name: name for file, name in _names(files).items()})
+        _write_metadata(aside, dict(zip(files, made, strict=True)), version)
 
     places.make_once(path, make, variable="TFDS_DATA_DIR", resume=True)
-    places.remove(path / FACTS)
+    places.remove(path / FINISHED)
     return path, made
 
 
 def find(pattern: str) -> list[Path]:
     """The files of a pattern, by name."""
-    files = sorted(
-        Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True) if Path(name).is_file()
-    )
+    found = {Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)}
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise ValueError(f"no file is named --input={pattern}: write a pattern such as 'c4/c4-*.json.gz'")
     return files
@@ -93,27 +95,38 @@ def _split(file: Path) -> str:
     return "validation" if "validation" in file.name else "train"
 
 
-def _shard_files(files: Sequence[Path], aside: Path) -> dict[Path, Path]:
-    """The shard of each file under the name that TFDS gives it, split by split."""
-    shards = {}
+def _key(file: Path) -> str:
+    """The name of a file's shard while others are missing: another for a file that was mended or replaced."""
+    facts = file.stat()
+    told = [os.path.abspath(file), facts.st_size, facts.st_mtime_ns]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+
+
+def _names(files: Sequence[Path]) -> dict[Path, str]:
+    """The name that TFDS gives the shard of each file, split by split."""
+    names = {}
     for split in SPLITS:
         of_split = [file for file in files if _split(file) == split]
         for number, file in enumerate(of_split):
-            shards[file] = aside / f"{NAME}-{split}.array_record-{number:05d}-of-{len(of_split):05d}"
-    return shards
+            names[file] = f"{NAME}-{split}.array_record-{number:05d}-of-{len(of_split):05d}"
+    return names
 
 
-def _check_inputs(files: Sequence[Path], aside: Path) -> None:
-    """ValueError where finished shards in `aside` come from other files: they would be mixed."""
-    now = [[str(file.resolve()), file.stat().st_size] for file in files]
-    place = aside / FACTS / INPUTS
-    if place.exists():
-        if json.loads(place.read_text()) != now:
-            raise ValueError(f"{aside} was begun with other files: remove it, or give the same --input again")
-    else:
-        new = place.with_suffix(".new")
-        new.write_text(json.dumps(now))
-        new.rename(place)
+def _name(aside: Path, names: dict[str, str]) -> None:
+    """Gives finished shards their last names, having noted which, for a kill between two of them."""
+    disk.write(aside / FINISHED / NAMES, json.dumps(names).encode())
+    for key, name in names.items():
+        (aside / FINISHED / key).rename(aside / name)
+
+
+def _unname(aside: Path) -> None:
+    """Takes the names back that a killed command gave: the files may be others now."""
+    noted = aside / FINISHED / NAMES
+    if noted.exists():
+        for key, name in json.loads(noted.read_text()).items():
+            if (aside / name).exists():
+                (aside / name).rename(aside / FINISHED / key)
+        noted.unlink()
 
 
 def _write_shards(shards: dict[Path, Path], *, processes: int, skip_broken: bool) -> None:
@@ -123,7 +136,13 @@ def _write_shards(shards: dict[Path, Path], *, processes: int, skip_broken: bool
     done = sum(sizes.values()) - sum(sizes[file] for file, _ in left)
     documents, whole = 0, len(shards) - len(left)
     bar = tqdm(
-        total=sum(sizes.values()), initial=done, unit="B", unit_scale=True, smoothing=0, dynamic_ncols=True
+        total=sum(sizes.values()),
+        initial=done,
+        unit="B",
+        unit_scale=True,
+        smoothing=0,
+        dynamic_ncols=True,
+        disable=None,  # drawn at a terminal alone
     )
     with bar, closing(workers.run(partial(_convert, skip_broken), left, processes)) as messages:
         for message in messages:
@@ -141,35 +160,53 @@ def _convert(skip_broken: bool, task: tuple[Path, Path]) -> Iterator[Advance]:
     file, target = task
     serializer = ExampleSerializer(_features(tfds).get_serialized_info())
     documents, size, broken, named, told = 0, 0, 0, [], Advance(0, 0)
-    # a killed command's worker may still write its own for a moment
-    aside = target.with_name(f"{target.name}.{os.getpid()}.new")
-    writer = ArrayRecordWriter(str(aside), "group_size:1")  # as TFDS does
-    try:
-        with file.open("rb") as raw:
-            for line, found in json_lines.read(raw, FEATURES, unzip=file.suffix == ".gz"):
-                if isinstance(found, str):
-                    place = f"{file}:{line} is broken ({found})"
-                    if not skip_broken:
-                        raise ValueError(f"{place}: {REMEDY}")
-                    broken, named = broken + 1, [*named, place][:NAMED]
-                else:
-                    example = serializer.serialize_example(found)
-                    writer.write(example)
-                    documents, size = documents + 1, size + len(example)
-                if documents - told.documents == REPORTED:
-                    yield Advance(REPORTED, raw.tell() - told.bytes)
-                    told = Advance(documents, raw.tell())
-    finally:
-        writer.close()
-    if (there := ArrayRecordReader(str(aside)).num_records()) != documents:
-        raise OSError(f"{aside} holds {there} of {documents} documents: is the disk full?")
-    _facts_file(target).write_text(json.dumps(Shard(documents, size, broken, named)))
-    aside.rename(target)
+    with file.open("rb") as raw, disk.RecordWriter(target, "group_size:1") as writer:  # as TFDS does
+        for line, found in _examples(file, raw):
+            if isinstance(found, str):
+                place = f"{file}:{line} is broken ({found})"
+                if not skip_broken:
+                    raise ValueError(f"{place}: {REMEDY}")
+                broken, named = broken + 1, [*named, place][:NAMED]
+            else:
+                example = serializer.serialize_example(found)
+                writer.write(example)
+                documents, size = documents + 1, size + len(example)
+            if documents - told.documents == REPORTED:
+                yield Advance(REPORTED, raw.tell() - told.bytes)
+                told = Advance(documents, raw.tell())
+        # before the shard has its name: it is never there without them
+        disk.write(_facts_file(target), json.dumps(Shard(documents, size, broken, named)).encode())
     yield Advance(documents - told.documents, file.stat().st_size - told.bytes, files=1)
 
 
+def _examples(file: Path, raw: io.BufferedReader) -> Iterator[tuple[int, dict[str, bytes] | str]]:
+    """(line, its features in UTF-8, or what is wrong with it); what cannot be unzipped is the last line."""
+    try:
+        for number, line in json_lines.lines(gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw):
+            try:
+                yield number, _example(line)
+            except json_lines.Broken as error:
+                yield number, str(error)
+    except json_lines.Damaged as error:
+        yield error.line, f"the file ends or is damaged here: {error}"
+
+
+def _example(line: bytes) -> dict[str, bytes]:
+    """The features of a line, empty where they are not there; `text` must be."""
+    found = json_lines.parse(line)
+    texts = {name: found.get(name, "") for name in FEATURES}
+    if "text" not in found:
+        raise json_lines.Broken("it has no `text`")
+    if others := [name for name, text in texts.items() if not isinstance(text, str)]:
+        raise json_lines.Broken(f"its `{others[0]}` is not a text")
+    try:
+        return {name: text.encode() for name, text in texts.items()}
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON spells it
+        raise json_lines.Broken(f"not UTF-8 ({error.reason})") from error
+
+
 def _facts_file(target: Path) -> Path:
-    return target.parent / FACTS / f"{target.name}.json"
+    return target.with_suffix(".json")
 
 
 def _facts(target: Path) -> Shard:
@@ -187,7 +224,7 @@ def _write_metadata(aside: Path, shards: dict[Path, Shard], version: str) -> Non
 
     infos = []
     for split in SPLITS:
-        made = [shard for target, shard in shards.items() if target.name.startswith(f"{NAME}-{split}.")]
+        made = [shard for file, shard in shards.items() if _split(file) == split]
         if made:
             template = tfds.core.ShardedFileTemplate(
                 dataset_name=NAME,

@@ -12,19 +12,19 @@ import gzip
 import hashlib
 import io
 import itertools
-import json
 import os
-import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from relora_jax.blocks import BLOCK_DOCUMENTS, CHUNK_DOCUMENTS, Chunk, Stripe, striped
+from relora_jax import json_lines
+from relora_jax.blocks import BLOCK_DOCUMENTS, CHUNK_DOCUMENTS, Chunk, Stripe
 
 PARTS = ("train", "validation")
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
+COMPRESSED = (".gz", ".zst")
 FINGERPRINT_BYTES = 2**16
 _BOM = b"\xef\xbb\xbf"
 _Document = Callable[[], str]  # decodes it: one that is skipped never is
@@ -75,8 +75,13 @@ class Files:
         return known.hexdigest()
 
     def stripes(self, workers: int) -> list[Stripe]:
-        """A file each; where workers outnumber files several read one, each encoding its share of blocks."""
-        return striped(len(self.paths), -(-workers // len(self.paths)))
+        """A file each; where workers outnumber files several read one, each encoding its share of blocks.
+
+        A compressed file has one reader: what the others would read over, each of them would decompress.
+        """
+        shares = -(-workers // len(self.paths))
+        steps = [1 if path.suffix in COMPRESSED else shares for path in self.paths]
+        return [Stripe(file, first, step) for file, step in enumerate(steps) for first in range(step)]
 
     def blocks(self, file: int) -> Generator[Iterator[Chunk], None, None]:
         """The blocks of a file; what is not asked for is read over, not decoded."""
@@ -131,7 +136,7 @@ def find(pattern: str, *, field: str, validation_fraction: float) -> Files:
 
 
 def _kind(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
 
 
 def _chunks(block: Iterable[_Document], position: Callable[[], int]) -> Iterator[Chunk]:
@@ -160,27 +165,18 @@ def _decompressed(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
 
 
 def _json_lines(path: Path, stream: io.BufferedIOBase, field: str) -> Iterator[_Document]:
-    for number in itertools.count(1):
-        try:
-            line = stream.readline()
-        except (EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged at line {number} ({error}): copy it again") from error
-        if not line:
-            return
-        if number == 1:
-            line = line.removeprefix(_BOM)
-        if not line.isspace():
+    try:
+        for number, line in json_lines.lines(stream):
             yield partial(_json_text, f"{path}, line {number}", line, field)
+    except json_lines.Damaged as error:
+        raise ValueError(f"{path} is damaged at line {error.line} ({error}): copy it again") from error
 
 
 def _json_text(place: str, line: bytes, field: str) -> str:
-    text = _utf8(place, line)
     try:
-        found = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{place} is no JSON ({error}): one object a line is read") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{place} is no JSON object but {type(found).__name__}: one object a line is read")
+        found = json_lines.parse(line)
+    except json_lines.Broken as error:
+        raise ValueError(f"{place} is {error}: one JSON object in UTF-8 a line is read") from error
     if field not in found:
         there = ", ".join(found) or "none"
         raise ValueError(f"{place} has no field {field!r}: set data.text_field to one of its own ({there})")
@@ -190,7 +186,9 @@ def _json_text(place: str, line: bytes, field: str) -> str:
 def _whole(path: Path, stream: io.BufferedIOBase) -> Iterator[_Document]:
     try:
         content = stream.read()
-    except (EOFError, OSError, zlib.error) as error:
+    except json_lines.DAMAGE as error:
+        if json_lines.disk_failed(error):
+            raise
         raise ValueError(f"{path} is damaged ({error}): copy it again") from error
     yield lambda: _utf8(str(path), content.removeprefix(_BOM))
 

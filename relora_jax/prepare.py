@@ -9,6 +9,7 @@ same command goes on with the blocks that are missing. `train` prepares small te
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from relora_jax import files, flags, text
 from relora_jax import tokenizer as tokenizers
 from relora_jax.blocks import BLOCK_DOCUMENTS, Source
-from relora_jax.config import DataConfig
+from relora_jax.config import Config, DataConfig
 from relora_jax.packing import PACKINGS
 from relora_jax.rows import FORMAT, RowStore
 from relora_jax.shards import Job
@@ -46,8 +47,17 @@ def prepare(data: DataConfig, how: How = How()) -> Prepared:  # noqa: B008
     ValueError where something is to be made of text above `how.build_limit_bytes` (on disk).
     """
     found = _texts(data)
-    train = found[-1]
+    tokenizer = _tokenizer(data, found[-1], how)
+    stores = {part: store for each in found for part, store in _stores(data, each, tokenizer, how).items()}
+    return Prepared(tokenizer, stores["train"], stores["validation"])
 
+
+def find_tokenizer(data: DataConfig, how: How = How()) -> Tokenizer:  # noqa: B008
+    """The tokenizer alone, found or made: what it shows wrong shows before hours of rows."""
+    return _tokenizer(data, _texts(data)[-1], how)
+
+
+def _tokenizer(data: DataConfig, train: _Text, how: How) -> Tokenizer:
     def documents() -> Iterable[str]:
         source = train.open()
         check_size(source, {**train.key, **_packing(data)}, how)
@@ -55,9 +65,16 @@ def prepare(data: DataConfig, how: How = How()) -> Prepared:  # noqa: B008
 
     ids = {"eos_id": data.eos_id, "pad_id": data.pad_id}
     key = json.dumps(train.key, sort_keys=True)
-    tokenizer = tokenizers.find(data.tokenizer, documents, key=key, **ids)
-    stores = {part: store for each in found for part, store in _stores(data, each, tokenizer, how).items()}
-    return Prepared(tokenizer, stores["train"], stores["validation"])
+    return tokenizers.find(data.tokenizer, documents, key=key, **ids)
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """ValueError where the model has fewer ids than the tokenizer pieces."""
+    pieces, vocabulary = tokenizer.pieces, config.model.vocab_size
+    if pieces > vocabulary:
+        raise ValueError(
+            f"the tokenizer has {pieces} pieces and model.vocab_size is {vocabulary}: set it to {pieces}"
+        )
 
 
 def train_texts(data: DataConfig) -> Iterator[str]:
@@ -168,7 +185,9 @@ def main(arguments: list[str]) -> int:
     if not strings["workers"].isdecimal():
         raise ValueError(f"--workers={strings['workers']} is no number of processes: 0 is one for each CPU")
     workers = int(strings["workers"]) or _cpus()
-    prepared = prepare(config.data, How(build_limit_bytes=math.inf, workers=workers, progress=True))
+    how = How(build_limit_bytes=math.inf, workers=workers, progress=sys.stderr.isatty())
+    check_vocabulary(config, find_tokenizer(config.data, how))
+    prepared = prepare(config.data, how)
     for part, store in (("train", prepared.train), ("validation", prepared.validation)):
         print(describe(part, store))
     return 0

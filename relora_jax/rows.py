@@ -9,16 +9,16 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
-from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import Int32, Int64
+
+from relora_jax import disk
 
 FORMAT = 2  # of a row store: raise it with any change of the records, the packing or the manifest
 MANIFEST, COUNTS = "manifest.json", "counts.npy"
@@ -108,7 +108,7 @@ class RowWriter:
     """
 
     def __init__(self, path: Path, *, sequence_length: int, pieces: int) -> None:
-        self._path, self._aside, self._writer = path, _aside(path), None
+        self._path, self._writer = path, None
         self._type = record_type(sequence_length=sequence_length, pieces=pieces)
         self.rows, self.counts = 0, np.zeros(pieces, np.int64)
 
@@ -116,12 +116,11 @@ class RowWriter:
         """Adds rows."""
         records = np.zeros(len(ids), self._type)
         records["length"], records["ids"] = lengths, ids
-        with self._written():
-            if self._writer is None and len(ids):
-                # one record a group, or a row costs the reading of its group; ids hardly compress
-                self._writer = ArrayRecordWriter(str(self._aside), "group_size:1,uncompressed")
-            for record in records:
-                self._writer.write(record.tobytes())  # pyright: ignore
+        if self._writer is None and len(ids):
+            # one record a group, or a row costs the reading of its group; ids hardly compress
+            self._writer = disk.RecordWriter(self._path, "group_size:1,uncompressed")
+        for record in records:
+            self._writer.write(record.tobytes())  # pyright: ignore
         self.rows += len(ids)
         true = np.arange(ids.shape[1]) < lengths[:, None]
         self.counts += np.bincount(ids[true], minlength=len(self.counts))
@@ -129,34 +128,9 @@ class RowWriter:
     def __enter__(self) -> "RowWriter":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self._writer is None:
-            return
-        with self._written():
-            self._writer.close()
-        if kind is None:
-            with self._aside.open("rb") as file:
-                os.fsync(file.fileno())
-            self._aside.replace(self._path)
-
-    @contextlib.contextmanager
-    def _written(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise OSError(f"{self._path} cannot be written ({str(error).partition(';')[0]})") from error
-
-
-def write_aside(path: Path, content: bytes) -> None:
-    """The whole content under its name, or no file of that name."""
-    aside = _aside(path)
-    aside.write_bytes(content)
-    aside.replace(path)
-
-
-def _aside(path: Path) -> Path:
-    """Another process may be making the same: the same bytes, renamed to the same name."""
-    return path.with_name(f"{path.name}.{os.getpid()}")
+    def __exit__(self, *ended: object) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(*ended)
 
 
 def _allow_open_files(shards: int) -> int:

@@ -9,15 +9,16 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from relora_jax import disk
 from relora_jax.blocks import Chunk, Source, Stripe
 from relora_jax.packing import Packer
-from relora_jax.rows import COUNTS, FORMAT, MANIFEST, RowStore, RowWriter, record_type, write_aside
+from relora_jax.rows import COUNTS, FORMAT, MANIFEST, RowStore, RowWriter, record_type
 from relora_jax.tokenizer import Tokenizer
 
 BLOCKS = "blocks"
@@ -69,7 +70,7 @@ class Job:
                 if number in stripe and not self._record(stripe.file, number).exists():
                     yield from self._make(stripe.file, number, chunks)
         end = End(stripe.file, number + 1)
-        write_aside(self.folder / BLOCKS / f"{stripe.file:05d}.end", json.dumps(end.blocks).encode())
+        disk.write(self.folder / BLOCKS / f"{stripe.file:05d}.end", json.dumps(end).encode())
         yield end
 
     def found(self) -> tuple[list[Block], list[End]]:
@@ -78,17 +79,25 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         for part in self.parts:
             (self.folder / part).mkdir(exist_ok=True)
-        blocks = [Block(*json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))]
+        blocks = [Block(*told) for told in _readable(folder.glob("*.json"))]
         for lost in [block for block in blocks if not self._whole(block)]:
             self._record(lost.file, lost.number).unlink()
             blocks.remove(lost)
-        return blocks, [End(int(f.stem), int(f.read_text())) for f in sorted(folder.glob("*.end"))]
+        return blocks, [End(*told) for told in _readable(folder.glob("*.end"))]
 
     def _whole(self, block: Block) -> bool:
-        """Whether the shards are there: someone may have deleted them."""
+        """Whether shards and counts are there: someone may have deleted them, or cut them short."""
         name = f"{_name(block.file, block.number)}.array_record"
         parts = zip(self.parts, block.parts, strict=True)
-        return all((self.folder / part / name).exists() for part, facts in parts if facts["rows"])
+        shards = all((self.folder / part / name).exists() for part, facts in parts if facts["rows"])
+        try:
+            return shards and len(self._counts(block)) == len(self.parts)
+        except (OSError, ValueError, EOFError):
+            return False
+
+    def _counts(self, block: Block) -> np.ndarray:
+        """[parts, pieces], read where it is used."""
+        return np.load(self._record(block.file, block.number).with_suffix(".npy"), mmap_mode="r")
 
     def _record(self, file: int, number: int) -> Path:
         return self.folder / BLOCKS / f"{_name(file, number)}.json"
@@ -106,12 +115,11 @@ class Job:
                     shard.add([ids for ids, place in zip(encoded, places, strict=True) if place == at])
                 size += chunk.size
                 yield Advance(chunk.size, sum(map(len, encoded)))
-        counts = io.BytesIO()
-        np.save(counts, np.stack([shard.writer.counts for shard in shards]))
         record = self._record(file, number)
-        write_aside(record.with_suffix(".npy"), counts.getvalue())
+        counts = np.stack([shard.writer.counts for shard in shards])
+        disk.write(record.with_suffix(".npy"), _saved(counts))
         block = Block(file, number, size, [shard.facts() for shard in shards])
-        write_aside(record, json.dumps(block).encode())
+        disk.write(record, json.dumps(block).encode())
         yield block
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -124,7 +132,7 @@ class Job:
         """The parts become stores of `blocks`, in that order; shards of other blocks go. Their manifests."""
         counts = np.zeros((len(self.parts), self.tokenizer.pieces), np.int64)
         for block in blocks:
-            counts += np.load(self._record(block.file, block.number).with_suffix(".npy"))
+            counts += self._counts(block)
         manifests = {}
         for at, part in enumerate(self.parts):
             manifest = manifests[part] = {**self._manifest(blocks, at), **facts}
@@ -132,8 +140,8 @@ class Job:
             listed = {shard["file"] for shard in manifest["shards"] if shard["rows"]}
             for extra in [entry for entry in place.iterdir() if entry.name not in listed]:
                 extra.unlink(missing_ok=True)
-            np.save(place / COUNTS, counts[at])
-            (place / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            disk.write(place / COUNTS, _saved(counts[at]))
+            disk.write(place / MANIFEST, f"{json.dumps(manifest, indent=2)}\n".encode())
             RowStore.open(place)  # what did not reach the disk shows before the store has its name
         return manifests
 
@@ -205,3 +213,20 @@ def whole(blocks: Sequence[Block], ends: Sequence[End], files: int, train_tokens
 
 def _name(file: int, number: int) -> str:
     return f"{file:05d}-{number:05d}"
+
+
+def _readable(files: Iterable[Path]) -> Iterator[list[Any]]:
+    """The list in each file, in the order of their names; what is empty or cut goes, to be made again."""
+    for file in sorted(files):
+        with contextlib.suppress(ValueError):
+            if isinstance(found := json.loads(file.read_bytes()), list):
+                yield found
+                continue
+        file.unlink()
+
+
+def _saved(array: np.ndarray) -> bytes:
+    """The bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()

@@ -2,6 +2,8 @@ import gzip
 import json
 import os
 import pathlib
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import time
 
 import pytest
 
-from relora_jax import c4, flags, json_lines, text
+from relora_jax import c4, disk, flags, json_lines, text
 from scripts import c4_from_json
 from tests.documents import texts
 
@@ -77,7 +79,7 @@ def test_tfds_itself_opens_it_with_timestamp_and_url(folders):
     ]
     sizes = tfds.builder_from_directory(dataset(folders)).info.splits
     (file,) = dataset(folders).glob("c4-train*")
-    examples = c4.ArrayRecordReader(str(file)).read_all()
+    examples = disk.ArrayRecordReader(str(file)).read_all()
     assert list(sizes) == ["train"] and sizes["train"].num_bytes == sum(map(len, examples))
 
 
@@ -88,9 +90,10 @@ BROKEN = {
     b'{"txt": "x"}': "it has no `text`",
     b'{"text": 3}': "its `text` is not a text",
     b'{"text": "x", "url": 3}': "its `url` is not a text",
-    b'{"text": "caf\xe9"}': "codec can't decode",
+    b'{"text": "caf\xe9"}': "(not UTF-8 (invalid continuation byte at byte 13))",
     b'{"text": "\\ud800"}': "surrogates not allowed",
     b"[" * 100_000: "recursion",
+    b'{"text": "x", "n": ' + b"1" * 5000 + b"}": "(no JSON (Exceeds the limit (4300 digits)",
     b'{"text": "' + b"x" * 1000 + b'"}': "longer than 900 bytes",
 }
 
@@ -163,27 +166,26 @@ def test_killed_job_goes_on_with_the_files_that_are_left(folders):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     partial = folders / "tfds/c4/en/3.1.0.partial"
-    shards = "c4-*.array_record-?????-of-?????"
-    while not list(partial.glob(shards)):
+    finished = lambda: [file for file in partial.glob("finished/*") if not file.suffix]  # noqa: E731
+    while not finished():
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not dataset(folders).exists()
     time.sleep(0.5)  # its workers end
-    before = {file.name: file.stat().st_ino for file in partial.glob(shards)}
+    before = {file.stat().st_ino for file in finished()}
     assert 0 < len(before) < 7
-    (partial / "c4-train.array_record-00009-of-00010.1.new").touch()  # as one that was killed leaves it
+    (partial / "finished/0123.1.new").touch()  # as one that was killed leaves it
     time.sleep(0.5)
-    assert {file.name for file in partial.glob(shards)} == before.keys()
+    assert {file.stat().st_ino for file in finished()} == before
     command[-1] = "--workers=1"
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == f"6,001 documents of 7 files in {dataset(folders)}\n"
-    assert "7/7 files" in run.stderr and "documents/s" in run.stderr
     assert list(text.open_dataset("c4/en", "train")) == documents
-    assert not partial.exists() and not list(dataset(folders).glob("*.new"))
-    assert all((dataset(folders) / name).stat().st_ino == inode for name, inode in before.items())
+    assert not partial.exists() and not list(dataset(folders).rglob("*.new"))
+    assert before < {file.stat().st_ino for file in dataset(folders).iterdir()}
 
 
 def test_finished_dataset_is_never_written_again(folders):
@@ -197,26 +199,116 @@ def test_finished_dataset_is_never_written_again(folders):
     assert text.dataset_version("c4/en") == "c4/en:3.1.1"
 
 
-def test_other_files_are_not_mixed_with_those_that_a_killed_job_began_with(folders):
-    pattern = write(folders / "in", texts(6))
-    (folders / "in/c4-train.00002-of-00003.json.gz").write_bytes(b"broken")
-    with pytest.raises(ValueError, match="is broken"):
+def spied(monkeypatch):
+    """The names of the files that are read from now on."""
+    read, convert = [], c4._convert
+    spy = lambda skip, task: read.append(task[0].name) or convert(skip, task)  # noqa: E731
+    monkeypatch.setattr(c4, "_convert", spy)
+    return read
+
+
+def numbered(folder, documents):
+    """A file for each document."""
+    folder.mkdir(exist_ok=True)
+    for k, document in enumerate(documents):
+        (folder / f"{k}.json").write_text(line(document))
+    return str(folder / "*.json")
+
+
+@pytest.mark.parametrize("mended", ["at the same size", "removed", "left out", "and another is new"])
+def test_what_was_mended_is_read_anew_and_nothing_else(folders, monkeypatch, mended):
+    pattern = numbered(folders / "in", texts(6))
+    bad = folders / "in/3.json"
+    good = bad.read_text()
+    bad.write_text(good.replace("{", "[", 1))
+    with pytest.raises(ValueError, match=r"/3\.json:1 is broken"):
         build(pattern)
-    write(folders / "in", texts(7))
-    with pytest.raises(ValueError, match=r"3\.1\.0\.partial was begun with other files: remove it, or"):
-        build(pattern)
+    left = texts(6)
+    if mended == "removed":
+        bad.unlink()
+    elif mended != "left out":
+        bad.write_text(good)
+    if mended == "and another is new":
+        (folders / "in/1a.json").write_text(line("new"))
+        left.insert(2, "new")
+    read = spied(monkeypatch)
+    _, shards = build(pattern, skip_broken=mended == "left out")
+    anew = {"removed": [], "and another is new": ["1a.json", "3.json"]}.get(mended, ["3.json"])
+    assert read == [*anew, "4.json", "5.json"]
+    if mended in ("removed", "left out"):
+        del left[3]
+    assert list(text.open_dataset("c4/en", "train")) == left
+    assert sum(shard.broken for shard in shards) == (mended == "left out")
+    assert not (dataset(folders) / "finished").exists()
+
+
+def test_line_that_was_skipped_and_then_mended_at_the_same_size_is_read(folders, monkeypatch):
+    pattern = numbered(folders / "in", texts(3))
+    bad = folders / "in/1.json"
+    good = bad.read_text()
+    bad.write_text(good.replace("{", "[", 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(c4, "_write_metadata", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(pattern, skip_broken=True)
+    bad.write_text(good)
+    read = spied(monkeypatch)
+    build(pattern)
+    assert read == ["1.json"] and list(text.open_dataset("c4/en", "train")) == texts(3)
+
+
+def test_kill_between_the_last_names_mixes_no_files(folders, monkeypatch):
+    pattern = numbered(folders / "in", texts(5))
+    rename = pathlib.Path.rename
+
+    def dying(self, target):
+        if target.name.startswith("c4-train.array_record-00003"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "rename", dying)
+        with pytest.raises(KeyboardInterrupt):
+            build(pattern)
+    (folders / "in/1.json").unlink()
+    read = spied(monkeypatch)
+    build(pattern)
+    assert read == [] and list(text.open_dataset("c4/en", "train")) == [texts(5)[k] for k in (0, 2, 3, 4)]
+    assert len(list(dataset(folders).iterdir())) == 4 + 2
 
 
 def test_shard_that_did_not_reach_the_disk_is_an_error_and_has_no_name(folders, monkeypatch):
-    class Deaf(c4.ArrayRecordWriter):
+    class Deaf(disk.ArrayRecordWriter):
         def write(self, example):
             if b"Number 1." not in example:
                 super().write(example)
 
-    monkeypatch.setattr(c4, "ArrayRecordWriter", Deaf)
-    with pytest.raises(OSError, match=r"00000-of-00001\.\d+\.new holds 5 of 6 documents: is the disk full"):
+    monkeypatch.setattr(disk, "ArrayRecordWriter", Deaf)
+    with pytest.raises(OSError, match=r"/finished/\w+\.\d+\.new holds 5 of 6 records: is the disk full"):
         build(write(folders / "in", texts(6), files=1))
-    assert not list(folders.glob("tfds/c4/en/*/c4-train.array_record-00000-of-00001"))
+    assert not [file for file in folders.glob("tfds/c4/en/*/finished/*") if not file.suffix]
+
+
+def test_full_disk_ends_the_command_in_one_line(folders):
+    noise = [os.urandom(3000).hex() for _ in range(20)]
+    command = [sys.executable, "scripts/c4_from_json.py", f"--input={write(folders / 'in', noise)}"]
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*command, "--workers=1"], cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=full
+    )
+    said = run.stderr.splitlines()[-1]
+    assert run.returncode == 74 and said.startswith("error: ") and "Traceback" not in run.stderr
+    assert re.search(r"/finished/\w+ cannot be written \(", said) and "File too large" in said
+    assert not list(folders.rglob("*.new"))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_bar_tells_files_and_speed_at_a_terminal_alone(folders, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    build(write(folders / "in", texts(6)))
+    said = capsys.readouterr().err
+    assert ("4/4 files" in said and "documents/s" in said) if terminal else said == ""
 
 
 def test_command_names_and_counts_what_it_leaves_out(folders, capsys):

@@ -1,16 +1,19 @@
 import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
+import io
 import itertools
 import json
+import pathlib
 import sys
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from relora_jax import files
+from relora_jax import files, json_lines
 from tests.documents import texts
 
 WRITTEN = [*texts(9), "", "é\n\n▁ \0 end\n"]
@@ -137,13 +140,14 @@ def test_fingerprint_tells_other_text_and_not_where_it_lies(tmp_path):
     assert len(others | {first}) == 7
 
 
-def test_workers_share_a_file_where_there_are_more_of_them(tmp_path):
-    for name in ("a.txt", "b.txt"):
+def test_workers_share_a_file_where_there_are_more_of_them_and_it_is_not_compressed(tmp_path):
+    for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.json.zst"):
         (tmp_path / name).write_text("t")
-    for workers, step in ((1, 1), (2, 1), (3, 2), (5, 3)):
+    for workers, step in ((1, 1), (4, 1), (5, 2), (9, 3)):
         stripes = find(tmp_path / "*").stripes(workers)
         blocks = [(s.file, n) for s in stripes for n in range(7) if n in s]
-        assert len(stripes) == 2 * step and sorted(blocks) == list(itertools.product(range(2), range(7)))
+        assert len(blocks) == 28 and sorted(blocks) == list(itertools.product(range(4), range(7)))
+        assert [sum(s.file == file for s in stripes) for file in range(4)] == [step, 1, step, 1]
 
 
 DAMAGED = {  # name, content -> what the one line says
@@ -154,6 +158,7 @@ DAMAGED = {  # name, content -> what the one line says
     ("a.jsonl", lines(["x"]) + b'{"text": "\\ud800"}\n'): "a.jsonl, line 2 is not UTF-8 (surrogates",
     ("a.jsonl", lines(["x", "y"]) + b'\n{"text": \n'): "a.jsonl, line 4 is no JSON (Expecting value",
     ("a.jsonl", b"[" * 100_000 + b"\n"): "a.jsonl, line 1 is no JSON (",
+    ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n"): "line 1 is no JSON (Exceeds the limit",
     ("a.jsonl", b'["text"]\n'): "a.jsonl, line 1 is no JSON object but list",
     ("a.jsonl", lines(["x"]) + lines(["x"], "content")): "line 2 has no field 'text': set data.text_field to",
     ("a.jsonl", b'{"text": 3}\n'): "a.jsonl, line 1: 'text' is no text but int",
@@ -179,6 +184,33 @@ def test_what_is_wrong_is_said_in_one_line_with_file_and_line(tmp_path, file, sa
     with pytest.raises(ValueError) as raised:
         read(find(tmp_path / "*"))
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_line_is_read_no_further_than_the_longest(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_lines, "LONGEST_LINE", 900)
+    fits = lines(["x"])[:-2] + b" " * 850 + b"}\n"
+    (tmp_path / "a.jsonl").write_bytes(fits + lines(["x" * 2000]) + lines(["y"]))
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is longer than 900 bytes: one JSON object"):
+        read(find(tmp_path / "*"))
+    with (tmp_path / "a.jsonl").open("rb") as file:
+        numbered = [(number, len(line)) for number, line in json_lines.lines(file)]
+    assert numbered == [(1, len(fits)), (2, 900), (3, len(lines(["y"])))]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.gz"])
+def test_disk_that_fails_is_no_damage_of_the_file(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"")
+
+    class Failing(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, _):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pathlib.Path, "open", lambda *_: io.BufferedReader(Failing()))
+    with pytest.raises(OSError, match="Input/output error"):
+        read(find(tmp_path / "*"))
 
 
 @pytest.mark.parametrize(

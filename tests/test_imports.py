@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 FLOORS = [
     {
         *("prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"),
-        *("checksum", "signals", "packing", "blocks", "rows", "hugging_face", "json_lines"),
+        *("checksum", "signals", "packing", "blocks", "rows", "hugging_face", "json_lines", "disk"),
     },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases", "files"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},

@@ -3,11 +3,12 @@ import itertools
 import json
 import math
 import os
+import sys
 
 import numpy as np
 import pytest
 
-from relora_jax import places, prepare, rows, text
+from relora_jax import disk, places, prepare, text
 from relora_jax import tokenizer as tokenizers
 from relora_jax.config import DataConfig
 from relora_jax.packing import Packer
@@ -211,10 +212,10 @@ def test_text_too_short_for_a_row_is_an_error_and_leaves_no_store(tokenizer):
 
 
 def test_rows_that_did_not_reach_the_disk_make_no_store(tokenizer, monkeypatch):
-    write, calls = rows.ArrayRecordWriter.write, itertools.count()
+    write, calls = disk.ArrayRecordWriter.write, itertools.count()
     half = lambda self, row: next(calls) % 2 or write(self, row)  # noqa: E731
-    monkeypatch.setattr(rows.ArrayRecordWriter, "write", half)
-    with pytest.raises(ValueError, match="is no whole row store"):
+    monkeypatch.setattr(disk.ArrayRecordWriter, "write", half)
+    with pytest.raises(OSError, match=r"\.array_record\.\d+\.new holds \d+ of \d+ records: is the disk full"):
         row_store(DATA, tokenizer)
     stores = places.cache_dir().glob("rows/*/*/manifest.json")
     assert not [path for path in stores if path.parents[1].suffix == ""]
@@ -248,6 +249,7 @@ def test_command_prepares_whatever_the_size_and_says_what_it_made(tmp_path, monk
     monkeypatch.setattr(prepare, "prepare", spy)
     (tmp_path / "c.py").write_text(CONFIG)
     words = ["prepare", f"--config={tmp_path}/c.py", "--config.data.sequence_length=20"]
+    words.append("--config.model.vocab_size=380")
     assert prepare.main(words) == prepare.main([*words, "--workers=3"]) == 0
     store = made(dataclasses.replace(DATA, sequence_length=20)).train
     assert [(how.build_limit_bytes, how.workers) for how in asked] == [
@@ -258,3 +260,23 @@ def test_command_prepares_whatever_the_size_and_says_what_it_made(tmp_path, monk
     assert f"{said} (2 of 2 files): {store.path}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--workers=all is no number of processes"):
         prepare.main([*words, "--workers=all"])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+def test_command_says_that_the_pieces_do_not_fit_the_model_before_rows_are_made(tmp_path):
+    (tmp_path / "c.py").write_text(CONFIG)
+    words = ["prepare", f"--config={tmp_path}/c.py", "--workers=1"]
+    with pytest.raises(ValueError, match=r"has 380 pieces and model\.vocab_size is 379: set it to 380"):
+        prepare.main([*words, "--config.model.vocab_size=379"])
+    assert not (places.cache_dir() / "rows").exists()
+    assert prepare.main([*words, "--config.model.vocab_size=380"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+@pytest.mark.parametrize("terminal", [True, False])
+def test_command_draws_its_bar_at_a_terminal_alone(tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    (tmp_path / "c.py").write_text(CONFIG)
+    words = ["prepare", f"--config={tmp_path}/c.py", "--workers=1", "--config.model.vocab_size=380"]
+    assert prepare.main(words) == 0
+    assert ("tokens/s" in capsys.readouterr().err) == terminal

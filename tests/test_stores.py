@@ -94,7 +94,10 @@ def test_one_reading_gives_both_stores_each_document_in_its_own_part_of_its_bloc
 
 
 def test_store_does_not_depend_on_the_workers(folder, tmp_path, monkeypatch):
-    data = config(folder, text=f"{folder}/[14].jsonl.gz")
+    for k in (1, 4):
+        content = gzip.decompress((folder / f"{k}.jsonl.gz").read_bytes())
+        (tmp_path / f"{k}.jsonl").write_bytes(content)
+    data = config(folder, text=f"{tmp_path}/*.jsonl")
     alone = made_in(tmp_path / "1", monkeypatch, data)
     assert len(alone) > 14 and not any(name.startswith("blocks") for name in alone)
     for workers in (2, 3):  # more of them than files: they share these
@@ -214,6 +217,38 @@ def test_block_whose_shard_was_deleted_is_made_again(folder, tmp_path, monkeypat
     assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
 
 
+@pytest.mark.parametrize("left", [0, 9, None])
+@pytest.mark.parametrize("name", ["00001-00000.json", "00000.end", "00001-00001.npy"])
+def test_record_that_is_empty_cut_or_gone_is_made_again(folder, tmp_path, monkeypatch, name, left):
+    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made_in(tmp_path / "2", patch, config(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    [file] = (places.cache_dir() / "rows").glob(f"*.partial/blocks/{name}")
+    file.unlink() if left is None else os.truncate(file, min(left, file.stat().st_size - 1))
+    (file.parent / "00004.end").write_text("4")  # no such record
+    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+
+
+def test_every_file_of_a_store_is_on_the_disk_before_it_has_its_name(folder, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    spy = lambda file: synced.add(os.fstat(file).st_ino) or fsync(file)  # noqa: E731
+    monkeypatch.setattr(os, "fsync", spy)
+    replace, named = pathlib.Path.replace, []
+
+    def renamed(self, target):
+        assert self.stat().st_ino in synced, target
+        named.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", renamed)
+    made = made_in(tmp_path / "1", monkeypatch, config(folder))
+    assert {pathlib.Path(name).name for name in made} <= set(named)
+    assert {"00000.end", "00001-00000.json", "00001-00000.npy"} <= set(named)
+
+
 def test_files_that_are_read_to_their_end_are_not_opened_again(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
     assert subprocess.run([sys.executable, "-c", KILLED, str(folder), "6"]).returncode == -9
@@ -264,7 +299,7 @@ def command(folder, place, count, size):
     """`prepare` in a process of its own, by two workers, of `count` files with `size` documents each."""
     (place / "c.py").write_text(
         "import pathlib\nfrom tests import small, test_stores\n"
-        "def get_config(arm='relora'):\n    made = small.config()\n"
+        "def get_config(arm='relora'):\n    made = small.config()\n    made.model.vocab_size = 380\n"
         f"    made.data = test_stores.config(pathlib.Path({str(folder)!r}))\n    return made\n"
     )
     for k in range(count):
@@ -290,19 +325,17 @@ def in_group(number):
     return found
 
 
-def until(process, words):
-    """What it says until it has said the words, or ends."""
-    said = ""
-    while words not in said and (letter := process.stderr.read(1)):
-        said += letter
-    return said
+def until_rows_are_written(process):
+    """It is in the middle of a block, or has ended."""
+    while process.poll() is None and not list(places.cache_dir().glob("rows/*.partial/train/*.new")):
+        time.sleep(0.01)
 
 
 def test_interrupted_command_ends_in_one_line_without_its_workers(folder, tmp_path):
     with command(folder, tmp_path, 2, 20_000) as process:
-        said = until(process, "tokens/s")
+        until_rows_are_written(process)
         os.killpg(process.pid, signal.SIGINT)
-        said += process.stderr.read()  # pyright: ignore
+        said = process.stderr.read()  # pyright: ignore
         assert process.wait(20) == 130 and "Traceback" not in said
     assert said.splitlines()[-1] == "interrupted: the same command goes on"
     waited_until = time.monotonic() + 20
@@ -317,13 +350,13 @@ def test_command_killed_again_and_again_gives_the_same_files(folder, tmp_path, m
     kept = lambda: len(list((places.cache_dir() / "rows").glob("*.partial/blocks/*.json")))  # noqa: E731
     for blocks in (0, 2, 6):
         with command(folder, tmp_path, 10, 6_000) as process:
-            until(process, "tokens/s")
+            until_rows_are_written(process)
             while kept() < blocks and process.poll() is None:
                 time.sleep(0.01)
             process.kill()
         assert blocks <= kept() < 10
     with command(folder, tmp_path, 10, 6_000) as process:
-        until(process, "no such words")
+        process.communicate()
     assert process.returncode == 0
     [resumed] = (places.cache_dir() / "rows").glob("*/train")
     data = config(folder, text=f"{tmp_path}/*.jsonl")
