@@ -47,7 +47,7 @@ class RowStore:
 
     @classmethod
     def open(cls, path: Path) -> "RowStore":
-        """The store in a directory; ValueError where it is not whole, or has more shards than may be open."""
+        """The store in a directory; OSError where it is not whole, ValueError if its shards are too many."""
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             if manifest["format"] != FORMAT:
@@ -60,7 +60,7 @@ class RowStore:
             if not len(source) == facts["rows"] == sum(shard["rows"] for shard in manifest["shards"]):
                 raise ValueError(f"{len(source)} rows of {facts['rows']} are there")
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(
+            raise OSError(
                 f"{path} is no whole row store ({error}): delete it, and it is made again"
             ) from error
         if allowed < len(shards) + SPARE_FILES:

@@ -175,11 +175,8 @@ def sinks_of(config: Config, place: Path, *, restored_update: int, anew: bool) -
 
 def check_data(config: Config, prepared: prepare.Prepared) -> None:
     """ValueError where tokenizer or rows do not fit the config."""
-    pieces, rows, vocabulary = prepared.tokenizer.pieces, prepared.train.rows, config.model.vocab_size
-    if pieces > vocabulary:
-        raise ValueError(
-            f"the tokenizer has {pieces} pieces and model.vocab_size is {vocabulary}: set it to {pieces}"
-        )
+    prepare.check_vocabulary(config, prepared.tokenizer)
+    rows = prepared.train.rows
     if rows < config.train.batch:
         raise ValueError(
             f"the train split has {rows} rows of data.sequence_length {config.data.sequence_length}, fewer "

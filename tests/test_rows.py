@@ -46,7 +46,7 @@ def test_store_that_is_not_whole_is_refused_by_name(store, file, damage):
     damaged = store.path / file
     content = damaged.read_bytes()
     damaged.unlink() if damage is None else damaged.write_bytes(damage(content))
-    with pytest.raises(ValueError, match=f"^{store.path} is no whole row store .*: delete it"):
+    with pytest.raises(OSError, match=f"^{store.path} is no whole row store .*: delete it"):
         RowStore.open(store.path)
 
 
