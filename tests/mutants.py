@@ -388,7 +388,7 @@ def _killed(mutant: Mutant, copy: pathlib.Path) -> bool:
 
 
 def _pytest(copy: pathlib.Path, *tests: str) -> subprocess.CompletedProcess[str]:
-    return _python(copy, "-m", "pytest", "-q", "-x", "-m", "", "-p", "no:cacheprovider", *tests)
+    return _python(copy, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "", "-p", "no:cacheprovider", *tests)
 
 
 def _python(copy: pathlib.Path, *words: str) -> subprocess.CompletedProcess[str]:

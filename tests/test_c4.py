@@ -3,7 +3,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -291,12 +290,11 @@ def test_shard_that_did_not_reach_the_disk_is_an_error_and_has_no_name(folders, 
 
 def test_full_disk_ends_the_command_in_one_line(folders):
     noise = [os.urandom(3000).hex() for _ in range(20)]
-    command = [sys.executable, "scripts/c4_from_json.py", f"--input={write(folders / 'in', noise)}"]
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [*command, "--workers=1"], cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=full
-    )
+    words = ["scripts/c4_from_json.py", f"--input={write(folders / 'in', noise)}", "--workers=1"]
+    code = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); "
+    code += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command, environment = [sys.executable, "-c", code, *words], {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     said = run.stderr.splitlines()[-1]
     assert run.returncode == 74 and said.startswith("error: ") and "Traceback" not in run.stderr
     assert re.search(r"/finished/\w+ cannot be written \(", said) and "File too large" in said

@@ -388,6 +388,7 @@ def test_terminal_redraws_one_line_and_notes_stay_above_it(
     tmp_path, monkeypatch, clock, columns: int
 ) -> None:
     size = [columns]
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((size[0], size[0] and 24)))
     out = io.StringIO()
     out.isatty = lambda: True

@@ -73,6 +73,7 @@ def test_run_in_float64_equals_oracle(name: str) -> None:
             assert norm(mine - theirs) <= 1e-8 * norm(theirs), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [row for row in rows(FAST) if row.id not in FLOAT64_ONLY])
 def test_run_in_float32_stays_within_rounding_of_oracle(name: str) -> None:
     ours, history = compare(variant(name, "float32"), tie=1e-5)

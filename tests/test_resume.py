@@ -88,6 +88,7 @@ def test_resume_under_another_result_is_refused_and_harms_nothing(place: Place) 
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_run_that_skips_20_updates_in_a_row_ends_with_70_and_says_why(place: Place) -> None:
     config = f"--config={place.folder / 'toy.py'}"
     words = ("--config.train.updates=32", "--config.train.log_every_updates=7")
@@ -174,6 +175,7 @@ def test_run_that_cannot_end_its_update_ends_at_the_second_signal_without_harm(p
     resumed(place, "hung")
 
 
+@pytest.mark.slow
 def test_full_disk_ends_in_one_line_with_74_and_the_last_good_checkpoint_whole(place: Place) -> None:
     killed(place, "full", 10, signal.SIGKILL, -signal.SIGKILL)
     config, before = f"--config={place.folder / 'toy.py'}", checkpoint.updates_saved(place.folder / "full")

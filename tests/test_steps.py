@@ -275,6 +275,7 @@ def test_loss_that_is_finite_with_a_gradient_that_is_not_is_skipped_too(
     assert int(values["skipped"]) == 1
 
 
+@pytest.mark.slow
 def test_microbatches_of_an_update_draw_masks_of_their_own() -> None:
     made = small.config("lora", relora__dropout=0.4, relora__warm_up_updates=0)
     program = Program(made, small.mesh())

@@ -17,6 +17,7 @@ from tests import small
 from tests.commands import Place
 
 W = 4
+ARMS = ["relora", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("lora_warm", "full"))]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def same(one: Any, other: Any) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[path], other[path]) for path in one)
 
 
-@pytest.mark.parametrize("arm", ["relora", pytest.param("lora_warm", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize("arm", ARMS)
 def test_arms_that_share_a_warm_start_are_the_runs_that_had_their_own(source: pathlib.Path, arm: str) -> None:
     own = small.config(arm)
     whole, losses = small.run(own, Program(own, small.mesh()), stop=7)

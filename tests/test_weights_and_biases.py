@@ -170,6 +170,7 @@ def points(workdir: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
 OFFLINE = {"WANDB_MODE": "offline", "PYTHONWARNINGS": "error"}
 
 
+@pytest.mark.slow
 def test_command_sends_each_row_and_keeps_documents_apart_where_told(tmp_path: pathlib.Path) -> None:
     place = Place(tmp_path)
     settings = ("attend_across_documents=false", "sequence_length=40")
@@ -186,9 +187,9 @@ def test_command_sends_each_row_and_keeps_documents_apart_where_told(tmp_path: p
     last = sent[-1][1]
     assert last["validation/perplexity"] == rows[-1]["perplexity"]
 
-    manifests = (tmp_path / "cache/relora_jax/rows").glob("*/manifest.json")
+    manifests = (tmp_path / "cache/relora_jax/rows").glob("*/*/manifest.json")
     stores = [data.RowStore.open(file.parent) for file in manifests]
-    by_split = {store.manifest["key"]["split"]: store for store in stores}
+    by_split = {store.manifest["part"]: store for store in stores}
 
     def counted(store: data.RowStore, indices: Any) -> int:
         ids, _ = store.read(list(indices))
