@@ -31,7 +31,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
-        self._handlers = {name: signal.signal(name, lambda *_: None) for name in NAMES}
+        self._handlers = {name: signal.signal(name, self._hear) for name in NAMES}
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
@@ -47,6 +47,10 @@ class Signals:
         self._thread.join()
         self._read.close()
         self._write.close()
+
+    def _hear(self, *_: object) -> None:
+        """In the main thread, which need not wait for the other one to say it."""
+        self.asked = True
 
     def _watch(self) -> None:
         if not self._wait(None):
