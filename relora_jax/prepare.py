@@ -182,9 +182,7 @@ def _cpus() -> int:
 def main(arguments: list[str]) -> int:
     """Prepare what --config names, whatever its size; the exit code."""
     config, strings = flags.parse(arguments, workers="0")
-    if not strings["workers"].isdecimal():
-        raise ValueError(f"--workers={strings['workers']} is no number of processes: 0 is one for each CPU")
-    workers = int(strings["workers"]) or _cpus()
+    workers = flags.count("workers", strings["workers"], at_least=0) or _cpus()
     how = How(build_limit_bytes=math.inf, workers=workers, progress=sys.stderr.isatty())
     check_vocabulary(config, find_tokenizer(config.data, how))
     prepared = prepare(config.data, how)

@@ -1,4 +1,7 @@
-"""Whether a run makes sense, judged before anything is allocated: one ValueError that names the remedy."""
+"""Whether a run makes sense, judged before anything is allocated: one ValueError that names the remedy.
+
+The settings of `data` are judged where they are used first, by `prepare.check`.
+"""
 
 import math
 import typing
@@ -9,7 +12,6 @@ import jax
 from relora_jax import shapes
 from relora_jax.config import ARMS, LOW_RANK_ARMS, Config, flatten
 from relora_jax.model import ATTENTION, REMAT
-from relora_jax.packing import PACKINGS
 
 
 def validate(config: Config, *, devices: int) -> None:
@@ -62,7 +64,7 @@ def _optimizer(config: Config) -> None:
 
 
 def _counts(config: Config, devices: int) -> None:
-    train, mesh, data = config.train, config.mesh, config.data
+    train, mesh = config.train, config.mesh
     names = (
         "updates",
         "batch",
@@ -75,9 +77,6 @@ def _counts(config: Config, devices: int) -> None:
         _positive(f"train.{name}", getattr(train, name))
     for name in ("seed", "keep_every"):
         _between(f"train.{name}", getattr(train, name), 0, 2**31 - 1)
-    _positive("data.sequence_length", data.sequence_length)
-    _one_of("data.packing", data.packing, PACKINGS)
-    _between("data.train_tokens", data.train_tokens, 0, math.inf, below=True)
     for name in ("data", "fsdp", "tensor"):
         if name != "data" or mesh.data != -1:
             _positive(f"mesh.{name}", getattr(mesh, name))

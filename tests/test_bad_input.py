@@ -5,9 +5,11 @@ import json
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from relora_jax import flags, tokenizer, train
+from relora_jax.checkpoint import Checkpoints
 from tests.documents import texts, write_dataset
 from tests.test_hugging_face import json_file
 
@@ -199,6 +201,18 @@ def test_workdir_that_is_a_file_or_cannot_be_written_is_named(capsys: Any) -> No
     for workdir in ("file", "file/run", "/proc/run", "/dev/null", "dangling"):
         assert workdir in refused(["--config=toy.py", f"--workdir={workdir}"], capsys)
     assert pathlib.Path("file").read_text() == "mine"
+
+
+def test_warm_start_of_another_tokenizer_is_refused_by_the_command(
+    capsys: Any, tmp_path: pathlib.Path
+) -> None:
+    source = flags.parse(["train", "--config=toy.py:full"])[0]
+    with Checkpoints(tmp_path, source) as checkpoints:
+        checkpoints._write(4, {"opt_state/x": jnp.zeros(2), "trained/x": jnp.zeros(2)})
+    (tmp_path / "run.json").write_text('{"rows": {"train": {"tokenizer": "mine"}}}')
+    said = refused(["--config=toy.py", f"--config.train.init_from={tmp_path}"], capsys)
+    assert "was trained with another tokenizer (tokenizer: mine -> " in said
+    assert not pathlib.Path("runs").exists()
 
 
 def test_workdir_that_holds_something_else_is_left_alone(capsys: Any, tmp_path: pathlib.Path) -> None:

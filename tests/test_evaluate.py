@@ -240,6 +240,7 @@ def test_devices_and_microbatch_change_rounding_alone(made: Made, place: pathlib
     other = small.config(**{"mesh__fsdp": 3, "train__microbatch": 3})
     assert dict(command._mesh(other).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     moved = dataclasses.replace(MADE, mesh=other.mesh, train=dataclasses.replace(MADE.train, microbatch=3))
+    moved.model = dataclasses.replace(MADE.model, attention="cudnn")  # of the GPU that it was trained on
     (place / "config.json").write_text(to_json(moved))
     for words in ([], ["--microbatch=16"]):
         found = told(capsys, place, *words)

@@ -258,7 +258,7 @@ def test_command_prepares_whatever_the_size_and_says_what_it_made(tmp_path, monk
     ]
     said = f"train: {store.rows:,} rows, {store.tokens:,} tokens of 25 of 25 documents in 2 block(s)"
     assert f"{said} (2 of 2 files): {store.path}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--workers=all is no number of processes"):
+    with pytest.raises(ValueError, match="--workers=all is no whole number from 0 on"):
         prepare.main([*words, "--workers=all"])
 
 

@@ -251,12 +251,19 @@ def test_without_any_whole_checkpoint_nothing_is_begun_anew(run: pathlib.Path, p
 def test_system_that_fails_to_read_is_no_damage(
     run: pathlib.Path, program: Program, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
+    def failing(read: Callable[..., Any]) -> Callable[..., Any]:
+        """Not for the checkpoint before, which would be taken if this one were thought damaged."""
+
+        def fail(self: Any, path: pathlib.Path, *words: Any, **named: Any) -> Any:
+            if step(run) in path.parents:
+                raise error
+            return read(self, path, *words, **named)
+
+        return fail
 
     for reader, method in ((ocp.PyTreeCheckpointer, "restore"), (ocp.StandardCheckpointer, "metadata")):
         with monkeypatch.context() as patch:
-            patch.setattr(reader, method, fail)
+            patch.setattr(reader, method, failing(getattr(reader, method)))
             with pytest.raises(OSError):
                 restore_newest(run, MADE, program.state_at)
     assert checkpoint.updates_saved(run) == [5, 6] and not (run / "damaged").exists()

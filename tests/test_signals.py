@@ -90,5 +90,6 @@ def test_handlers_are_as_before_afterwards() -> None:
     with Signals() as signals:
         signals.at_once = False
         os.kill(os.getpid(), signal.SIGINT)
+        assert signals.asked  # at once: the update that is being done is the last one
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert signal.set_wakeup_fd(-1) == -1
