@@ -27,7 +27,11 @@ def run_field(default: Any = dataclasses.MISSING) -> Any:
 
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
-    """The shape of the LLaMA decoder and how it is computed."""
+    """The shape of the LLaMA decoder and how it is computed.
+
+    `rope_scaling` is written as rope.py has it. `max_positions`: the longest row that the model is made for,
+    as an imported one says it (0: that of its own rows); it decides nothing but what an export says of it.
+    """
 
     vocab_size: int
     hidden: int
@@ -39,6 +43,8 @@ class ModelConfig:
     compute_dtype: str
     tied_embeddings: bool = False
     rope_theta: float = 1e4
+    rope_scaling: str = "none"
+    max_positions: int = run_field(0)
     rms_eps: float = 1e-6
     init_std: float = 0.02
     remat: str = run_field("none")

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from relora_jax import rope
 from relora_jax.config import ModelConfig
 
 REMAT = ("none", "dots", "full")
@@ -95,7 +96,8 @@ class Attention(nnx.Module):
         self.v = _linear(config, config.hidden, value, axes, rngs)
         self.o = _linear(config, query, config.hidden, axes, rngs)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.theta, self.kernel = config.rope_theta, config.attention
+        self.theta, self.scaling = config.rope_theta, rope.parse(config.rope_scaling)
+        self.kernel = config.attention
 
     def __call__(
         self, x: Float[Array, "B L D"], positions: Int[Array, "#B L"], mask: Bool[Array, "B L L"] | None
@@ -105,8 +107,8 @@ class Attention(nnx.Module):
         q = self.q(x).reshape(rows, length, self.heads, self.head_dim)
         k = self.k(x).reshape(rows, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(rows, length, self.kv_heads, self.head_dim)
-        q, k = rotate(q, positions, theta=self.theta), rotate(k, positions, theta=self.theta)
-        y = attend(q, k, v, mask, kernel=self.kernel)
+        turn = rope.frequencies(self.head_dim, theta=self.theta, scaling=self.scaling, length=length)
+        y = attend(rotate(q, positions, *turn), rotate(k, positions, *turn), v, mask, kernel=self.kernel)
         return self.o(y.reshape(rows, length, -1))
 
 
@@ -133,17 +135,16 @@ def apart(documents: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, 
 
 
 def rotate(
-    x: Float[Array, "B L heads h"], positions: Int[Array, "#B L"], *, theta: float
+    x: Float[Array, "B L heads h"], positions: Int[Array, "#B L"], frequencies: Any, factor: float
 ) -> Float[Array, "B L heads h"]:
-    """(x1 cos - x2 sin, x2 cos + x1 sin) of the head's halves, at angles position * theta^(-2i/h).
+    """(x1 cos - x2 sin, x2 cos + x1 sin) of the head's halves, at angles position * frequencies [h/2].
 
-    Computed in at least float32; the halves are those of the published LLaMA checkpoints.
+    Computed in at least float32; the halves are those of the published LLaMA checkpoints. `factor` is on
+    cos and sin (1 but for yarn).
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
-    angle = jnp.multiply.outer(positions.astype(wide), frequency)[:, :, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    angle = jnp.multiply.outer(positions.astype(wide), jnp.asarray(frequencies, wide))[:, :, None, :]
+    cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
     x1, x2 = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from relora_jax import shapes
+from relora_jax import rope, shapes
 from relora_jax.config import ARMS, LOW_RANK_ARMS, Config, flatten
 from relora_jax.model import ATTENTION, REMAT
 
@@ -43,6 +43,17 @@ def _model(config: Config) -> None:
     _one_of("model.remat", model.remat, REMAT)
     _one_of("model.attention", model.attention, ATTENTION)
     _dtype("model.compute_dtype", model.compute_dtype)
+    try:
+        rope.parse(model.rope_scaling)
+    except ValueError as error:
+        raise ValueError(f"model.rope_scaling: {error}") from None
+    _between("model.max_positions", model.max_positions, 0, 2**31 - 1)
+    length = config.data.sequence_length
+    if 0 < model.max_positions < length:
+        raise ValueError(
+            f"data.sequence_length {length} is longer than the model's positions reach "
+            f"(model.max_positions {model.max_positions}): shorten the rows"
+        )
     if model.heads % model.kv_heads:
         raise ValueError(f"model.kv_heads {model.kv_heads} must divide model.heads {model.heads}")
     if model.head_dim % 2:

@@ -38,6 +38,7 @@ class Model:
     rope_theta: float = 1e4
     rms_eps: float = 1e-6
     tied: bool = False
+    scaling: tuple[str, tuple[float, ...]] = ("none", ())  # of the positions: its kind and numbers
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,34 @@ def _norm_back(x: Array, weight: Array, eps: float, dy: Array) -> tuple[Array, A
     return dx, (dy * z).reshape(-1, x.shape[-1]).sum(0)
 
 
-def _rotate(x: Array, theta: float, sign: float = 1.0) -> Array:
+def _turn(model: Model, i: int, length: int) -> float:
+    """Radians that a position turns pair i, in a row of so many ids."""
+    kind, numbers = model.scaling
+    dim = model.head_dim
+    plain = model.rope_theta ** (-2.0 * i / dim)
+    if kind == "linear":
+        return plain / numbers[0]
+    if kind == "dynamic":
+        factor, trained = numbers
+        grown = 1.0 if length <= trained else factor * length / trained - factor + 1
+        return (model.rope_theta * grown ** (dim / (dim - 2))) ** (-2.0 * i / dim)
+    if kind == "llama3":
+        factor, low, high, trained = numbers
+        wavelength = 2 * np.pi / plain
+        if wavelength < trained / high:
+            return plain
+        if wavelength > trained / low:
+            return plain / factor
+        smooth = (trained / wavelength - low) / (high - low)
+        return (1 - smooth) * plain / factor + smooth * plain
+    assert kind == "none"
+    return plain
+
+
+def _rotate(x: Array, model: Model, sign: float = 1.0) -> Array:
     """RoPE on [B, H, S, hd]: (x1 cos - x2 sin, x2 cos + x1 sin); sign -1 turns back, which is the adjoint."""
     length, dim = x.shape[-2:]
-    angles = np.outer(np.arange(length), theta ** (-2.0 * np.arange(dim // 2) / dim))
+    angles = np.outer(np.arange(length), [_turn(model, i, length) for i in range(dim // 2)])
     c, s = np.cos(angles), sign * np.sin(angles)
     x1, x2 = x[..., : dim // 2], x[..., dim // 2 :]
     return np.concatenate([x1 * c - x2 * s, x2 * c + x1 * s], axis=-1)
@@ -196,8 +221,8 @@ def _run_forward(model: Model, params: Params, ids: Ints, scale: float) -> tuple
     saved: list[Params] = []
     for i in range(model.layers):
         h = _norm(x, params["attention_norm"][i], model.rms_eps)
-        q = _rotate(_split(_linear(params, "q", i, h, scale), model.heads), model.rope_theta)
-        k = _rotate(_split(_linear(params, "k", i, h, scale), model.kv_heads), model.rope_theta)
+        q = _rotate(_split(_linear(params, "q", i, h, scale), model.heads), model)
+        k = _rotate(_split(_linear(params, "k", i, h, scale), model.kv_heads), model)
         v = _split(_linear(params, "v", i, h, scale), model.kv_heads)
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)  # query head j reads j // group
         scores = q @ k.swapaxes(-1, -2) / sqrt(model.head_dim)
@@ -277,8 +302,8 @@ def _layer_back(
     dweights = dmixed @ c["v"].swapaxes(-1, -2)
     dscores = c["weights"] * (dweights - (dweights * c["weights"]).sum(-1, keepdims=True))
     dscores = dscores / sqrt(model.head_dim)
-    dq = _rotate(dscores @ c["k"], model.rope_theta, -1.0)
-    dk = _rotate(gather(dscores.swapaxes(-1, -2) @ c["q"]), model.rope_theta, -1.0)
+    dq = _rotate(dscores @ c["k"], model, -1.0)
+    dk = _rotate(gather(dscores.swapaxes(-1, -2) @ c["q"]), model, -1.0)
     dh = _linear_back(params, grads, "q", i, c["h"], _join(dq), scale)
     dh = dh + _linear_back(params, grads, "k", i, c["h"], _join(dk), scale)
     dh = dh + _linear_back(params, grads, "v", i, c["h"], _join(dv), scale)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from relora_jax import shapes
+from relora_jax import rope, shapes
 from relora_jax.config import ModelConfig
 from relora_jax.data import number_documents
 from relora_jax.model import Llama, apart, token_loss
@@ -86,7 +86,17 @@ def test_no_logit_sees_the_future() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"kv_heads": 4}, {"kv_heads": 1}, {"tied_embeddings": True}, {"head_dim": 6, "rope_theta": 500.0}],
+    [
+        {},
+        {"kv_heads": 4},
+        {"kv_heads": 1},
+        {"tied_embeddings": True},
+        {"head_dim": 6, "rope_theta": 500.0},
+        {"head_dim": 16, "rope_scaling": "llama3(8, 1, 4, 100)"},  # of pairs kept, slowed, and in between
+        {"rope_scaling": "linear(4)"},
+        {"rope_scaling": "dynamic(2, 8)"},  # the rows have 12
+        {"rope_scaling": "dynamic(2, 12)"},
+    ],
     ids=str,
 )
 def test_logits_and_loss_equal_the_oracle(changes: dict[str, Any]) -> None:
@@ -106,6 +116,7 @@ def test_logits_and_loss_equal_the_oracle(changes: dict[str, Any]) -> None:
             c.head_dim,
             c.rope_theta,
             tied=c.tied_embeddings,
+            scaling=(rope.parse(c.rope_scaling).kind, rope.parse(c.rope_scaling).numbers),
         )
         np.testing.assert_allclose(
             net(text[:, :-1]), oracle.forward(twin, params, np.asarray(text)[:, :-1], 1.0), atol=1e-12

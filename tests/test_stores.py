@@ -332,7 +332,7 @@ def until_rows_are_written(process):
 
 
 def test_interrupted_command_ends_in_one_line_without_its_workers(folder, tmp_path):
-    with command(folder, tmp_path, 2, 20_000) as process:
+    with command(folder, tmp_path, 4, 60_000) as process:
         until_rows_are_written(process)
         os.killpg(process.pid, signal.SIGINT)
         said = process.stderr.read()  # pyright: ignore

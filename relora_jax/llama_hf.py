@@ -1,0 +1,223 @@
+"""transformers' words for a model: its config.json, and the names and shapes of its tensors, both ways.
+
+`LlamaForCausalLM` is what model.py computes, its kernels [out, in] and layer by layer; the halves of its
+rotary heads are ours. What its config can say and model.py cannot compute is refused by name.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+from relora_jax import rope, shapes
+from relora_jax.config import ModelConfig
+from relora_jax.rope import Scaling
+
+ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
+MODULES = {"attention": "self_attn", "mlp": "mlp"}  # of a block
+MOST = {"num_hidden_layers": 10_000}  # more is no model, and would be counted one by one
+_ORIGINAL = "original_max_position_embeddings"
+# What transformers takes where config.json is silent, and what alone can be represented here.
+_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "quantization_config": (None,),
+}
+
+
+class Place(NamedTuple):
+    """Where a tensor of `shape` (the file's) belongs: a variable's path, its index on the stacked axis."""
+
+    path: str
+    layer: int | None
+    shape: tuple[int, ...]
+    transposed: bool  # whether ours is the transpose of the file's
+
+
+def tensors(model: ModelConfig) -> dict[str, Place]:
+    """The tensors of the model by their names there, in the order of transformers."""
+    hidden = model.hidden
+    found = {"model.embed_tokens.weight": Place("embed/embedding", None, (model.vocab_size, hidden), False)}
+    sizes = shapes.kernels(model)
+    for layer in range(model.layers):
+        for kind, names in shapes.KERNELS.items():
+            for name in names:
+                path, (fan_in, fan_out) = f"blocks/{kind}/{name}/kernel", sizes[name]
+                found[module(layer, kind, name) + ".weight"] = Place(path, layer, (fan_out, fan_in), True)
+        for norm, ours in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm")):
+            place = Place(f"blocks/{ours}/scale", layer, (hidden,), False)
+            found[f"model.layers.{layer}.{norm}.weight"] = place
+    found["model.norm.weight"] = Place("norm/scale", None, (hidden,), False)
+    if not model.tied_embeddings:
+        found["lm_head.weight"] = Place("head/kernel", None, (model.vocab_size, hidden), True)
+    return found
+
+
+def module(layer: int, kind: str, name: str) -> str:
+    """A linear layer's module there: "model.layers.0.self_attn.q_proj"."""
+    return f"model.layers.{layer}.{MODULES[kind]}.{name}_proj"
+
+
+def to_config(
+    model: ModelConfig, *, length: int, dtype: str, special: dict[str, int | None]
+) -> dict[str, Any]:
+    """config.json of the model; `length` where it does not say how far its positions reach.
+
+    `special`: bos_token_id and so on. ValueError where transformers cannot hold the model.
+    """
+    if model.hidden % model.heads:
+        raise ValueError(
+            f"model.hidden {model.hidden} is no multiple of model.heads {model.heads}, "
+            f"and {ARCHITECTURE} asks for it: the model cannot be exported"
+        )
+    scaling = rope.parse(model.rope_scaling)
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.mlp,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_positions or length,
+        "rms_norm_eps": model.rms_eps,
+        "initializer_range": model.init_std,
+        "rope_theta": model.rope_theta,  # the two as all versions of transformers read them
+        "rope_scaling": _written(scaling, model.max_positions or length),
+        "tie_word_embeddings": model.tied_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # its name before transformers 5
+        **special,
+    }
+
+
+def from_config(facts: Any, *, where: Any) -> ModelConfig:
+    """The model that a config.json describes, to be computed in float32. ValueError for what it cannot be."""
+    if not isinstance(facts, dict):
+        raise ValueError(f"{where} is no JSON object: it is no config of a model")
+    kind, named = facts.get("model_type"), facts.get("architectures") or [ARCHITECTURE]
+    if kind != MODEL_TYPE or named != [ARCHITECTURE]:
+        said = (
+            kind if kind != MODEL_TYPE else ", ".join(map(str, named)) if isinstance(named, list) else named
+        )
+        raise ValueError(f"{where} is of a {said!r}: only {MODEL_TYPE} ({ARCHITECTURE}) can be imported")
+    for key, allowed in _ONLY.items():
+        if key in facts and facts[key] not in allowed:
+            raise ValueError(
+                f"{where} has {key} = {facts[key]!r}, and only {allowed[0]!r} can be represented here"
+            )
+    whole = lambda key, *default: _whole(facts, key, *default, where=where)  # noqa: E731
+    hidden, heads, positions = whole("hidden_size"), whole("num_attention_heads"), None
+    positions = whole("max_position_embeddings", _DEFAULTS["max_position_embeddings"])
+    theta, scaling = _rope(facts, positions, where)
+    tied = facts.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ValueError(f"{where}: tie_word_embeddings = {tied!r} must be true or false")
+    model = ModelConfig(
+        vocab_size=whole("vocab_size"),
+        hidden=hidden,
+        mlp=whole("intermediate_size"),
+        layers=whole("num_hidden_layers"),
+        heads=heads,
+        kv_heads=whole("num_key_value_heads", heads),
+        head_dim=whole("head_dim", max(hidden // heads, 1)),
+        compute_dtype="float32",
+        tied_embeddings=tied,
+        rope_theta=theta,
+        rope_scaling=str(scaling),
+        max_positions=positions,
+        rms_eps=_number(facts, "rms_norm_eps", _DEFAULTS["rms_norm_eps"], where=where),
+        init_std=_number(facts, "initializer_range", _DEFAULTS["initializer_range"], where=where),
+    )
+    if model.heads % model.kv_heads or model.head_dim % 2:
+        raise ValueError(
+            f"{where}: {model.heads} heads, {model.kv_heads} key-value heads and a head dimension of "
+            f"{model.head_dim} make no attention: the second must divide the first, the third be even"
+        )
+    return model
+
+
+def _rope(facts: dict[str, Any], positions: int, where: Any) -> tuple[float, Scaling]:
+    """(theta, scaling): under `rope_parameters`, as transformers 5 writes them, or as those before did."""
+    there = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
+    if not isinstance(there, dict):
+        raise ValueError(f"{where}: its rope settings are no JSON object")
+    theta = _number(there | ({} if "rope_theta" in there else facts), "rope_theta", 1e4, where=where)
+    kind = there.get("rope_type", there.get("type", "default"))
+    number = lambda key, *default: _number(there, key, *default, where=f"{where}, rope {kind}")  # noqa: E731
+    original = lambda: _number(facts, _ORIGINAL, number(_ORIGINAL, positions), where=where)  # noqa: E731
+    if there.get("partial_rotary_factor") not in (None, 1.0) or there.get("truncate", True) is not True:
+        raise ValueError(f"{where}: rope {kind} with partial_rotary_factor or truncate cannot be represented")
+    if kind == "default":
+        return theta, Scaling("none")
+    if kind == "linear":
+        return theta, Scaling(kind, (number("factor"),))
+    if kind == "dynamic":
+        return theta, Scaling(kind, (number("factor"), float(positions)))
+    if kind == "llama3":
+        bounds = number("low_freq_factor"), number("high_freq_factor")
+        return theta, Scaling(kind, (number("factor"), *bounds, original()))
+    if kind == "yarn":
+        betas = number("beta_fast", 32.0), number("beta_slow", 1.0)
+        return theta, Scaling(kind, (number("factor"), original(), *betas, _attention(there, number)))
+    raise ValueError(
+        f"{where} has rope {kind!r}: one of default, linear, dynamic, llama3, yarn can be imported"
+    )
+
+
+def _attention(there: dict[str, Any], number: Any) -> float:
+    """yarn's factor on cos and sin: given, or 0.1 log(factor) + 1 with its weights `mscale`."""
+    if there.get("attention_factor") is not None:
+        return number("attention_factor")
+    log = math.log(max(number("factor"), 1.0))
+    if there.get("mscale") and there.get("mscale_all_dim"):
+        return (0.1 * number("mscale") * log + 1) / (0.1 * number("mscale_all_dim") * log + 1)
+    return 0.1 * log + 1
+
+
+def _written(scaling: Scaling, positions: int) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json."""
+    kind, numbers = scaling.kind, scaling.numbers
+    if kind == "none":
+        return None
+    if kind == "dynamic" and numbers[1] != positions:
+        raise ValueError(
+            f"rope scaling {scaling} is meant for other positions than model.max_positions {positions}, "
+            "and transformers has one number for both: set that one"
+        )
+    keys = {
+        "linear": ("factor",),
+        "dynamic": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+        "yarn": ("factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor"),
+    }[kind]
+    written = {"rope_type": kind, **dict(zip(keys, numbers, strict=False))}
+    if _ORIGINAL in written:
+        written[_ORIGINAL] = int(written[_ORIGINAL])
+    return written
+
+
+def _whole(facts: dict[str, Any], key: str, *default: int, where: Any) -> int:
+    """A whole number from 1 on; an absent one, or null, is its default."""
+    value, most = facts.get(key), MOST.get(key, 2**31 - 1)
+    value = default[0] if value is None and default else value
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{where}: {key} = {value!r} must be a whole number from 1 to {most:,}")
+    return value
+
+
+def _number(facts: dict[str, Any], key: str, *default: float, where: Any) -> float:
+    """A finite number above 0; an absent one, or null, is its default."""
+    value = facts.get(key)
+    value = default[0] if value is None and default else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
+        raise ValueError(f"{where}: {key} = {value!r} must be a number above 0")
+    return float(value)

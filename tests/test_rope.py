@@ -1,0 +1,72 @@
+"""Scalings of rotary positions: their grammar, and which pairs they slow."""
+
+import numpy as np
+import pytest
+
+from relora_jax import rope
+from relora_jax.rope import Scaling
+
+WRITTEN = {
+    "none": Scaling("none"),
+    " linear( 4 ) ": Scaling("linear", (4.0,)),
+    "dynamic(2,2048)": Scaling("dynamic", (2.0, 2048.0)),
+    "llama3(8, 1, 4, 8192)": Scaling("llama3", (8.0, 1.0, 4.0, 8192.0)),
+    "yarn(4, 4096, 32, 1, 1.14)": Scaling("yarn", (4.0, 4096.0, 32.0, 1.0, 1.14)),
+}
+UNREADABLE = {
+    "": "cannot be read",
+    "linear": "is not known: write none, linear(factor)",
+    "linear()": "is not known",
+    "linear(4, 5)": "is not known",
+    "none(1)": "is not known",
+    "longrope(4)": "is not known",
+    "linear(four)": "cannot be read",
+    "linear(0)": "must be finite and above 0",
+    "linear(-2)": "must be finite and above 0",
+    "linear(nan)": "must be finite and above 0",
+    "linear(inf)": "must be finite and above 0",
+    "llama3(8, 4, 4, 8192)": "low must be below high",
+}
+
+
+def turn(text: str, *, theta: float = 1e4, length: int = 64, head_dim: int = 64) -> np.ndarray:
+    return rope.frequencies(head_dim, theta=theta, scaling=rope.parse(text), length=length)[0]
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_what_is_written_is_read_back(text: str) -> None:
+    assert rope.parse(text) == WRITTEN[text] == rope.parse(str(WRITTEN[text]))
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_what_cannot_be_read_is_refused_with_the_grammar(text: str) -> None:
+    with pytest.raises(ValueError, match="rope scaling") as caught:
+        rope.parse(text)
+    assert UNREADABLE[text] in str(caught.value)
+
+
+def test_llama3_and_yarn_keep_fast_pairs_and_divide_slow_ones() -> None:
+    plain = turn("none")
+    for text in ("llama3(8, 1, 4, 8192)", "yarn(8, 8192, 4, 1, 1.2)"):
+        share = turn(text) / plain
+        turns = 8192 * plain / (2 * np.pi)
+        assert np.all(share[turns > 6] == 1)
+        np.testing.assert_allclose(share[turns < 0.6], 1 / 8, rtol=1e-12)
+        between = share[(turns > 1.4) & (turns < 3.5)]
+        assert len(between) and np.all((between > 1 / 8) & (between < 1))
+        assert np.all(np.diff(share) <= 0)
+
+
+def test_only_yarn_scales_cos_and_sin() -> None:
+    factors = [
+        rope.frequencies(8, theta=1e4, scaling=scaling, length=4096)[1] for scaling in WRITTEN.values()
+    ]
+    assert factors == [1, 1, 1, 1, 1.14]
+
+
+def test_dynamic_is_none_up_to_its_length_and_slower_beyond() -> None:
+    np.testing.assert_array_equal(turn("dynamic(2, 64)", length=64), turn("none"))
+    longer = turn("dynamic(2, 64)", length=128)
+    assert longer[0] == 1 and np.all(longer[1:] < turn("none")[1:])
+    # the slowest pair turns as much over 2 x 128 - 64 positions as it did over 64
+    np.testing.assert_allclose(longer[-1] * 3, turn("none")[-1], rtol=1e-12)
