@@ -3,10 +3,15 @@
 Another process may be making the same: the same bytes, renamed to the same name.
 """
 
+import contextlib
+import fnmatch
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from relora_jax import places
 
 ASIDE = "*.new"  # what a kill leaves
 
@@ -16,6 +21,42 @@ def write(path: Path, content: bytes) -> None:
     aside = _aside(path)
     aside.write_bytes(content)
     _rename(aside, path)
+
+
+def check_output(path: Path, ours: Sequence[str], *, overwrite: bool) -> None:
+    """ValueError where `directory` must not put a new one at `path`: something is there that it would lose.
+
+    With `overwrite` an older one may be: what holds no other names than the patterns `ours`.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"--output={path} is there and is no directory: name another one")
+    there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
+    foreign = [name for name in there if not any(fnmatch.fnmatchcase(name, kind) for kind in ours)]
+    if foreign and overwrite:
+        raise ValueError(
+            f"--output={path} holds {foreign[0]!r}, which --overwrite would lose: name another one"
+        )
+    if there and not overwrite:
+        raise ValueError(f"--output={path} is not empty: name another one, or replace it with --overwrite")
+
+
+@contextlib.contextmanager
+def directory(path: Path, ours: Sequence[str], *, overwrite: bool) -> Iterator[Path]:
+    """A new directory beside `path`, which takes its place where the `with` ends well and else is gone."""
+    check_output(path, ours, overwrite=overwrite)
+    aside, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "replaced"))
+    for left in (aside, old):  # by a kill
+        places.remove(left)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        check_output(path, ours, overwrite=overwrite)  # again: much may have happened meanwhile
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+        places.remove(old)
+    finally:
+        places.remove(aside)
 
 
 class RecordWriter:

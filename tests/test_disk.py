@@ -1,0 +1,67 @@
+"""A directory takes its place whole, and never the place of what is not ours."""
+
+from pathlib import Path
+
+import pytest
+
+from relora_jax import disk
+
+OURS = ("config.json", "model*.safetensors")
+
+
+def make(path: Path, *, overwrite: bool = False, name: str = "config.json") -> None:
+    with disk.directory(path, OURS, overwrite=overwrite) as aside:
+        (aside / name).write_text("new")
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_directory_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    make(tmp_path / "deep" / "new")
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "empty")
+    with (
+        pytest.raises(OSError, match="full"),
+        disk.directory(tmp_path / "half", OURS, overwrite=False) as aside,
+    ):
+        (aside / "config.json").write_text("half")
+        raise OSError("full")
+    assert tree(tmp_path) == {"deep/new/config.json": "new", "empty/config.json": "new"}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_a_kill_left_aside_is_gone_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".new.partial").mkdir()
+    (tmp_path / ".new.partial" / "half").touch()
+    make(tmp_path / "new")
+    assert tree(tmp_path) == {"new/config.json": "new"}
+
+
+def test_a_directory_that_is_not_empty_is_replaced_only_on_demand(tmp_path: Path) -> None:
+    make(tmp_path / "out", name="model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="not empty: name another one, or replace it with --overwrite"):
+        make(tmp_path / "out")
+    assert tree(tmp_path) == {"out/model-00001-of-00002.safetensors": "new"}
+    make(tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == {"out/config.json": "new"} and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_not_ours_is_never_lost(tmp_path: Path, overwrite: bool) -> None:
+    make(tmp_path / "out")
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for name, told in (("out", "thesis.tex"), ("file", "is no directory"), ("link", "is no directory")):
+        with pytest.raises(ValueError, match=told if overwrite or name != "out" else "not empty"):
+            make(tmp_path / name, overwrite=overwrite)
+    with (
+        pytest.raises(ValueError, match=r"not empty|late"),
+        disk.directory(tmp_path / "a", OURS, overwrite=overwrite),
+    ):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "late").touch()
+    assert (tmp_path / "a" / "late").exists()
+    assert tree(tmp_path / "out") == {"config.json": "new", "thesis.tex": "years of work"}
