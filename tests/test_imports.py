@@ -11,7 +11,7 @@ FLOORS = [
     {
         *("prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"),
         *("checksum", "signals", "packing", "blocks", "rows", "hugging_face", "json_lines", "disk"),
-        "rope",
+        *("rope", "tensor_files"),
     },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases", "files"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},
