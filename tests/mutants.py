@@ -4,7 +4,9 @@ Each mutant is a small patch on a copy of the tree, beside the fastest test that
 must pass on the copy without a patch first, and a mutant that cannot be imported does not count.
 """
 
+import concurrent.futures
 import pathlib
+import queue
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import tempfile
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
+AT_ONCE = 2  # each mostly waits for one thread of the compiler
 
 
 class Mutant(NamedTuple):
@@ -347,19 +350,35 @@ def main(word: str) -> int:
     """Prints a row for each mutant whose mistake contains `word`; how many survived."""
     chosen = [mutant for mutant in MUTANTS if word in mutant.mistake]
     with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder)
-        for name in ("relora_jax", "tests", "configs"):
-            shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("pyproject.toml", "README.md"):
-            shutil.copy(ROOT / name, copy / name)
-        unmutated = _pytest(copy, *sorted({mutant.test for mutant in chosen}))
+        copies: queue.Queue[pathlib.Path] = queue.Queue()
+        for number in range(AT_ONCE):
+            copies.put(_copied(pathlib.Path(folder) / str(number)))
+        unmutated = _pytest(copies.queue[0], *sorted({mutant.test for mutant in chosen}))
         if unmutated.returncode:
             print(unmutated.stdout[-4000:])
             print("the tests fail on the code as it is: no mutant was tried")
             return 1
-        survived = sum(not _killed(mutant, copy) for mutant in chosen)
+
+        def killed(mutant: Mutant) -> bool:
+            copy = copies.get()
+            try:
+                return _killed(mutant, copy)
+            finally:
+                copies.put(copy)
+
+        with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+            survived = len(chosen) - sum(pool.map(killed, chosen))
     print(f"{len(chosen)} mutants, {survived} survived")
     return survived
+
+
+def _copied(copy: pathlib.Path) -> pathlib.Path:
+    """A copy of what the tests need of the tree."""
+    for name in ("relora_jax", "tests", "configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
 
 
 def _killed(mutant: Mutant, copy: pathlib.Path) -> bool:
