@@ -96,7 +96,8 @@ class DataConfig:
     first two also .gz or .zst; `text_field` names the text of a line or of a column, `validation_fraction`
     of the documents is held out. `tokenizer` is the path of a SentencePiece model, of a tokenizer.json or of
     a directory with one, the name of a model under the cache's `tokenizers/`, or "bpe(n)" / "unigram(n)": a
-    model of n pieces trained on the train split; `eos_id` and `pad_id` are its own where they are -1.
+    model of n pieces trained on the train split; `eos_id` and `pad_id` are its own where they are -1;
+    `bos_id` begins each document, which nothing does where it is -1.
     `train_tokens`: the rows end with the first block that reaches so many (0: all there are).
     """
 
@@ -110,6 +111,7 @@ class DataConfig:
     tokenizer: str = dataclasses.field(metadata=CONTENT)
     eos_id: int = -1
     pad_id: int = -1
+    bos_id: int = -1
     sequence_length: int
     packing: str = "concatenate"
     attend_across_documents: bool = True

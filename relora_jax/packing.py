@@ -2,7 +2,8 @@
 
 concatenate: [d1 eos d2 eos ...] cut every S ids, what is left at the end dropped.
 truncate: [d eos] cut at S and filled up with `pad`: one row a document, with its true length.
-A document has one EOS, never two: none is added to a text that ends in one, or to one that is empty.
+A document has one EOS, never two: none is added to a text that ends in one, or to one that is empty. Where
+the tokenizer has a `bos`, d begins with it.
 """
 
 from collections.abc import Iterable
@@ -24,15 +25,21 @@ class Rows(NamedTuple):
 class Packer:
     """Packs the documents of one block, a batch at a time; `given` counts their tokens, EOS included."""
 
-    def __init__(self, packing: str, *, length: int, eos: int, pad: int) -> None:
+    def __init__(self, packing: str, *, length: int, eos: int, pad: int, bos: int | None = None) -> None:
         self._size, self._eos, self._pad = length + 1, np.int32(eos), pad
+        self._bos = np.array([] if bos is None else [bos], np.int32)
         self._pack = {"concatenate": self._concatenate, "truncate": self._truncate}[packing]
         self._rest = np.empty(0, np.int32)
         self.given = 0
 
     def add(self, documents: Iterable[Int32[np.ndarray, " _"]]) -> Rows:
         """The rows that are whole now."""
-        ended = [ids if ids[-1] == self._eos else np.append(ids, self._eos) for ids in documents if len(ids)]
+        end = np.array([self._eos])
+        ended = [
+            np.concatenate([self._bos, ids, end[int(ids[-1] == self._eos) :]])
+            for ids in documents
+            if len(ids)
+        ]
         self.given += sum(map(len, ended))
         return self._pack(ended)
 

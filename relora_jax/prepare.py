@@ -63,7 +63,7 @@ def _tokenizer(data: DataConfig, train: _Text, how: How) -> Tokenizer:
         check_size(source, {**train.key, **_packing(data)}, how)
         return source.train_texts()
 
-    ids = {"eos_id": data.eos_id, "pad_id": data.pad_id}
+    ids = {"eos_id": data.eos_id, "pad_id": data.pad_id, "bos_id": data.bos_id}
     key = json.dumps(train.key, sort_keys=True)
     return tokenizers.find(data.tokenizer, documents, key=key, **ids)
 
@@ -129,6 +129,7 @@ def _stores(data: DataConfig, found: _Text, tokenizer: Tokenizer, how: How) -> d
         "tokenizer": tokenizer.sha256,
         "eos": tokenizer.eos,
         "pad": tokenizer.pad,
+        **({} if tokenizer.bos is None else {"bos": tokenizer.bos}),
         "train_tokens": data.train_tokens if "train" in found.parts else 0,
     }
 

@@ -171,7 +171,7 @@ class _Shard:
     """The rows of one part of one block."""
 
     def __init__(self, job: Job, part: str, file: str) -> None:
-        ids = {"eos": job.tokenizer.eos, "pad": job.tokenizer.pad}
+        ids = {"eos": job.tokenizer.eos, "pad": job.tokenizer.pad, "bos": job.tokenizer.bos}
         self._packer = Packer(job.packing, length=job.sequence_length, **ids)
         shape = {"sequence_length": job.sequence_length, "pieces": job.tokenizer.pieces}
         self.writer = RowWriter(job.folder / part / file, **shape)

@@ -73,6 +73,7 @@ class _SentencePiece:
 class Tokenizer:
     """Texts <-> ids below `pieces`. `pad` fills rows and is never counted: eos where a model has none.
 
+    `bos` begins each document; None: nothing does.
     Pickled it is only its path and ids, read again where it is unpickled, there without threads.
     """
 
@@ -82,32 +83,38 @@ class Tokenizer:
     eos: int
     pad: int
     model: HuggingFace | _SentencePiece = dataclasses.field(repr=False)
+    bos: int | None = None
 
     def encode_documents(self, texts: list[str]) -> list[Int32[np.ndarray, " _"]]:
         """The ids of each text, by the library's own threads. No EOS: whoever packs ends documents."""
         return [np.asarray(ids, np.int32) for ids in self.model.encode(texts)]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of ids; EOS and pad give none."""
-        return self.model.decode([int(i) for i in ids if int(i) not in (self.eos, self.pad)])
+        """The text of ids; EOS, pad and bos give none."""
+        return self.model.decode([int(i) for i in ids if int(i) not in (self.eos, self.pad, self.bos)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load_again, (self.path, self.sha256, self.eos, self.pad)
+        return _load_again, (self.path, self.sha256, self.eos, self.pad, self.bos)
 
 
-def load(path: Path | str, *, eos_id: int = -1, pad_id: int = -1, parallel: bool = True) -> Tokenizer:
-    """The tokenizer in a file: .json is Hugging Face's, anything else SentencePiece's; -1 is its own id."""
+def load(
+    path: Path | str, *, eos_id: int = -1, pad_id: int = -1, bos_id: int = -1, parallel: bool = True
+) -> Tokenizer:
+    """The tokenizer in a file: .json is Hugging Face's, anything else SentencePiece's.
+
+    -1 is its own eos or pad, and no bos.
+    """
     path = Path(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"tokenizer {path} cannot be read: {error.strerror}") from error
     model = (HuggingFace if path.suffix == ".json" else _SentencePiece)(path, content, parallel=parallel)
-    for name, given in (("eos", eos_id), ("pad", pad_id)):
+    for name, given in (("eos", eos_id), ("pad", pad_id), ("bos", bos_id)):
         if not -1 <= given < model.pieces:
             raise ValueError(
                 f"data.{name}_id {given} is no id of tokenizer {path}: name one of 0 to {model.pieces - 1}, "
-                "or -1 for its own"
+                f"or -1 for {'none' if name == 'bos' else 'its own'}"
             )
     eos = model.eos if eos_id < 0 else eos_id
     if eos is None:
@@ -120,11 +127,13 @@ def load(path: Path | str, *, eos_id: int = -1, pad_id: int = -1, parallel: bool
         eos=eos,
         pad=eos if pad is None else pad,
         model=model,
+        bos=None if bos_id < 0 else bos_id,
     )
 
 
-def _load_again(path: Path, sha256: str, eos: int, pad: int) -> Tokenizer:
-    tokenizer = load(path, eos_id=eos, pad_id=pad, parallel=False)
+def _load_again(path: Path, sha256: str, eos: int, pad: int, bos: int | None) -> Tokenizer:
+    ids = {"eos_id": eos, "pad_id": pad, "bos_id": -1 if bos is None else bos}
+    tokenizer = load(path, **ids, parallel=False)
     if tokenizer.sha256 != sha256:
         raise ValueError(f"tokenizer {path} has been changed meanwhile: begin again")
     return tokenizer
@@ -157,10 +166,8 @@ def train(documents: Iterable[str], *, kind: str, pieces: int, path: Path) -> To
     return load(path)
 
 
-def find(
-    spec: str, documents: Callable[[], Iterable[str]], key: str, *, eos_id: int = -1, pad_id: int = -1
-) -> Tokenizer:
-    """The tokenizer that a config's `data.tokenizer` names, with the ids that are given (-1: its own).
+def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: int) -> Tokenizer:
+    """The tokenizer that a config's `data.tokenizer` names; `ids` as `load` has them.
 
     "bpe(n)", "unigram(n)": trained on the documents, once for each `key` that tells their text (a
     dataset's version and split). Otherwise the path of a file or of a directory that holds one, or the
@@ -175,12 +182,12 @@ def find(
             lambda aside: train(documents(), kind=kind, pieces=pieces, path=aside),
             variable="XDG_CACHE_HOME",
         )
-        return load(path, eos_id=eos_id, pad_id=pad_id)
+        return load(path, **ids)
     named = Path(spec).expanduser()
     candidates = [named, *(named / name for name in FILES), *(folder / f"{spec}{end}" for end in ENDINGS)]
     for path in candidates:
         if path.is_file():
-            return load(path, eos_id=eos_id, pad_id=pad_id)
+            return load(path, **ids)
     what = f"is a directory without {', '.join(FILES)}" if named.is_dir() else "is no file"
     raise ValueError(
         f"tokenizer {spec!r} {what}, nor is there {folder / spec}{' or '.join(ENDINGS)}: "

@@ -11,9 +11,9 @@ EOS, PAD = 1, 0
 DOCUMENTS = st.lists(st.lists(st.integers(1, 9), max_size=12), max_size=12)
 
 
-def packed(packing, batches, length):
+def packed(packing, batches, length, bos=None):
     """(ids, lengths, given) of documents that come in batches."""
-    packer = Packer(packing, length=length, eos=EOS, pad=PAD)
+    packer = Packer(packing, length=length, eos=EOS, pad=PAD, bos=bos)
     rows = [packer.add([np.array(ids, np.int32) for ids in batch]) for batch in batches]
     ids = np.concatenate([np.empty((0, length + 1), np.int32), *(each.ids for each in rows)])
     return ids, [n for each in rows for n in each.lengths.tolist()], packer.given
@@ -44,6 +44,15 @@ def test_truncated_rows_are_one_document_each_with_its_true_length(documents, le
         assert row[:n] == document[: length + 1] and row[n:] == [PAD] * (length + 1 - n)
         assert n == min(len(document), length + 1)
     assert given_tokens == sum(map(len, ended(documents)))
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "truncate"])
+@settings(deadline=None, max_examples=50)
+@given(documents=DOCUMENTS, length=st.integers(1, 9))
+def test_bos_begins_each_document_as_if_it_were_written_there(packing, documents, length):
+    begun = [[7, *ids] for ids in documents if ids]
+    one, other = packed(packing, [documents], length, bos=7), packed(packing, [begun], length)
+    assert one[0].tolist() == other[0].tolist() and one[1:] == other[1:]
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "truncate"])

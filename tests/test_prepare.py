@@ -136,6 +136,13 @@ def test_manifest_tells_what_decides_the_rows_and_what_they_are(tokenizer):
     assert manifest["record"] == "[('length', '<u4'), ('ids', '<u2', (31,))]"
 
 
+def test_rows_begin_their_documents_with_the_bos_that_the_config_gives():
+    store = prepare.prepare(dataclasses.replace(DATA, bos_id=5, packing="truncate")).train
+    without = prepare.prepare(dataclasses.replace(DATA, packing="truncate")).train
+    assert (rows_of(store)[:, 0] == 5).all() and (rows_of(store)[:, 1:] == rows_of(without)[:, :-1]).all()
+    assert store.manifest["key"]["bos"] == 5 and "bos" not in without.manifest["key"]
+
+
 def test_anything_that_decides_the_rows_gives_a_store_of_its_own(tokenizer, tmp_path):
     write_dataset("toy:1.1.0", {"train": texts(20), "validation": texts(3)})
     other = tokenizers.train(tokenizers._lines(texts(9)), kind="bpe", pieces=330, path=tmp_path / "o.model")
@@ -147,12 +154,13 @@ def test_anything_that_decides_the_rows_gives_a_store_of_its_own(tokenizer, tmp_
         row_store(first, other).path,
         row_store(first, dataclasses.replace(tokenizer, eos=5)).path,
         row_store(first, dataclasses.replace(tokenizer, pad=5)).path,
+        row_store(first, dataclasses.replace(tokenizer, bos=0)).path,
         row_store(dataclasses.replace(first, sequence_length=20), tokenizer).path,
         row_store(dataclasses.replace(first, packing="truncate"), tokenizer).path,
         row_store(dataclasses.replace(first, train_tokens=31), tokenizer).path,
         row_store(DATA, tokenizer).path,  # the newest version now
     }
-    assert len(paths) == 10
+    assert len(paths) == 11
     budget = dataclasses.replace(first, train_tokens=31)  # is of no matter for the text that is held out
     assert row_store(budget, tokenizer, "validation").path in paths
 

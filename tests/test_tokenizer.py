@@ -155,11 +155,12 @@ def test_pickled_tokenizer_is_its_path_and_ids_read_again_without_threads(
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     path = tmp_path / name
     json_file(tmp_path) if name.endswith("json") else path.write_bytes(trained.path.read_bytes())
-    first = tokenizer.load(path, eos_id=9, pad_id=8)
+    first = tokenizer.load(path, eos_id=9, pad_id=8, bos_id=7)
     pickled = pickle.dumps(first)
     second = pickle.loads(pickled)
     assert len(pickled) < 500
-    assert (second.eos, second.pad, second.pieces, second.sha256) == (9, 8, first.pieces, first.sha256)
+    assert (second.eos, second.pad, second.bos) == (9, 8, 7)
+    assert (second.pieces, second.sha256) == (first.pieces, first.sha256)
     for a, b in zip(first.encode_documents(texts(9)), second.encode_documents(texts(9)), strict=True):
         assert (a == b).all()
     if name.endswith("json"):
@@ -205,7 +206,9 @@ def test_what_is_wrong_is_said_in_one_line(spec, said, cache, monkeypatch):
     assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("name", "given"), [("eos_id", 110), ("pad_id", 110), ("eos_id", -2)])
+@pytest.mark.parametrize(
+    ("name", "given"), [("eos_id", 110), ("pad_id", 110), ("eos_id", -2), ("bos_id", 110)]
+)
 def test_given_id_outside_the_vocabulary_is_named(name, given, tmp_path):
     path = model_file(tmp_path / "m.model")
     with pytest.raises(ValueError, match=rf"data\.{name} {given} is no id of .*m\.model: .* 0 to 109"):
