@@ -15,7 +15,6 @@ import re
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +22,10 @@ from typing import Any, NamedTuple
 import jax
 from tqdm import tqdm
 
-from relora_jax import data, flags, prepare, run, workdir
-from relora_jax.checkpoint import directory, restore_model, updates_saved
+from relora_jax import data, flags, prepare, restored, workdir
 from relora_jax.config import Config
 from relora_jax.data import Batch, RowStore
 from relora_jax.program import Program, keep_compiled
-from relora_jax.saved import DamagedError
-from relora_jax.sharding import make_mesh
 from relora_jax.steps import TrainState
 from relora_jax.stores import How
 
@@ -64,16 +60,16 @@ def main(argv: Sequence[str]) -> int:
     """Evaluates what the command line names and says the result in one line; the exit code."""
     words = _parse(argv[1:])
     place, split = words.workdir.expanduser(), words.split
-    config = run.read_config(place)
-    if jax.default_backend() != "gpu":  # where the run was, cuDNN may have been
-        config.model.attention = config.model.attention.replace("cudnn", "xla")
+    config = restored.config_of(place)
     if config.data.text and split not in OWN:
         raise ValueError(f"--split={split}: data.text of {place} has the splits {' and '.join(OWN)} alone")
-    u = _update(place, words.update)
+    u = restored.update_of(place, words.update)
     microbatch = _microbatch(config, words.microbatch)
     keep_compiled()
-    program = Program(config, _mesh(config))
-    state = restore(place, u, config, program)  # before rows are made: a run that goes on deletes old ones
+    program = Program(config, restored.mesh_of(config))
+    state = restored.model_of(
+        place, u, config, program
+    )  # before rows are made: a run that goes on deletes old ones
     store = _rows(place, config, split)
     size = {"eval_tokens": words.tokens or config.train.eval_tokens}
     rows = data.validation_rows(store, **size)
@@ -99,25 +95,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def restore(place: Path, u: int, config: Config, program: Program) -> TrainState:
-    """The model after u updates, placed for the program. ValueError names another that is whole."""
-
-    def model(u: int) -> TrainState:
-        return restore_model(place, u, config, program.state_at(u))
-
-    try:
-        return model(u)
-    except DamagedError as error:
-        if not (directory(place) / str(u)).exists():
-            raise ValueError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one") from error
-        others = set(updates_saved(place)) - {u}
-        for other in sorted(others, key=lambda other: (other > u, abs(other - u))):  # an older one first
-            with suppress(DamagedError):
-                model(other)
-                raise ValueError(f"{error}: --update={other} is whole, take that one") from error
-        raise ValueError(f"{error}, and no other is whole: nothing to evaluate here") from error
-
-
 def _parse(words: Sequence[str]) -> Any:
     parser = flags.Words()
     parser.add_argument("--workdir", type=Path, required=True)
@@ -138,16 +115,6 @@ def _count(text: str) -> int:
     return int(number)
 
 
-def _update(place: Path, asked: int | None) -> int:
-    there = updates_saved(place)
-    if not there:
-        raise ValueError(f"the run in {str(place)!r} has no checkpoint yet: wait for its first")
-    if asked is not None and asked not in there:
-        listed = ", ".join(map(str, there))
-        raise ValueError(f"{place} has no checkpoint of --update={asked}: there are {listed}")
-    return there[-1] if asked is None else asked
-
-
 def _microbatch(config: Config, asked: int | None) -> int:
     """The run's own; where the devices here cannot share its rows, filled up."""
     devices = jax.device_count()
@@ -156,12 +123,6 @@ def _microbatch(config: Config, asked: int | None) -> int:
     if asked < 1 or asked % devices:
         raise ValueError(f"--microbatch={asked} must be a multiple of the number of devices here, {devices}")
     return asked
-
-
-def _mesh(config: Config) -> jax.sharding.Mesh:
-    """The run's fsdp where it fits the devices that are here, else data alone."""
-    devices, fsdp = jax.devices(), config.mesh.fsdp
-    return make_mesh(data=-1, fsdp=fsdp if len(devices) % fsdp == 0 else 1, tensor=1, devices=devices)
 
 
 def _rows(place: Path, config: Config, split: str) -> RowStore:

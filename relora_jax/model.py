@@ -50,9 +50,13 @@ class Llama(nnx.Module):
         self.remat = config.remat
 
     def __call__(
-        self, ids: Int[Array, "B L"], documents: Int[Array, "B L"] | None = None
-    ) -> Float[Array, "B L V"]:
-        """Logits in at least float32."""
+        self,
+        ids: Int[Array, "B L"],
+        documents: Int[Array, "B L"] | None = None,
+        *,
+        at: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B out V"]:
+        """Logits in at least float32: at every position, or `at` one of each row alone."""
         graph, layers = nnx.split(self.blocks)
         positions, mask = jnp.arange(ids.shape[1])[None], None
         if documents is not None:
@@ -62,7 +66,7 @@ class Llama(nnx.Module):
             return nnx.merge(graph, layer)(x, positions, mask), None
 
         x, _ = lax.scan(_remat(block, self.remat), self.embed(ids), layers)
-        x = self.norm(x)
+        x = self.norm(x if at is None else jnp.take_along_axis(x, at[:, None, None], axis=1))
         kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
         wide = jnp.promote_types(x.dtype, jnp.float32)
         return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide)

@@ -6,6 +6,7 @@ Blocks of documents become shards, in N processes (0, the default: one for each 
 same command goes on with the blocks that are missing. `train` prepares small text by itself.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -23,6 +24,8 @@ from relora_jax.rows import FORMAT, RowStore
 from relora_jax.shards import Job
 from relora_jax.stores import How, check_size, row_stores
 from relora_jax.tokenizer import Tokenizer
+
+TEXT = ("dataset", "split", "text", "text_field", "validation_fraction")  # of a key: which text it is
 
 
 class Prepared(NamedTuple):
@@ -55,6 +58,28 @@ def prepare(data: DataConfig, how: How = How()) -> Prepared:  # noqa: B008
 def find_tokenizer(data: DataConfig, how: How = How()) -> Tokenizer:  # noqa: B008
     """The tokenizer alone, found or made: what it shows wrong shows before hours of rows."""
     return _tokenizer(data, _texts(data)[-1], how)
+
+
+def tokenizer_of(data: DataConfig, rows: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of rows with the key `rows`, whose sha256 is the caller's to compare.
+
+    The text is opened only where a tokenizer that was trained on it is no longer in the cache. ValueError
+    where that is another text now.
+    """
+    told = {name: rows[name] for name in TEXT if name in rows}
+    ids = {f"{name}_id": rows[name] for name in ("eos", "pad", "bos") if name in rows}
+    data = dataclasses.replace(data, dataset=told.get("dataset", data.dataset), **ids)
+
+    def source() -> Source:
+        now = _texts(data)[-1]
+        if now.key != told:
+            raise ValueError(
+                f"the tokenizer {data.tokenizer} is no longer in the cache, and the text that it was trained "
+                "on is another now: bring either back"
+            )
+        return now.open()
+
+    return _tokenizer(data, _Text(told, (), source), How())
 
 
 def _tokenizer(data: DataConfig, train: _Text, how: How) -> Tokenizer:

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from relora_jax import places, steps
+from relora_jax import places, sampling, steps
 from relora_jax.config import Config
 from relora_jax.data import Batch
 from relora_jax.sharding import row_sharding, shardings
@@ -18,7 +18,7 @@ from relora_jax.steps import Phase, TrainState
 
 
 class Program:
-    """Jitted `init`, `train_step`, `start_low_rank`, `restart` and `eval_step` of one config on one mesh."""
+    """The jitted steps of one config on one mesh, and the samples of its model."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
@@ -44,6 +44,7 @@ class Program:
             )
             self._low_train = self._train_step(self.low_phase, low)
         self._eval: dict[bool, Any] = {}
+        self._sample: dict[bool, Any] = {}
 
     def state_at(self, u: int) -> TrainState:
         """Shapes, types and shardings of the state after u updates, as a checkpoint at u holds it."""
@@ -65,6 +66,17 @@ class Program:
         if low not in self._eval:
             self._eval[low] = jax.jit(partial(steps.eval_step, self.low_phase if low else self.phase))
         return self._eval[low](state.trained, state.frozen, batch)
+
+    def sample(self, state: TrainState, asked: sampling.Request) -> tuple[jax.Array, jax.Array]:
+        """`sampling.sample` by the model of the phase that the state is in; whole on every device."""
+        low = _is_low_rank(state)
+        if low not in self._sample:
+            phase = self.low_phase if low else self.phase
+            self._sample[low] = jax.jit(
+                lambda trained, frozen, asked: sampling.sample(phase.model(trained, frozen), asked),
+                out_shardings=NamedSharding(self.mesh, PartitionSpec()),
+            )
+        return self._sample[low](state.trained, state.frozen, asked)
 
     def _train_step(self, phase: Phase, state: TrainState) -> Any:
         return jax.jit(

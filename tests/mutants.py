@@ -337,6 +337,27 @@ MUTANTS = [
         "tests/test_evaluate.py::test_evaluation_of_documents_apart_is_that_of_each_alone",
     ),
     Mutant(
+        "top_p without the piece that reaches it",
+        "sampling.py",
+        "jnp.cumsum(mass) - mass < top_p",
+        "jnp.cumsum(mass) < top_p",
+        "tests/test_sampling.py::test_draws_come_from_the_fewest_ids_that_reach_top_p",
+    ),
+    Mutant(
+        "the same chance at every place of a sample",
+        "sampling.py",
+        "jax.vmap(jax.random.fold_in)(keys, lengths)",
+        "keys",
+        "tests/test_sampling.py::test_chance_depends_on_seed_number_and_place_alone",
+    ),
+    Mutant(
+        "the last group of samples begins at 0 again",
+        "generate.py",
+        "np.arange(first, first + size",
+        "np.arange(size",
+        "tests/test_generate.py::test_same_seed_gives_the_same_samples_however_many_there_are",
+    ),
+    Mutant(
         "a resumed run is another W&B run",
         "weights_and_biases.py",
         '    if kept.get("project") != project:',

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relora_jax import data, flags, prepare, workdir
+from relora_jax import data, flags, prepare, restored, workdir
 from relora_jax import evaluate as command
 from relora_jax.checkpoint import Checkpoints, flatten, model_of
 from relora_jax.config import to_json
@@ -236,9 +236,9 @@ def test_any_split_of_the_dataset_is_read_with_the_tokenizer_of_the_run(made: Ma
 
 
 def test_devices_and_microbatch_change_rounding_alone(made: Made, place: pathlib.Path, capsys: Any) -> None:
-    assert dict(command._mesh(MADE).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(restored.mesh_of(MADE).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     other = small.config(**{"mesh__fsdp": 3, "train__microbatch": 3})
-    assert dict(command._mesh(other).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(restored.mesh_of(other).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     moved = dataclasses.replace(MADE, mesh=other.mesh, train=dataclasses.replace(MADE.train, microbatch=3))
     moved.model = dataclasses.replace(MADE.model, attention="cudnn")  # of the GPU that it was trained on
     (place / "config.json").write_text(to_json(moved))
@@ -344,7 +344,7 @@ def test_checkpoint_deleted_meanwhile_is_not_called_damaged(
         shutil.rmtree(place / "checkpoints" / "6")
         raise DamagedError("cut")
 
-    monkeypatch.setattr(command, "restore_model", deleted)
+    monkeypatch.setattr(restored, "restore_model", deleted)
     line = ended(capsys, f"--workdir={place}", "--update=6", code=2)
     assert line == f"error: {place} deleted its checkpoint of 6 meanwhile: take a newer one"
 

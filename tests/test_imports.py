@@ -11,18 +11,19 @@ FLOORS = [
     {
         *("prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"),
         *("checksum", "signals", "packing", "blocks", "rows", "hugging_face", "json_lines", "disk"),
-        *("rope", "tensor_files"),
+        *("rope", "tensor_files", "sampling"),
     },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases", "files"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},
     {"workers", "sharding", "steps", "validate", "llama_hf"},
     {"program", "run", "saved", "stores", "c4"},
     {"checkpoint", "comparison", "prepare"},
-    {"report", "workdir", "warm_start", "throughput", "evaluate"},
+    {"report", "workdir", "warm_start", "throughput", "restored"},
+    {"evaluate", "generate"},
     {"train"},
 ]
 # These take numbers, arrays and modules.
-GROUND = {"schedule", "paths", "product", "merge", "low_rank", "moments", "optimizer", "prune"}
+GROUND = {"schedule", "paths", "product", "merge", "low_rank", "moments", "optimizer", "prune", "sampling"}
 
 
 def imports(path: pathlib.Path) -> set[str]:

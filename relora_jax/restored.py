@@ -1,0 +1,80 @@
+"""A run's model at one of its checkpoints, on the devices that are here, and the run's own tokenizer.
+
+Nothing is written into the run's directory: it may go on meanwhile.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from relora_jax import prepare, run
+from relora_jax.checkpoint import directory, restore_model, updates_saved
+from relora_jax.config import Config
+from relora_jax.program import Program
+from relora_jax.saved import DamagedError
+from relora_jax.sharding import make_mesh
+from relora_jax.steps import TrainState
+from relora_jax.tokenizer import Tokenizer
+
+
+def config_of(place: Path) -> Config:
+    """The config of the run in `place`, as it can be computed here. ValueError where there is no run."""
+    config = run.read_config(place)
+    if jax.default_backend() != "gpu":  # where the run was, cuDNN may have been
+        config.model.attention = config.model.attention.replace("cudnn", "xla")
+    return config
+
+
+def update_of(place: Path, asked: int | None) -> int:
+    """`asked`, or the update of the newest checkpoint. ValueError where there is none."""
+    there = updates_saved(place)
+    if not there:
+        raise ValueError(f"the run in {str(place)!r} has no checkpoint yet: wait for its first")
+    if asked is not None and asked not in there:
+        listed = ", ".join(map(str, there))
+        raise ValueError(f"{place} has no checkpoint of --update={asked}: there are {listed}")
+    return there[-1] if asked is None else asked
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The run's fsdp where it fits the devices that are here, else data alone."""
+    devices, fsdp = jax.devices(), config.mesh.fsdp
+    return make_mesh(data=-1, fsdp=fsdp if len(devices) % fsdp == 0 else 1, tensor=1, devices=devices)
+
+
+def model_of(place: Path, u: int, config: Config, program: Program) -> TrainState:
+    """The model after u updates, placed for the program. ValueError names another that is whole."""
+
+    def model(u: int) -> TrainState:
+        return restore_model(place, u, config, program.state_at(u))
+
+    try:
+        return model(u)
+    except DamagedError as error:
+        if not (directory(place) / str(u)).exists():
+            raise ValueError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one") from error
+        others = set(updates_saved(place)) - {u}
+        for other in sorted(others, key=lambda other: (other > u, abs(other - u))):  # an older one first
+            with suppress(DamagedError):
+                model(other)
+                raise ValueError(f"{error}: --update={other} is whole, take that one") from error
+        raise ValueError(f"{error}, and no other is whole: nothing to restore here") from error
+
+
+def tokenizer_of(place: Path, config: Config) -> Tokenizer:
+    """The tokenizer that the run was trained with; of the rows nothing is needed.
+
+    ValueError where it is not there, another lies in its place, or run.json does not tell which it was.
+    """
+    rows = run.read_facts(place).get("rows", {}).get("train", {})
+    if "tokenizer" not in rows:
+        raise ValueError(f"{place / 'run.json'} does not say which tokenizer the run has: bring it back")
+    found = prepare.tokenizer_of(config.data, rows)
+    if found.sha256 != rows["tokenizer"]:
+        raise ValueError(
+            f"{place} was trained with another tokenizer than {found.path} (sha256 {rows['tokenizer']} -> "
+            f"{found.sha256}): bring it back"
+        )
+    return found
