@@ -63,6 +63,17 @@ class HuggingFace:
         return next((special[token] for token in usual if token in special), None)
 
 
+def begins(content: bytes) -> int | None:
+    """The id that a tokenizer.json puts before each text by itself, as a bos; None: no single one."""
+    settings = json.loads(content) | {"truncation": None, "padding": None}
+    if "dropout" in settings["model"]:
+        settings["model"]["dropout"] = None
+    made = tokenizers.Tokenizer.from_str(json.dumps(settings))
+    plain, whole = (made.encode("A", add_special_tokens=add).ids for add in (False, True))
+    first, rest = whole[:1], whole[1 : len(plain) + 1]
+    return first[0] if plain and rest == plain else None
+
+
 def _parse(path: Path, content: bytes) -> tokenizers.Tokenizer:
     """The library's tokenizer; ValueError where the file is none."""
     try:

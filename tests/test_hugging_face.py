@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from relora_jax import tokenizer
+from relora_jax.hugging_face import begins
 from tests.documents import texts
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
@@ -52,6 +53,17 @@ def json_file(folder, *, kind="bpe", special=SPECIAL, name="tokenizer.json", **b
     for other, facts in beside.items():
         (folder / f"{other}.json").write_text(json.dumps(facts))
     return path
+
+
+def test_bos_is_what_the_file_puts_before_a_text_by_itself(tmp_path):
+    path = json_file(tmp_path)
+    assert begins(path.read_bytes()) == json.loads(path.read_bytes())["model"]["vocab"]["<s>"]
+    settings = json.loads(path.read_bytes())
+    template = settings["post_processor"]
+    template["single"] = template["single"][1:]  # </s> after a text alone
+    assert begins(json.dumps(settings).encode()) is None
+    settings["post_processor"] = None
+    assert begins(json.dumps(settings).encode()) is None
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
