@@ -24,6 +24,7 @@ from relora_jax.config import ARMS, Config
 _HERE = pathlib.Path(__file__).parent
 SHORTHANDS = ("text", "text_field")  # --text=X is --config.data.text=X
 BAD_CONFIG = 2  # exit code: wrong usage or settings; starting again will not help
+LONGEST_LINE = 2000  # characters of an error
 NO_DATA = 74  # exit code: data or disk failed
 
 
@@ -193,5 +194,6 @@ def is_ours(error: BaseException) -> bool:
 
 
 def _text(error: BaseException) -> str:
-    """The error as one line."""
-    return " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    """The error as one line, of a length that can be read: what it quotes may come from anywhere."""
+    said = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    return said if len(said) <= LONGEST_LINE else f"{said[:LONGEST_LINE]}..."

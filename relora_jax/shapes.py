@@ -81,12 +81,16 @@ class Counts:
         return 100 * (1 - self.trained / self.full_rank_total)
 
 
-def count(config: Config) -> Counts:
-    """Parameters by the shapes alone; nothing is allocated."""
-    model = config.model
+def parameters(model: ModelConfig) -> int:
+    """Those of the full-rank model."""
     tables = model.vocab_size * model.hidden * (1 if model.tied_embeddings else 2)
     norms = model.hidden * (2 * model.layers + 1)
-    total = tables + norms + model.layers * sum(m * n for m, n in kernels(model).values())
+    return tables + norms + model.layers * sum(m * n for m, n in kernels(model).values())
+
+
+def count(config: Config) -> Counts:
+    """Parameters by the shapes alone; nothing is allocated."""
+    model, total = config.model, parameters(config.model)
     if config.arm not in LOW_RANK_ARMS:
         return Counts(total, total, 0)
     targets = target_kernels(config).values()

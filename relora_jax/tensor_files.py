@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from safetensors import SafetensorError, safe_open
 
-from relora_jax import disk
+from relora_jax import disk, json_file
 
 Kind = tuple[tuple[int, ...], np.dtype]  # shape and type of a tensor
 
@@ -62,7 +61,7 @@ class TensorFiles:
         try:
             return self._files[name].get_tensor(name)
         except SafetensorError as error:
-            raise OSError(f"{self.folder}: {name!r} cannot be read ({_said(error)})") from error
+            raise OSError(f"{self.folder}: {name!r} cannot be read ({json_file.shown(error)})") from error
 
 
 def _named(folder: Path) -> dict[Path, set[str] | None]:
@@ -83,9 +82,7 @@ def _named(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _indexed(index: Path) -> dict[Path, set[str] | None]:
-    if index.stat().st_size > INDEX_BYTES:
-        raise ValueError(f"{index} has {index.stat().st_size:,} bytes: no index of a model is so large")
-    content = _json(index, index.read_bytes())
+    content = json_file.read(index, most_bytes=INDEX_BYTES)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} is no index of tensors: it has no weight_map")
@@ -106,14 +103,15 @@ def _open(path: Path) -> tuple[dict[str, Kind], Any]:
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         if length > HEADER_BYTES:
-            raise _broken(path, f"its header claims {length:,} bytes")
+            raise json_file.broken(path, f"its header claims {length:,} bytes")
         header = raw.read(length)
     try:
         # pread: a file that is cut meanwhile is an error, where a map of it would be a SIGBUS
         file: Any = safe_open(path, framework="np", backend="pread")
     except SafetensorError as error:
-        raise _broken(path, _said(error).partition("header: ")[2] or _said(error)) from error
-    _json(path, header)  # the library takes the last of two tensors of one name without a word
+        said = json_file.shown(error)
+        raise json_file.broken(path, said.partition("header: ")[2] or said) from error
+    json_file.parse(path, header)  # the library takes the last of two tensors of one name without a word
     return {name: _kind(path, name, file.get_slice(name)) for name in file.keys()}, file  # noqa: SIM118
 
 
@@ -124,31 +122,6 @@ def _kind(path: Path, name: str, tensor: Any) -> Kind:
     if 0 in shape or len(shape) > MOST_AXES:
         raise ValueError(f"{path}: {name!r} has the shape {str(list(shape))[:60]}, which no tensor has")
     return shape, TYPES[told]
-
-
-def _json(path: Path, content: bytes) -> Any:
-    """What the JSON says. ValueError, also where an object has a name twice."""
-    try:
-        return json.loads(content, object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, _said(error)) from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"it names {twice!r} twice")
-    return found
-
-
-def _broken(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path} is not whole, or no file of its kind ({reason}): bring it again")
-
-
-def _said(error: BaseException) -> str:
-    """A short line that a terminal can show, whatever a file made a library say."""
-    return "".join(c if c.isprintable() else "?" for c in str(error))[:200]
 
 
 class Writer:

@@ -91,15 +91,15 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def begin(workdir: Path, config: Config, *, unigram_perplexity: float, rows: dict[str, Any]) -> None:
-    """Writes config.json and run.json: counts, the unigram's perplexity, the rows, versions."""
+def begin(workdir: Path, config: Config, *, rows: dict[str, Any], **more: Any) -> None:
+    """Writes config.json and run.json: counts, `more` (the unigram's perplexity), the rows, versions."""
     count = shapes.count(config)
     facts = {
         "trained": count.trained,
         "frozen": count.frozen,
         "full_rank_total": count.full_rank_total,
         "reduction_percent": count.reduction_percent,
-        "unigram_perplexity": unigram_perplexity,
+        **more,
         "rows": rows,
         "versions": {name: version(name) for name in PACKAGES},
         "devices": [str(device) for device in jax.devices()],

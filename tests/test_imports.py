@@ -11,15 +11,15 @@ FLOORS = [
     {
         *("prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"),
         *("checksum", "signals", "packing", "blocks", "rows", "hugging_face", "json_lines", "disk"),
-        *("rope", "tensor_files", "sampling"),
+        *("rope", "tensor_files", "sampling", "json_file"),
     },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases", "files"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},
-    {"workers", "sharding", "steps", "validate", "llama_hf"},
+    {"workers", "sharding", "steps", "validate", "llama_hf", "starting_config"},
     {"program", "run", "saved", "stores", "c4"},
     {"checkpoint", "comparison", "prepare"},
     {"report", "workdir", "warm_start", "throughput", "restored"},
-    {"evaluate", "generate"},
+    {"evaluate", "generate", "import_hf"},
     {"train"},
 ]
 # These take numbers, arrays and modules.

@@ -1,0 +1,218 @@
+"""A LLaMA of transformers -> a full-rank checkpoint that train.init_from begins with.
+
+    python -m relora_jax.import_hf --input=DIR --output=RUN [--overwrite]
+
+DIR holds config.json, safetensors in one file or several, and a tokenizer (without one there is a warning).
+RUN gets checkpoints/0 with the weights in float32, to which float32, bfloat16 and float16 go without loss;
+config.json and run.json, so that `evaluate`, `generate` and `export` read it as they read a run; tokenizer/;
+and config.py, a config to begin with. What cannot be represented is refused by name before anything is
+written. --overwrite replaces an older RUN that holds nothing else. Nothing is unpickled or executed.
+Exit codes: 0 done, 2 wrong usage or a model that cannot be imported, 74 data or disk failed.
+"""
+
+import dataclasses
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from relora_jax import disk, flags, json_file, llama_hf, rope, starting_config, workdir
+from relora_jax import tokenizer as tokenizers
+from relora_jax.checkpoint import Checkpoints, flatten, model_of, unflatten
+from relora_jax.config import Config, ModelConfig
+from relora_jax.llama_hf import Place
+from relora_jax.program import abstract_state
+from relora_jax.steps import TrainState
+from relora_jax.tensor_files import Kind, TensorFiles
+from relora_jax.tokenizer import Tokenizer
+from relora_jax.validate import validate
+
+CONFIG_BYTES = 2**20
+TOKENIZER = "tokenizer"  # of RUN
+TOKENIZER_FILES = (
+    *tokenizers.FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+OURS = ("checkpoints", "config.json", "config.py", "run.json", TOKENIZER)
+HEAD = "lm_head.weight"
+# Buffers that older versions of transformers kept among the tensors: they follow from config.json.
+_COMPUTED = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")
+_NAMED = 5  # of many tensors that are missing, or too many
+
+
+def main(argv: Sequence[str]) -> int:
+    """Imports what the command line names and says how to go on; the exit code."""
+    words = _parse(argv[1:])
+    source, place = words.input.expanduser(), words.output.expanduser().absolute()
+    if ":" in str(place):
+        raise ValueError(f"--output={place} has a colon, which ends a name in --config=FILE:ARM: rename it")
+    disk.check_output(place, OURS, overwrite=words.overwrite)
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and accelerators may be at work
+    model, files, tokenizer = judge(source)
+    with disk.directory(place, OURS, overwrite=words.overwrite) as aside:
+        ids = {"eos_id": tokenizer.eos, "pad_id": tokenizer.pad} if tokenizer else {}
+        told = {"source": str(source.absolute()), "compute_dtype": _compute_dtype(files), "ids": ids}
+        (aside / "config.py").write_text(starting_config.text(model, place, **told), encoding="utf-8")
+        config = _as_run(model, flags.parse(["import_hf", f"--config={aside / 'config.py'}:full"])[0])
+        validate(config, devices=1)
+        rows = {"train": _keys(tokenizer)} if tokenizer else {}
+        workdir.begin(aside, config, rows=rows, imported_from=str(source.absolute()))
+        _copy_tokenizer(source, aside / TOKENIZER)
+        with Checkpoints(aside, config) as checkpoints:
+            checkpoints.save(0, state_of(config, files))
+    print(
+        f"{source} is in {place}, {sum(map(_size, files.kinds.values())):,} values; go on with\n"
+        f"python -m relora_jax.train --config={place / 'config.py'} --text='data/*.jsonl.gz'"
+    )
+    return 0
+
+
+def _parse(words: Sequence[str]) -> Any:
+    parser = flags.Words()
+    parser.add_argument("--input", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser.parse_args(words)
+
+
+def judge(source: Path) -> tuple[ModelConfig, TensorFiles, Tokenizer | None]:
+    """What the directory holds. ValueError for what cannot be imported; no tensor is read but a tied head."""
+    config = source / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{str(source)!r} has no config.json: name a directory that transformers wrote")
+    model = llama_hf.from_config(json_file.read(config, most_bytes=CONFIG_BYTES), where=config)
+    files = TensorFiles.open(source)
+    check_tensors(model, files)
+    check_angles(model, config)
+    tokenizer = find_tokenizer(source)
+    if tokenizer and tokenizer.pieces > model.vocab_size:
+        _warn(f"{tokenizer.path} has {tokenizer.pieces:,} pieces, and the model knows {model.vocab_size:,}")
+    return model, files, tokenizer
+
+
+def check_tensors(model: ModelConfig, files: TensorFiles) -> None:
+    """ValueError for tensors that are missing, too many, of another shape, or of a head that is not tied."""
+    places, kinds = llama_hf.tensors(model), files.kinds
+    _none(files, "is missing", [name for name in places if name not in kinds])
+    surplus = [name for name in kinds if name not in places and not _COMPUTED.fullmatch(name)]
+    if HEAD in surplus:
+        embeddings = next(iter(places))
+        if kinds[HEAD] != kinds[embeddings] or not _same(files.read(HEAD), files.read(embeddings)):
+            raise ValueError(
+                f"{files.folder}: config.json ties the head to the embeddings, and {HEAD} differs from "
+                f"{embeddings}: set tie_word_embeddings to false"
+            )
+        surplus.remove(HEAD)
+    _none(files, "has no place in the model", surplus)
+    for name, at in places.items():
+        if kinds[name][0] != at.shape:
+            raise ValueError(
+                f"{files.folder}: its config.json disagrees with its tensors: {name!r} has the shape "
+                f"{list(kinds[name][0])}, where {list(at.shape)} is due"
+            )
+
+
+def _none(files: TensorFiles, what: str, names: list[str]) -> None:
+    if names:
+        listed = ", ".join(map(repr, names[:_NAMED]))
+        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+        raise ValueError(f"{files.folder}: its config.json disagrees with its tensors: {listed}{more} {what}")
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Bit by bit: NaN is NaN."""
+    return np.array_equal(one.view(np.uint8), other.view(np.uint8))
+
+
+def check_angles(model: ModelConfig, config: Path) -> None:
+    """ValueError for rotary positions whose numbers, each allowed, come to nothing together."""
+    how = {
+        "theta": model.rope_theta,
+        "scaling": rope.parse(model.rope_scaling),
+        "length": model.max_positions,
+    }
+    try:
+        with np.errstate(all="ignore"):
+            whole = np.isfinite(rope.frequencies(model.head_dim, **how)[0]).all()
+    except (ArithmeticError, ValueError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{config}: rope_theta {model.rope_theta} and {model.rope_scaling} give no angles")
+
+
+def find_tokenizer(source: Path) -> Tokenizer | None:
+    """The model's own; None, with a warning, where there is none that ends documents."""
+    path = next((source / name for name in tokenizers.FILES if (source / name).is_file()), None)
+    if path is None:
+        _warn(f"{source} has no tokenizer ({', '.join(tokenizers.FILES)}): give one as data.tokenizer")
+        return None
+    try:
+        return tokenizers.load(path)
+    except ValueError:
+        tokenizers.load(path, eos_id=0)  # raises where it is more than a missing eos
+        _warn(f"{path} has no eos to end documents with: give its id as data.eos_id")
+        return None
+
+
+def _warn(what: str) -> None:
+    print(f"warning: {what}", file=sys.stderr)
+
+
+def _compute_dtype(files: TensorFiles) -> str:
+    """float32, or bfloat16 where all tensors are of 16 bits."""
+    wide = any(kind == np.float32 for name, (_, kind) in files.kinds.items() if not _COMPUTED.fullmatch(name))
+    return "float32" if wide else "bfloat16"
+
+
+def _as_run(model: ModelConfig, config: Config) -> Config:
+    """The config of RUN itself: full-rank, computed in float32, and begun with nothing else."""
+    train = dataclasses.replace(config.train, init_from="")
+    return dataclasses.replace(config, model=model, train=train)
+
+
+def _keys(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What rows are told apart by: a run that begins with RUN must have the same."""
+    return {"tokenizer": tokenizer.sha256, "eos": tokenizer.eos, "pad": tokenizer.pad}
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    there = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if set(there) & set(tokenizers.FILES):
+        folder.mkdir()
+        for name in there:
+            shutil.copyfile(source / name, folder / name)  # what a link leads to
+
+
+def state_of(config: Config, files: TensorFiles) -> TrainState:
+    """The full-rank state with nothing in it but the model, one leaf after another."""
+    like = model_of(abstract_state(config, 0))
+    parts: dict[str, list[tuple[str, Place]]] = {}
+    for name, place in llama_hf.tensors(config.model).items():
+        parts.setdefault(f"trained/{place.path}", []).append((name, place))
+    with tqdm(total=sum(map(len, parts.values())), desc="import", unit=" tensors", disable=None) as bar:
+
+        def leaf(path: str, shape: Any) -> jax.Array:
+            values = np.empty(shape.shape, shape.dtype)
+            for name, place in parts[path]:
+                tensor = files.read(name)
+                part = values if place.layer is None else values[place.layer]
+                part[...] = tensor.T if place.transposed else tensor
+                bar.update()
+            return jax.device_put(values)
+
+        return unflatten({path: leaf(path, shape) for path, shape in flatten(like).items()}, like)
+
+
+def _size(kind: Kind) -> int:
+    return int(np.prod(kind[0], dtype=np.int64))
+
+
+if __name__ == "__main__":
+    flags.main(main, __doc__)
