@@ -63,26 +63,23 @@ class HuggingFace:
         return next((special[token] for token in usual if token in special), None)
 
 
-def begins(content: bytes) -> int | None:
+def begins(path: Path, content: bytes) -> int | None:
     """The id that a tokenizer.json puts before each text by itself, as a bos; None: no single one."""
-    settings = json.loads(content) | {"truncation": None, "padding": None}
-    if "dropout" in settings["model"]:
-        settings["model"]["dropout"] = None
-    made = tokenizers.Tokenizer.from_str(json.dumps(settings))
+    made = _parse(path, content, plain=False)
     plain, whole = (made.encode("A", add_special_tokens=add).ids for add in (False, True))
     first, rest = whole[:1], whole[1 : len(plain) + 1]
     return first[0] if plain and rest == plain else None
 
 
-def _parse(path: Path, content: bytes) -> tokenizers.Tokenizer:
-    """The library's tokenizer; ValueError where the file is none."""
+def _parse(path: Path, content: bytes, *, plain: bool = True) -> tokenizers.Tokenizer:
+    """The library's tokenizer, `plain` with nothing around a text; ValueError where the file is none."""
     try:
         settings = json.loads(content)
         model = settings["model"]
-        settings |= {"truncation": None, "padding": None, "post_processor": None}
+        settings |= {"truncation": None, "padding": None} | ({"post_processor": None} if plain else {})
         if "dropout" in model:
             model["dropout"] = None
-        if isinstance(model["vocab"], list):
+        if plain and isinstance(model["vocab"], list):
             _hide_special_pieces(settings["added_tokens"], model["vocab"])
         made = tokenizers.Tokenizer.from_str(json.dumps(settings))
         made.encode_special_tokens = True

@@ -12,6 +12,7 @@ Exit codes: 0 done, 2 wrong usage or a model that cannot be imported, 74 data or
 
 import dataclasses
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,14 +23,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from relora_jax import disk, flags, json_file, llama_hf, rope, starting_config, workdir
+from relora_jax import disk, flags, json_file, llama_hf, rope, shapes, starting_config, workdir
 from relora_jax import tokenizer as tokenizers
 from relora_jax.checkpoint import Checkpoints, flatten, model_of, unflatten
 from relora_jax.config import Config, ModelConfig
 from relora_jax.llama_hf import Place
 from relora_jax.program import abstract_state
 from relora_jax.steps import TrainState
-from relora_jax.tensor_files import Kind, TensorFiles
+from relora_jax.tensor_files import TensorFiles
 from relora_jax.tokenizer import Tokenizer
 from relora_jax.validate import validate
 
@@ -57,20 +58,20 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and accelerators may be at work
     model, files, tokenizer = judge(source)
     with disk.directory(place, OURS, overwrite=words.overwrite) as aside:
-        ids = {"eos_id": tokenizer.eos, "pad_id": tokenizer.pad} if tokenizer else {}
+        keys = _keys(tokenizer)
+        ids = {f"{name}_id": keys[name] for name in ("eos", "pad", "bos") if name in keys}
         told = {"source": str(source.absolute()), "compute_dtype": _compute_dtype(files), "ids": ids}
         (aside / "config.py").write_text(starting_config.text(model, place, **told), encoding="utf-8")
         config = _as_run(model, flags.parse(["import_hf", f"--config={aside / 'config.py'}:full"])[0])
         validate(config, devices=1)
-        rows = {"train": _keys(tokenizer)} if tokenizer else {}
+        rows = {"train": keys} if keys else {}
         workdir.begin(aside, config, rows=rows, imported_from=str(source.absolute()))
         _copy_tokenizer(source, aside / TOKENIZER)
         with Checkpoints(aside, config) as checkpoints:
             checkpoints.save(0, state_of(config, files))
-    print(
-        f"{source} is in {place}, {sum(map(_size, files.kinds.values())):,} values; go on with\n"
-        f"python -m relora_jax.train --config={place / 'config.py'} --text='data/*.jsonl.gz'"
-    )
+    train = shlex.join(["python", "-m", "relora_jax.train", f"--config={place / 'config.py'}"])
+    print(f"{source} is in {place}: {shapes.parameters(model):,} parameters; go on with")
+    print(f"{train} --text='data/*.jsonl.gz'")
     return 0
 
 
@@ -153,10 +154,12 @@ def find_tokenizer(source: Path) -> Tokenizer | None:
     if path is None:
         _warn(f"{source} has no tokenizer ({', '.join(tokenizers.FILES)}): give one as data.tokenizer")
         return None
+    bos = tokenizers.begins(path)
+    bos_id = -1 if bos is None else bos
     try:
-        return tokenizers.load(path)
+        return tokenizers.load(path, bos_id=bos_id)
     except ValueError:
-        tokenizers.load(path, eos_id=0)  # raises where it is more than a missing eos
+        tokenizers.load(path, eos_id=0, bos_id=bos_id)  # raises where it is more than a missing eos
         _warn(f"{path} has no eos to end documents with: give its id as data.eos_id")
         return None
 
@@ -177,9 +180,12 @@ def _as_run(model: ModelConfig, config: Config) -> Config:
     return dataclasses.replace(config, model=model, train=train)
 
 
-def _keys(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What rows are told apart by: a run that begins with RUN must have the same."""
-    return {"tokenizer": tokenizer.sha256, "eos": tokenizer.eos, "pad": tokenizer.pad}
+def _keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What rows are told apart by, of the tokenizer: a run that begins with RUN must have the same."""
+    if tokenizer is None:
+        return {}
+    bos = {} if tokenizer.bos is None else {"bos": tokenizer.bos}
+    return {"tokenizer": tokenizer.sha256, "eos": tokenizer.eos, "pad": tokenizer.pad, **bos}
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
@@ -208,10 +214,6 @@ def state_of(config: Config, files: TensorFiles) -> TrainState:
             return jax.device_put(values)
 
         return unflatten({path: leaf(path, shape) for path, shape in flatten(like).items()}, like)
-
-
-def _size(kind: Kind) -> int:
-    return int(np.prod(kind[0], dtype=np.int64))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def get_config(arm: str = "relora") -> Config:
 def text(
     model: ModelConfig, run: Path, *, source: str, compute_dtype: str, ids: dict[str, int], batch: int = 64
 ) -> str:
-    """configs/-style Python for `run`, an absolute path; `ids`: eos_id and pad_id, where they are known."""
+    """configs/-style Python for `run`, an absolute path; `ids`: those of DataConfig that are known."""
     parameters = shapes.parameters(model)
     remat = "full" if parameters > LARGE else "none"
     model = dataclasses.replace(model, compute_dtype=compute_dtype, remat=remat)

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
-from relora_jax import places
+from relora_jax import hugging_face, json_file, places
 from relora_jax.hugging_face import FILE, HuggingFace
 
 PAD, EOS, UNK = 0, 1, 2  # T5's
@@ -42,11 +42,12 @@ _SETTINGS: dict[str, Any] = {
     "max_sentence_length": LONGEST_LINE,
     "minloglevel": 2,
 }
+_BESIDE_BYTES = 2**24
 _SPEC = re.compile(r"\s*(bpe|unigram)\s*\(\s*([^()]*?)\s*\)\s*")
 
 
 class _SentencePiece:
-    """A SentencePiece model: `eos` and `pad` are None where it has none."""
+    """A SentencePiece model: `eos`, `pad` and `bos` are None where it has none."""
 
     def __init__(self, path: Path, content: bytes, *, parallel: bool) -> None:
         try:
@@ -57,8 +58,8 @@ class _SentencePiece:
             raise ValueError(f"{path} is no SentencePiece model: name another file, or bpe(4096)") from error
         self._threads = -1 if parallel else 1
         self.pieces = self._model.get_piece_size()
-        eos, pad = self._model.eos_id(), self._model.pad_id()
-        self.eos, self.pad = eos if eos >= 0 else None, pad if pad >= 0 else None
+        ids = self._model.eos_id(), self._model.pad_id(), self._model.bos_id()
+        self.eos, self.pad, self.bos = (i if i >= 0 else None for i in ids)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -131,6 +132,17 @@ def load(
     )
 
 
+def begins(path: Path) -> int | None:
+    """The id that transformers puts before each text of the tokenizer in this file; None: it puts none."""
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        return hugging_face.begins(path, content)
+    beside = path.parent / "tokenizer_config.json"
+    told = json_file.read(beside, most_bytes=_BESIDE_BYTES) if beside.is_file() else {}
+    own = _SentencePiece(path, content, parallel=False).bos
+    return None if isinstance(told, dict) and told.get("add_bos_token") is False else own
+
+
 def _load_again(path: Path, sha256: str, eos: int, pad: int, bos: int | None) -> Tokenizer:
     ids = {"eos_id": eos, "pad_id": pad, "bos_id": -1 if bos is None else bos}
     tokenizer = load(path, **ids, parallel=False)
@@ -166,7 +178,7 @@ def train(documents: Iterable[str], *, kind: str, pieces: int, path: Path) -> To
     return load(path)
 
 
-def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: int) -> Tokenizer:
+def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: Any) -> Tokenizer:
     """The tokenizer that a config's `data.tokenizer` names; `ids` as `load` has them.
 
     "bpe(n)", "unigram(n)": trained on the documents, once for each `key` that tells their text (a

@@ -364,6 +364,27 @@ MUTANTS = [
         "    if True:",
         "tests/test_weights_and_biases.py::test_resumed_run_goes_on_in_the_same_run_and_another_begins_its_own",
     ),
+    Mutant(
+        "two tensors of one name in a file: the last is taken",
+        "tensor_files.py",
+        "    json_file.parse(path, header)  #",
+        "    #",
+        "tests/test_tensor_files.py::test_a_file_that_is_not_whole_is_named_in_one_line",
+    ),
+    Mutant(
+        "an index that leads out of its directory",
+        "tensor_files.py",
+        "isinstance(file, str) and file == os.path.basename(file) and",
+        "isinstance(file, str) and",
+        "tests/test_tensor_files.py::test_a_folder_that_holds_no_whole_model_is_named_in_one_line",
+    ),
+    Mutant(
+        "an import that puts all layers into the first",
+        "import_hf.py",
+        "values[place.layer]",
+        "values[0]",
+        "tests/test_import_hf.py::test_every_tensor_is_in_its_place_bit_for_bit",
+    ),
 ]
 
 

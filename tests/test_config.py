@@ -17,6 +17,7 @@ RUN = {
         "name",
         "model.remat",
         "model.attention",
+        "model.max_positions",
         "relora.product",
         "train.microbatch",
         "train.log_every_updates",

@@ -57,13 +57,16 @@ def json_file(folder, *, kind="bpe", special=SPECIAL, name="tokenizer.json", **b
 
 def test_bos_is_what_the_file_puts_before_a_text_by_itself(tmp_path):
     path = json_file(tmp_path)
-    assert begins(path.read_bytes()) == json.loads(path.read_bytes())["model"]["vocab"]["<s>"]
+    assert begins(path, path.read_bytes()) == json.loads(path.read_bytes())["model"]["vocab"]["<s>"]
     settings = json.loads(path.read_bytes())
     template = settings["post_processor"]
     template["single"] = template["single"][1:]  # </s> after a text alone
-    assert begins(json.dumps(settings).encode()) is None
+    assert begins(path, json.dumps(settings).encode()) is None
+    settings["post_processor"] = {"type": "Nothing"}
+    with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
+        begins(path, json.dumps(settings).encode())
     settings["post_processor"] = None
-    assert begins(json.dumps(settings).encode()) is None
+    assert begins(path, json.dumps(settings).encode()) is None
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

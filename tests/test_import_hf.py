@@ -149,8 +149,9 @@ def test_run_is_the_model_itself_in_float32(imported: pathlib.Path) -> None:
     config, told = run.read_config(imported), run.read_facts(imported)
     assert (config.model, config.arm, config.train.init_from) == (MODEL, "full", "")
     own = tokenizer.load(imported / "tokenizer" / "tokenizer.json")
-    assert told["rows"] == {"train": {"tokenizer": own.sha256, "eos": own.eos, "pad": own.pad}}
-    assert (config.data.eos_id, config.data.pad_id) == (own.eos, own.pad)
+    bos = tokenizer.begins(own.path)
+    assert told["rows"] == {"train": {"tokenizer": own.sha256, "eos": own.eos, "pad": own.pad, "bos": bos}}
+    assert (config.data.eos_id, config.data.pad_id, config.data.bos_id) == (own.eos, own.pad, bos)
     assert told["imported_from"] == str(imported.parent / "model") and "unigram_perplexity" not in told
     assert not any(path.is_symlink() for path in imported.rglob("*"))
     assert sorted(path.name for path in imported.iterdir()) == sorted(import_hf.OURS)

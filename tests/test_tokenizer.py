@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pickle
 import string
@@ -9,7 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_jax import tokenizer
+from relora_jax import hugging_face, tokenizer
 from tests.documents import texts
 from tests.test_hugging_face import json_file
 
@@ -204,6 +205,16 @@ def test_what_is_wrong_is_said_in_one_line(spec, said, cache, monkeypatch):
     with pytest.raises(ValueError) as raised:
         tokenizer.find(spec, lambda: texts(30), "key")
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_bos_is_what_transformers_puts_before_a_text(tmp_path):
+    assert tokenizer.begins(model_file(tmp_path / "tokenizer.model")) == 1  # SentencePiece's own
+    for told, expected in (({"add_bos_token": True}, 1), ({"add_bos_token": False}, None), ([], 1)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+        assert tokenizer.begins(tmp_path / "tokenizer.model") == expected
+    assert tokenizer.begins(model_file(tmp_path / "none.model", bos_id=-1)) is None
+    path = json_file(tmp_path / "json")
+    assert tokenizer.begins(path) == hugging_face.begins(path, path.read_bytes()) == 2
 
 
 @pytest.mark.parametrize(
