@@ -4,8 +4,8 @@
 
 DIR holds config.json, safetensors in one file or several, and a tokenizer (without one there is a warning).
 RUN gets checkpoints/0 with the weights in float32, to which float32, bfloat16 and float16 go without loss;
-config.json and run.json, so that `evaluate`, `generate` and `export` read it as they read a run; tokenizer/;
-and config.py, a config to begin with. What cannot be represented is refused by name before anything is
+config.json and run.json, so that `generate` and `export` read it as they read a run; tokenizer/; and
+config.py, a config to begin with. What cannot be represented is refused by name before anything is
 written. --overwrite replaces an older RUN that holds nothing else. Nothing is unpickled or executed.
 Exit codes: 0 done, 2 wrong usage or a model that cannot be imported, 74 data or disk failed.
 """

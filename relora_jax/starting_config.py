@@ -14,10 +14,12 @@ LARGE = 10**9  # parameters above which activations are computed again rather th
 
 _TEXT = '''"""ReLoRA goes on with the pretraining of {name}, an imported model of {parameters:,} parameters.
 
-    python -m relora_jax.prepare --config={config} --text='data/*.jsonl.gz'        once: text to rows
-    python -m relora_jax.train --config={config}[:ARM] --text='data/*.jsonl.gz'    full, lora, relora
-    python -m relora_jax.export --workdir={workdir} --output=NEW          back to transformers
+    python -m relora_jax.prepare --config={config} --text='data/*.jsonl.gz'
+    python -m relora_jax.train --config={config} --text='data/*.jsonl.gz'
+    python -m relora_jax.export --workdir={workdir} --output=NEW
 
+make rows of a text, once; train; write the result for transformers. ARM in --config=FILE:ARM is full, lora or
+relora (the default).
 Imported from {source}.
 Reproduces nothing published and is not tuned. The model's own: shapes, rope, weights, tokenizer.
 Ours: rank and alpha as the paper's 350m and 1b have them (rank 128, scale 1/4; a rank that its smallest
