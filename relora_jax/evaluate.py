@@ -1,14 +1,16 @@
 """Token-weighted loss and perplexity over the first rows of a split: of a run as it goes, or of a checkpoint.
 
     python -m relora_jax.evaluate --workdir=RUN [--update=U] [--split=validation] [--tokens=10M]
-                                  [--microbatch=N] [--json]
+                                  [--microbatch=N] [--text='data/*.jsonl.gz'] [--json]
 
 evaluates the newest checkpoint of a run, or that of --update. --split: `validation` or `train`, the run's
-own, or a split of its dataset in TFDS's words ("test", "validation[:10%]"). Nothing is written into RUN,
-which may go on meanwhile. Without --tokens (10M, 500k, 32768) and --microbatch, as the run evaluates itself.
+own, or a split of its dataset in TFDS's words ("test", "validation[:10%]"). --text: where the run's own text
+lies now, or what an imported model is evaluated on. Nothing is written into RUN, which may go on meanwhile.
+Without --tokens (10M, 500k, 32768) and --microbatch, as the run evaluates itself.
 Exit codes: 0 done, 2 wrong usage or nothing there to evaluate, 74 data or disk failed.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -61,6 +63,7 @@ def main(argv: Sequence[str]) -> int:
     words = _parse(argv[1:])
     place, split = words.workdir.expanduser(), words.split
     config = restored.config_of(place)
+    config.data = dataclasses.replace(config.data, text=words.text or config.data.text)
     if config.data.text and split not in OWN:
         raise ValueError(f"--split={split}: data.text of {place} has the splits {' and '.join(OWN)} alone")
     u = restored.update_of(place, words.update)
@@ -102,6 +105,7 @@ def _parse(words: Sequence[str]) -> Any:
     parser.add_argument("--split", default="validation")
     parser.add_argument("--tokens", type=_count)
     parser.add_argument("--microbatch", type=int)
+    parser.add_argument("--text", default="")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
 

@@ -68,7 +68,13 @@ def tokenizer_of(place: Path, config: Config) -> Tokenizer:
 
     ValueError where it is not there, another lies in its place, or run.json does not tell which it was.
     """
-    rows = run.read_facts(place).get("rows", {}).get("train", {})
+    facts = run.read_facts(place)
+    rows = facts.get("rows", {}).get("train", {})
+    if "imported_from" in facts and not rows:
+        raise ValueError(
+            f"{place} was imported without a tokenizer that ends documents: put one beside the model in "
+            f"{facts['imported_from']}, and import it again"
+        )
     if "tokenizer" not in rows:
         raise ValueError(f"{place / 'run.json'} does not say which tokenizer the run has: bring it back")
     found = prepare.tokenizer_of(config.data, rows)

@@ -450,3 +450,16 @@ def test_an_imported_model_trains_on_own_text_with_its_own_tokenizer_alone(
     assert f"begins at update 0 with {imported}" in ended.stdout
     rows = run.read(tmp_path / "run").points("eval", "perplexity")
     assert [u for u, _ in rows] == [0, 6] and rows[1][1] < rows[0][1]
+
+    (tmp_path / "elsewhere").mkdir()
+    large = tmp_path / "large.jsonl"
+    large.write_text(text.read_text() * 40)
+    moved = text.rename(tmp_path / "elsewhere" / text.name)
+    for place, where, expected in ((tmp_path / "run", moved, rows[1][1]), (imported, large, None)):
+        command = [sys.executable, "-m", "relora_jax.evaluate", f"--workdir={place}", "--json"]
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        lost = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert lost.returncode == 2 and "Traceback" not in lost.stderr, lost.stderr
+        found = subprocess.run([*command, f"--text={where}"], capture_output=True, text=True, env=environment)
+        assert found.returncode == 0, found.stderr
+        assert expected is None or json.loads(found.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
