@@ -23,7 +23,7 @@ import numpy as np
 from relora_jax import flags, restored
 from relora_jax.config import DataConfig
 from relora_jax.program import Program, keep_compiled
-from relora_jax.sampling import Request, in_text
+from relora_jax.sampling import Request, in_text, windows
 from relora_jax.tokenizer import Tokenizer
 
 AT_ONCE = 16  # samples; more are drawn one such group after another
@@ -85,12 +85,11 @@ def opening(prompt: str, tokenizer: Tokenizer, data: DataConfig) -> list[int]:
 def requests(prompt: list[int], words: Any, tokenizer: Tokenizer, *, length: int) -> Iterator[Request]:
     """What to ask of the program for the n samples, group by group; the last one is filled up."""
     size = min(words.n, AT_ONCE)
-    ids = np.zeros((size, length + 1), np.int32)
-    ids[:, : len(prompt)] = prompt
+    ids, lengths = windows([prompt] * size, size=length + 1)
     for first in range(0, words.n, size):
         yield Request(
             ids=ids,
-            lengths=np.full(size, len(prompt), np.int32),
+            lengths=lengths,
             numbers=np.arange(first, first + size, dtype=np.int32),
             seed=words.seed,
             max_tokens=min(words.max_tokens, length),

@@ -2,6 +2,7 @@
 
     train    update, loss, lr, grad_norm, tokens_seen, tokens_per_s, restarts, skipped, elapsed_s
     eval     update, loss, perplexity, tokens
+    sample   update, prompt, text: what the model goes on with after a beginning of held-out text
     restart  update, merged, reset
 
 `update` counts updates done. A line is one row in strict JSON: a number that is not finite (the loss
@@ -101,6 +102,10 @@ class Metrics:
         row = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
         self._put({"kind": "eval", "update": update} | row)
 
+    def sample(self, update: int, *, prompt: str, text: str) -> None:
+        """Queues a sample row."""
+        self._put({"kind": "sample", "update": update, "prompt": prompt, "text": text})
+
     def restart(self, update: int, *, merged: bool, reset: bool) -> None:
         """Queues a restart row; `update` is the one that the restart is the first act of."""
         self._put({"kind": "restart", "update": update, "merged": bool(merged), "reset": bool(reset)})
@@ -190,7 +195,7 @@ class Metrics:
         elif row["kind"] == "eval":
             loss, perplexity = number(row["loss"], ".4f"), number(row["perplexity"], ",.1f")
             self._progress.note(f"update {row['update']}: validation loss {loss}, perplexity {perplexity}")
-        elif row["reset"]:  # merges between resets can come every few updates: they stay in the file
+        elif row.get("reset"):  # merges between resets can come every few updates: they stay in the file
             merged = "factors merged and redrawn, " if row["merged"] else ""
             self._progress.note(f"update {row['update']}: restart, {merged}optimizer reset")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from relora_jax import comparison, flags, metrics, pictures, spectrum
+from relora_jax import comparison, flags, metrics, pictures, samples, spectrum
 from relora_jax.progress import duration, number
 from relora_jax.run import Run, read
 
@@ -44,6 +44,7 @@ def write(workdir: Path) -> Path:
     for old in folder.glob("*.png"):
         old.unlink()
     parts = [_title(run), _facts(run), *_curves(run, folder), _summed_update(run, folder), _config(run)]
+    parts += samples.section(run)
     report = run.workdir / "report.md"
     report.write_text("\n".join(parts), encoding="utf-8")
     return report

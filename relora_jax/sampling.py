@@ -3,15 +3,16 @@
 Shapes: n samples, S ids of a row, of which a model sees the first S - 1; V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 
 class Request(NamedTuple):
@@ -78,6 +79,14 @@ def _possible(logits: Float[Array, "n V"], asked: Request) -> Float[Array, "n V"
     ids = jnp.arange(logits.shape[1])
     means = (ids < asked.pieces) & ((ids != asked.pad) | (ids == asked.eos))
     return jnp.where(means, jnp.nan_to_num(logits), -jnp.inf)
+
+
+def windows(prompts: Sequence[Any], *, size: int) -> tuple[Int32[np.ndarray, "n S"], Int32[np.ndarray, " n"]]:
+    """(ids, lengths) of a Request: the prompts at the beginnings of rows of `size` ids."""
+    ids = np.zeros((len(prompts), size), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return ids, np.array([len(prompt) for prompt in prompts], np.int32)
 
 
 def in_text(decode: Callable[[Any], str], ids: Any, *, prompt: int) -> tuple[str, str]:

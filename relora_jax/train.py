@@ -19,6 +19,7 @@ from relora_jax.checkpoint import Checkpoints, restore_newest, updates_saved
 from relora_jax.config import Config, to_json
 from relora_jax.evaluate import evaluate
 from relora_jax.metrics import Diverged, Metrics, Sink
+from relora_jax.openings import Openings
 from relora_jax.program import Program, keep_compiled
 from relora_jax.sharding import make_mesh
 from relora_jax.signals import STOPPED, Signals
@@ -96,7 +97,8 @@ def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Sign
         Metrics(place, updates=updates, sinks=sinks_of(config, place, **told), **told) as metrics,
     ):
         signals.at_once = False
-        recorder = Recorder(config, program, metrics, checkpoints, validation)
+        openings = Openings(prepared.validation, prepared.tokenizer)
+        recorder = Recorder(config, program, metrics, checkpoints, validation, openings)
         if restored is None:
             recorder.record(start, state, first=True)
         else:
@@ -122,7 +124,7 @@ def begin(config: Config, program: Program) -> tuple[int, Any]:
 
 
 class Recorder:
-    """What surrounds an update: the restart that it begins with; its log, evaluation and checkpoint."""
+    """What surrounds an update: the restart that it begins with; its log, evaluation, samples, checkpoint."""
 
     def __init__(
         self,
@@ -131,9 +133,10 @@ class Recorder:
         metrics: Metrics,
         checkpoints: Checkpoints,
         validation: list[data.Batch],
+        openings: Openings,
     ) -> None:
         self.config, self.program, self.metrics = config, program, metrics
-        self.checkpoints, self.validation = checkpoints, validation
+        self.checkpoints, self.validation, self.openings = checkpoints, validation, openings
 
     def begin(self, u: int, state: Any) -> Any:
         """The state after what is due before update u: the start of the low-rank phase, or a merge."""
@@ -158,6 +161,8 @@ class Recorder:
         if first or u % settings.evaluate_every_updates == 0 or u == settings.updates:
             with self.metrics.pause(state.update):
                 self.metrics.eval(u, **evaluate(self.program, state, self.validation)._asdict())
+                for prompt, text in self.openings.continued(self.program, state):
+                    self.metrics.sample(u, prompt=prompt, text=text)
         if stop or self.checkpoints.due(u):
             with self.metrics.pause(state.update):
                 self.metrics.flush()

@@ -351,6 +351,13 @@ MUTANTS = [
         "tests/test_sampling.py::test_chance_depends_on_seed_number_and_place_alone",
     ),
     Mutant(
+        "a beginning of held-out text that goes on into another document",
+        "openings.py",
+        "[-1, *np.flatnonzero(ids == eos), len(ids)]",
+        "[-1, len(ids)]",
+        "tests/test_samples.py::test_openings_are_the_first_rows_that_reach_their_length_before_an_end",
+    ),
+    Mutant(
         "the last group of samples begins at 0 again",
         "generate.py",
         "np.arange(first, first + size",

@@ -17,8 +17,8 @@ FLOORS = [
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},
     {"workers", "sharding", "steps", "validate", "llama_hf", "starting_config"},
     {"program", "run", "saved", "stores", "c4"},
-    {"checkpoint", "comparison", "prepare"},
-    {"report", "workdir", "warm_start", "throughput", "restored"},
+    {"checkpoint", "comparison", "prepare", "samples"},
+    {"report", "workdir", "warm_start", "throughput", "restored", "openings"},
     {"evaluate", "generate", "import_hf"},
     {"train"},
 ]

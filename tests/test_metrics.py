@@ -138,6 +138,18 @@ def test_restart_that_the_resumed_run_repeats_is_cut_and_the_one_before_stays(tm
     assert ("restart", 10) in kept and ("restart", 20) not in kept and ("eval", 20) in kept
 
 
+def test_samples_are_kept_up_to_the_checkpoint_and_are_neither_curves_nor_lines(tmp_path: Path) -> None:
+    out = io.StringIO()
+    with opened(tmp_path, stream=out) as rows:
+        for u in (0, 10, 20):
+            rows.sample(u, prompt="a|\u2028b", text=f"\n{u}")
+    assert out.getvalue() == "" and not (tmp_path / "tensorboard").exists()
+    with opened(tmp_path, 10):
+        pass
+    sample = {"kind": "sample", "prompt": "a|\u2028b"}
+    assert read(tmp_path) == [{**sample, "update": u, "text": f"\n{u}"} for u in (0, 10)]
+
+
 def test_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path: Path) -> None:
     with opened(tmp_path) as whole:
         run(whole, 0, 12)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from relora_jax import metrics
+from relora_jax import metrics, samples
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = {
@@ -32,17 +32,23 @@ def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
     first = train()
     assert first.returncode == 0, first.stderr
     assert first.stderr == ""
-    opening, *_, last = first.stdout.strip().splitlines()
+    opening, *_, ending = first.stdout.strip().splitlines()
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     assert f"trains {facts['trained']:,} parameters and freezes {facts['frozen']:,}" in opening
-    assert "reduction" in opening and last.startswith("perplexity ") and "unigram distribution" in last
+    assert "reduction" in opening and ending.startswith("perplexity ")
+    assert "unigram distribution" in ending
     rows = metrics.read(tmp_path / "run")
     assert [r["update"] for r in rows if r["kind"] == "eval"] == [0, 10, 20]
     assert [r["update"] for r in rows if r["kind"] == "restart"] == [11, 16]
     assert [r["update"] for r in rows if r["kind"] == "train"] == list(range(1, 21))
-    assert rows[-1]["perplexity"] < rows[0]["perplexity"]
-    assert rows[-2]["tokens_seen"] == 20 * 16 * 128 and rows[-2]["restarts"] == 2
+    *_, last, evaluated, _, _, sample = rows
+    assert evaluated["perplexity"] < rows[0]["perplexity"]
+    assert last["tokens_seen"] == 20 * 16 * 128 and last["restarts"] == 2
+    assert [r["update"] for r in rows if r["kind"] == "sample"] == [u for u in (0, 10, 20) for _ in range(3)]
+    assert len({r["prompt"] for r in rows if r["kind"] == "sample"}) == 3
     report = (tmp_path / "run" / "report.md").read_text()
+    assert "| after 0 updates | after 20 updates |" in report
+    assert report.endswith(f"<b>{samples.shown(sample['prompt'])}</b>{samples.shown(sample['text'])} |\n")
     for picture in ("loss", "learning_rate", "perplexity", "spectrum"):
         assert (
             f"report/{picture}.png" in report
