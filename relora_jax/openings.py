@@ -51,7 +51,7 @@ class Openings:
 
 
 def begun(store: RowStore, *, count: int, length: int) -> list[Int32[np.ndarray, " _"]]:
-    """At most `length` ids of the first document in each of the first rows: `count` such, the longest first."""
+    """At most `length` ids of the first document in each of the first rows; `count` such, longest first."""
     ids, lengths = store.read(range(min(store.rows, _LOOKED_AT)))
     rows = [_first_document(row[:end], store.eos) for row, end in zip(ids, lengths, strict=True)]
     return sorted((row[:length] for row in rows if len(row)), key=len, reverse=True)[:count]
