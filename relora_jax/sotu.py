@@ -31,11 +31,11 @@ def build() -> None:
     """The dataset lies whole where TFDS looks; nothing is done where it already does."""
     path = places.datasets_dir() / NAME / VERSION
     if not path.exists():
-        files = _speeches()
+        files = speeches()
         places.make_once(path, lambda aside: _write(aside, files), variable="TFDS_DATA_DIR")
 
 
-def _speeches() -> list[Path]:
+def speeches() -> list[Path]:
     """The package's text files, sorted by name; the package is found, not imported."""
     package = importlib.util.find_spec(NAME)
     folders = list(package.submodule_search_locations or ()) if package else []

@@ -132,12 +132,16 @@ class Writer:
     disk does not take them.
     """
 
-    def __init__(self, folder: Path, kinds: dict[str, Kind], *, shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(
+        self, folder: Path, kinds: dict[str, Kind], *, stem: str = "model", shard_bytes: float = SHARD_BYTES
+    ) -> None:
         self._folder, self._kinds, self._left = Path(folder), kinds, set(kinds)
+        self._index_file = self._folder / f"{stem}.safetensors.index.json"
         shards = _shards(kinds, shard_bytes)
-        stem, end = FILE.split(".")
-        several = (f"{stem}-{i:05d}-of-{len(shards):05d}.{end}" for i in range(1, len(shards) + 1))
-        self._shards = dict(zip([FILE] if len(shards) == 1 else several, shards, strict=True))
+        count = range(1, len(shards) + 1)
+        several = (f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in count)
+        one = [f"{stem}.safetensors"]
+        self._shards = dict(zip(one if len(shards) == 1 else several, shards, strict=True))
         self._places: dict[str, tuple[Path, int]] = {}
         for file, names in self._shards.items():
             header, offsets = _header({name: kinds[name] for name in names})
@@ -166,7 +170,7 @@ class Writer:
             with (self._folder / file).open("rb") as whole:
                 os.fsync(whole.fileno())
         if len(self._shards) > 1:
-            disk.write(self._folder / INDEX, self._index())
+            disk.write(self._index_file, self._index())
 
     def _put(self, path: Path, at: int, content: Any, *, mode: Any = "r+b") -> None:
         try:
@@ -190,7 +194,7 @@ def _bytes(kind: Kind) -> int:
     return math.prod(kind[0]) * kind[1].itemsize
 
 
-def _shards(kinds: dict[str, Kind], limit: int) -> list[list[str]]:
+def _shards(kinds: dict[str, Kind], limit: float) -> list[list[str]]:
     """Names in order until one more would pass the limit; what is above it alone has a shard of its own."""
     shards: list[list[str]] = []
     current, filled = [], 0

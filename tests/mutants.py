@@ -391,6 +391,25 @@ MUTANTS = [
         "values[place.layer]",
         "values[0]",
         "tests/test_import_hf.py::test_every_tensor_is_in_its_place_bit_for_bit",
+        "llama3 positions that slow the fast pairs",
+        "rope.py",
+        "return plain * (kept + (1 - kept) / factor)\n\n\ndef _yarn(",
+        "return plain * (kept / factor + (1 - kept))\n\n\ndef _yarn(",
+        "tests/test_model.py::test_logits_and_loss_equal_the_oracle",
+    ),
+    Mutant(
+        "an export without the live factors",
+        "weights.py",
+        "yield np.asarray(jnp.asarray(w_l).astype(step.dtype) + step)",
+        "yield np.asarray(w_l)",
+        "tests/test_export.py::test_live_factors_are_merged_as_unwrap_does",
+    ),
+    Mutant(
+        "an adapter beside kernels that hold it already",
+        "export.py",
+        "for layer, array in _parts(weights, path, merged=not adapter):",
+        "for layer, array in _parts(weights, path, merged=True):",
+        "tests/test_export.py::test_adapter_leaves_the_base_kernels_and_holds_every_factor",
     ),
 ]
 

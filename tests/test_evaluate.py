@@ -182,11 +182,11 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def ended(capsys: Any, *words: str, code: int = 0) -> str:
+def ended(capsys: Any, *words: str, code: int = 0, command: Any = command) -> str:
     """The one line that the command prints: on stdout where it succeeds, else on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        flags.main(command.main, command.__doc__, ["evaluate", *words])
+        flags.main(command.main, command.__doc__, ["a command", *words])
     out, err = capsys.readouterr()
     assert stop.value.code == code, err
     [line] = (err if code else out).splitlines()

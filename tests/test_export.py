@@ -1,0 +1,202 @@
+"""An exported model is the run's, bit for bit where it can be; transformers and PEFT compute the same."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_dtypes import bfloat16
+
+from relora_jax import data, export, llama_hf, low_rank, prepare, shapes, workdir
+from relora_jax.checkpoint import Checkpoints, flatten, model_of
+from relora_jax.config import Config
+from relora_jax.evaluate import Evaluation, evaluate
+from relora_jax.model import Llama
+from relora_jax.program import Program
+from relora_jax.tensor_files import TensorFiles
+from tests import small
+from tests.documents import texts, write_dataset
+from tests.test_evaluate import ended as ended_by
+from tests.test_evaluate import moved
+
+MADE = small.config(
+    model__vocab_size=380,
+    model__rope_scaling="llama3(8.0, 1.0, 4.0, 16.0)",
+    relora__targets=("attention", "down"),
+    data__dataset="toy",
+    data__tokenizer="bpe(380)",
+    train__keep_last=20,
+)
+UPDATES = (4, 6)  # full-rank; in mid-cycle, with live factors
+
+
+@dataclasses.dataclass
+class Made:
+    """A run with checkpoints at UPDATES, what it said of itself there, and its model with live factors."""
+
+    place: pathlib.Path
+    prepared: prepare.Prepared
+    model: Llama
+    at: dict[int, Evaluation]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    folder = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})
+        yield saved(folder / "run", MADE, prepare.prepare(MADE.data))
+
+
+def saved(
+    place: pathlib.Path, config: Config, prepared: prepare.Prepared, updates: Sequence[int] = UPDATES
+) -> Made:
+    """The run at `place`, each of its checkpoints as after some updates."""
+    program = Program(config, small.mesh())
+    state, at = program.init(), {}
+    rows = {"eval_tokens": 100, "microbatch": 4, "sharding": program.eval_rows, "across_documents": True}
+    with workdir.locked(place), Checkpoints(place, config) as checkpoints:
+        workdir.begin(place, config, unigram_perplexity=1.0, rows=workdir.keys_of(prepared))
+        for u in updates:
+            if u == 6:
+                state = program.start_low_rank(state)
+            state = moved(state, seed=u)
+            at[u] = evaluate(program, state, data.validation_batches(prepared.validation, **rows))
+            checkpoints._write(u, flatten(model_of(state)))
+            checkpoints.wait()
+    phase = program.low_phase if 6 in updates else program.phase
+    return Made(place, prepared, phase.model(state.trained, state.frozen), at)
+
+
+def ended(capsys: Any, *words: str, code: int = 0) -> str:
+    return ended_by(capsys, *words, code=code, command=export)
+
+
+def exported(capsys: Any, made: Made, folder: pathlib.Path, *words: str) -> pathlib.Path:
+    """The folder that the command wrote, after what it says."""
+    line = ended(capsys, f"--workdir={made.place}", f"--output={folder}", *words)
+    assert line.startswith("update ") and line.endswith(f": {folder}")
+    return folder
+
+
+def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    files = TensorFiles.open(folder)
+    return {name: files.read(name) for name in files.kinds}
+
+
+def of_model(model: Llama, config: Config = MADE) -> dict[str, np.ndarray]:
+    """The tensors of a model of plain layers, by their names there."""
+    flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(nnx.state(model))}
+    found = {}
+    for name, place in llama_hf.tensors(config.model).items():
+        array = flat[place.path] if place.layer is None else flat[place.path][place.layer]
+        found[name] = array.T if place.transposed else array
+    return found
+
+
+def copied(model: Llama) -> Llama:
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(jnp.copy, state))
+
+
+def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        assert found[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
+
+
+def test_live_factors_are_merged_as_unwrap_does(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
+    found = tensors(exported(capsys, made, tmp_path / "out"))
+    expected = of_model(low_rank.unwrap(copied(made.model)))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=3e-7, atol=1e-8, err_msg=name)
+
+
+def test_bfloat16_is_the_float32_rounded_to_nearest(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
+    wide = tensors(exported(capsys, made, tmp_path / "wide"))
+    same(
+        tensors(exported(capsys, made, tmp_path / "out", "--dtype=bfloat16")),
+        {name: array.astype(bfloat16) for name, array in wide.items()},
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_adapter_leaves_the_base_kernels_and_holds_every_factor(
+    made: Made, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    folder = exported(capsys, made, tmp_path / "out", "--adapter")
+    base = copied(made.model)
+    for _, dense in low_rank.low_rank_layers(base):
+        dense.lora_b[...] = jnp.zeros_like(dense.lora_b[...])
+    same(tensors(folder), of_model(low_rank.unwrap(base)))
+    (folder / "adapter" / "adapter_model.safetensors").rename(folder / "adapter" / "model.safetensors")
+    found = tensors(folder / "adapter")
+    assert len(found) == 2 * MADE.model.layers * len(shapes.target_kernels(MADE))
+    q = made.model.blocks.attention.q
+    stem = "base_model.model.model.layers.1.self_attn.q_proj"
+    np.testing.assert_array_equal(found[f"{stem}.lora_A.weight"], q.lora_a[1].T)
+    np.testing.assert_array_equal(found[f"{stem}.lora_B.weight"], q.lora_b[1].T)
+
+
+def test_settings_tell_the_special_ids_and_the_reach_of_the_positions(
+    made: Made, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    folder = exported(capsys, made, tmp_path / "out", "--update=4")
+    facts = json.loads((folder / "config.json").read_text())
+    tokenizer = made.prepared.tokenizer
+    special = {"bos_token_id": None, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    assert facts.items() >= (special | {"max_position_embeddings": small.LENGTH, "vocab_size": 380}).items()
+    assert json.loads((folder / "generation_config.json").read_text()) == special
+    read = dataclasses.replace(MADE.model, max_positions=small.LENGTH)
+    assert llama_hf.from_config(facts, where="config.json") == read
+
+
+def test_an_older_export_is_replaced_on_demand(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
+    folder = exported(capsys, made, tmp_path / "out", "--adapter")
+    before = (folder / "model.safetensors").read_bytes()
+    words = f"--workdir={made.place}", f"--output={folder}", "--update=4"
+    assert "not empty" in ended(capsys, *words, code=2)
+    assert (folder / "model.safetensors").read_bytes() == before
+    exported(capsys, made, folder, "--update=4", "--overwrite")
+    assert not (folder / "adapter").exists() and (folder / "model.safetensors").read_bytes() != before
+
+
+BAD = {
+    "--update=7": "no checkpoint of --update=7: there are 4, 6",
+    "--update=4 --adapter": "at 4 has no live factors: export it without --adapter",
+    "--dtype=int8": "invalid choice: 'int8' (choose from",
+    "--output=": "not empty",
+    "--adaptor": "unrecognized arguments: --adaptor",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_mistake_ends_in_one_line_and_writes_nothing(
+    made: Made, tmp_path: pathlib.Path, words: str, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(made.place)
+    line = ended(capsys, f"--workdir={made.place}", f"--output={tmp_path}/out", *words.split(), code=2)
+    assert line.startswith("error: ") and BAD[words] in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoint_is_not_exported(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
+    run = pathlib.Path(shutil.copytree(made.place, tmp_path / "run"))
+    for file in (run / "checkpoints" / "6" / "state").rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    line = ended(capsys, f"--workdir={run}", f"--output={tmp_path}/out", code=2)
+    assert "export another checkpoint, by --update" in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
