@@ -391,6 +391,8 @@ MUTANTS = [
         "values[place.layer]",
         "values[0]",
         "tests/test_import_hf.py::test_every_tensor_is_in_its_place_bit_for_bit",
+    ),
+    Mutant(
         "llama3 positions that slow the fast pairs",
         "rope.py",
         "return plain * (kept + (1 - kept) / factor)\n\n\ndef _yarn(",
