@@ -26,6 +26,7 @@ from relora_jax.program import Program, keep_compiled
 from relora_jax.sampling import Request, in_text, windows
 from relora_jax.tokenizer import Tokenizer
 
+MAX_TOKENS = 128  # where nothing is said
 AT_ONCE = 16  # samples; more are drawn one such group after another
 
 
@@ -40,7 +41,9 @@ def main(argv: Sequence[str]) -> int:
     if len(prompt) > length:
         raise ValueError(f"--prompt has {len(prompt)} tokens and the model's length is {length}: shorten it")
     room = length + 1 - len(prompt)  # the last position guesses one id more
-    if words.max_tokens > room:
+    if words.max_tokens is None:
+        words.max_tokens = min(MAX_TOKENS, room)
+    elif words.max_tokens > room:
         print(
             f"note: after the prompt's {len(prompt)} tokens the model's length of {length} leaves {room} "
             f"of --max_tokens={words.max_tokens}: samples end there",
@@ -108,13 +111,13 @@ def _parse(words: Sequence[str]) -> Any:
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_p", type=float, default=0.95)
-    parser.add_argument("--max_tokens", type=int, default=128)
+    parser.add_argument("--max_tokens", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--update", type=int)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(words)
     for name in ("n", "max_tokens"):
-        if getattr(given, name) < 1:
+        if getattr(given, name) is not None and getattr(given, name) < 1:
             raise ValueError(f"--{name}={getattr(given, name)} must be at least 1")
     if not 0 <= given.seed < 2**31:
         raise ValueError(f"--seed={given.seed} must lie in [0, {2**31})")

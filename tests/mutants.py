@@ -234,8 +234,8 @@ MUTANTS = [
     Mutant(
         "documents that end in two EOS tokens",
         "packing.py",
-        "ended = [ids if ids[-1] == self._eos else np.append",
-        "ended = [np.append(ids, self._eos) if ids[-1] == self._eos else np.append",
+        "end[int(ids[-1] == self._eos) :]",
+        "end",
         "tests/test_packing.py::test_concatenated_rows_are_the_documents_one_after_another_each_with_one_end",
     ),
     Mutant(

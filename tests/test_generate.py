@@ -168,7 +168,8 @@ def test_people_read_prompt_and_continuation_and_hear_where_the_row_ends(made: M
     words = (f"--workdir={made.place}", f"--prompt={PROMPT}", "--seed=3")
     tokens = len(made.tokenizer.encode_documents([PROMPT])[0])
     one, two = samples(capsys, made.place, *words[1:], "--n=2")
-    out, err = ended(capsys, *words, "--n=2")
+    assert ended(capsys, *words, "--n=2")[1] == ""
+    out, err = ended(capsys, *words, "--n=2", "--max_tokens=128")
     head = "--- {} of 2, update 6 of " + f"{made.place}\n[{PROMPT}]"
     assert out == f"{head.format(1)}{one['text']}\n{head.format(2)}{two['text']}\n"
     room = LENGTH + 1 - tokens
