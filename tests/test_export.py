@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import pathlib
+import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -200,3 +203,16 @@ def test_damaged_checkpoint_is_not_exported(made: Made, tmp_path: pathlib.Path, 
     line = ended(capsys, f"--workdir={run}", f"--output={tmp_path}/out", code=2)
     assert "export another checkpoint, by --update" in line
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_no_half_export(made: Made, tmp_path: pathlib.Path) -> None:
+    words = [f"--workdir={made.place}", f"--output={tmp_path}/out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "relora_jax.export", *words], stderr=subprocess.PIPE, text=True
+    )
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 74, said
+    assert "mend the disk or the data" in said.splitlines()[-1] and "Traceback" not in said
+    assert not list(tmp_path.iterdir())
