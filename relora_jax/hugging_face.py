@@ -36,7 +36,7 @@ class HuggingFace:
             )
         added = self._model.get_added_tokens_decoder()
         special = {_shown(token.content): i for i, token in sorted(added.items()) if token.special}
-        beside = [_read(path.parent / name) for name in _BESIDE] if path.name == FILE else []
+        beside = [read_beside(path.parent / name) for name in _BESIDE] if path.name == FILE else []
         self.eos = self._special("eos", EOS_NAMES, beside, special)
         self.pad = self._special("pad", PAD_NAMES, beside, special)
 
@@ -105,8 +105,8 @@ def _shown(content: str) -> str:
     return content.strip("\0")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or nothing where there is no file."""
+def read_beside(path: Path) -> dict[str, Any]:
+    """The object in a JSON file beside a tokenizer.json, or nothing where there is no file."""
     try:
         facts = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -11,10 +11,11 @@ FLOORS = [
     {
         *("prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"),
         *("checksum", "signals", "packing", "blocks", "rows", "hugging_face", "json_lines", "disk"),
-        *("rope", "tensor_files", "sampling", "json_file"),
+        *("rope", "tensor_files", "sampling", "json_file", "charsmap"),
     },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases", "files"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},
+    {"sentencepiece_json", "fast_tokenizer"},
     {"workers", "sharding", "steps", "validate", "llama_hf", "starting_config"},
     {"program", "run", "saved", "stores", "c4"},
     {"checkpoint", "comparison", "prepare"},
