@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from relora_jax import sotu
 from relora_jax.rows import FORMAT, RowStore
 
 WORDS = ["the", "union", "of", "states", "is", "strong", "and", "people", "are", "free", "to", "keep", "it"]
@@ -79,3 +81,40 @@ def write_store(
     (path / "manifest.json").write_text(json.dumps({**facts, "sequence_length": ids.shape[1] - 1}))
     np.save(path / "counts.npy", np.bincount(ids.ravel(), minlength=pieces))
     return RowStore.open(path)
+
+
+NAMES = ["<pad>", "</s>", "<unk>", "<s>", "<0x0A>", "<0x3C>", "<0x0a>", "<0xE2><0x96><0x81>", "</s", "<sep>"]
+RUNS = ["a", "ab", "-", "0", " ", "\u2581", "\n", "=", "the ", "aba", "\t"]
+MARKS = [
+    "\u2581",
+    "\0",
+    "\1",
+    "e\u0301",
+    "\ufb01",
+    "\u0301",
+    "\ufdd0",
+    "\uffff",
+    "\r\n",
+    "\u200b",
+    "日本",
+    "😀",
+]
+
+
+def hard_documents(pieces: list[str], *, count: int = 1000, seed: int = 0) -> list[str]:
+    """Documents in which tokenizers may differ: paragraphs of addresses, and what no address has."""
+    rng = random.Random(seed)
+    addresses = "\n\n".join(file.read_text() for file in sotu._speeches()[::20])
+    paragraphs = [text for text in addresses.split("\n\n") if text]
+
+    def part() -> str:
+        of = rng.choice([NAMES, MARKS, pieces, [" ", "\n", "\n\n", "  ", "<", ">", "/"]])
+        if rng.random() < 0.2:
+            return rng.choice(paragraphs)[: rng.randint(1, 60)]
+        if rng.random() < 0.2:
+            return chr(rng.choice([rng.randrange(0x20, 0xD800), rng.randrange(0xE000, 0x11_0000)]))
+        return rng.choice(RUNS) * rng.randint(1, 40) if rng.random() < 0.2 else rng.choice(of)
+
+    given = ["", *NAMES, *MARKS, *(run * n for run in RUNS for n in (1, 2, 3, 7, 40)), " a", "a ", "  a  "]
+    found = given + rng.sample(paragraphs, count // 2)
+    return found + ["".join(part() for _ in range(rng.randint(1, 20))) for _ in range(count - len(found))]

@@ -1,0 +1,212 @@
+"""Ids of SentencePiece models, and of the `tokenizers` library's tokenizers that are made of them."""
+
+import io
+import sys
+import time
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora_jax import sentencepiece_json, tokenizer
+from relora_jax.sentencepiece_json import CONTROL, NORMAL, SPACE, SYMBOL, UNUSED, parse
+from tests.documents import hard_documents, texts
+from tests.test_get_t5_tokenizer import PATH as T5
+
+LINES = [line for text in texts(60) for line in text.split("\n\n")]
+CODE = [f"if x[{i}]  == '<0x{i:02X}>': </p>\t--- 000{i} aaaa abab é 日本" for i in range(300)] + LINES
+KEEP = {"remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "byte_fallback": True}
+OWN = {**tokenizer._SETTINGS, "vocab_size": 420}
+IDENTITY = {"normalization_rule_name": "identity"}
+LLAMA = {**KEEP, **IDENTITY, "unk_id": 0, "bos_id": 1, "eos_id": 2, "vocab_size": 500}
+SYMBOLS = ["<sep>", "\n", "\n\n", "\u2581\u2581", "\u2581\u2581\u2581", "a b", "</p>", "\t"]
+GEMMA = {**LLAMA, "add_dummy_prefix": False, "user_defined_symbols": SYMBOLS, "split_by_whitespace": False}
+PLAIN = {**IDENTITY, "vocab_size": 160, "control_symbols": ["[PAD]", "<name>"]}
+DEFAULT = {"vocab_size": 160, "character_coverage": 0.98}
+MODELS = {
+    "own": (LINES, OWN),
+    "llama": (CODE, LLAMA),
+    "symbols": (CODE, GEMMA),
+    "plain": (CODE, PLAIN),
+    "without prefix": (LINES, {**PLAIN, "add_dummy_prefix": False, "vocab_size": 70}),
+}
+RULES = {
+    "default": (CODE, DEFAULT),
+    "spaces kept": (CODE, {**DEFAULT, **KEEP, "vocab_size": 500}),
+    "nfkc": (LINES, {"normalization_rule_name": "nfkc", "add_dummy_prefix": False, "vocab_size": 60}),
+}
+
+
+def trained(lines, *, kind, **settings):
+    written = io.BytesIO()
+    settings = {"minloglevel": 2, "hard_vocab_limit": kind == "bpe", **settings, "model_type": kind}
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
+        sentence_iterator=iter(lines), model_writer=written, **settings
+    )
+    return parse(written.getvalue())
+
+
+def check(model):
+    """Ids are equal, but for a unigram model's ties; how many ties there were."""
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    ours = sentencepiece_json.convert(model)
+    ours.encode_special_tokens = True
+    documents = hard_documents([piece.piece.replace(SPACE, " ") for piece in model.pieces])
+    found = [made.ids for made in ours.encode_batch(documents)]
+    other = [
+        (text, one, two)
+        for text, one, two in zip(documents, theirs.encode(documents), found, strict=True)
+        if one != two
+    ]
+    for text, one, two in other:
+        assert sentencepiece_json.is_tie(model, one, two), (text, *map(theirs.id_to_piece, (one, two)))
+    return len(other)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_ids_are_equal_on_a_thousand_hard_documents(kind, name):
+    lines, settings = MODELS[name]
+    ties = check(trained(lines, kind=kind, **settings))
+    assert ties == 0 if kind == "bpe" else ties < 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_ids_are_equal_under_a_normalization_rule(kind, name):
+    lines, settings = RULES[name]
+    ties = check(trained(lines, kind=kind, **settings))
+    assert ties == 0 if kind == "bpe" else ties < 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not T5.is_file(), reason=f"{T5} is not there: python scripts/get_t5_tokenizer.py")
+def test_t5s_ids_are_equal():
+    assert check(parse(T5.read_bytes())) < 20
+
+
+def test_ties_are_of_equal_scores_and_no_more():
+    model = trained(LINES, kind="unigram", **OWN)
+    best = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    one = best.encode("people are free")
+    assert sentencepiece_json.is_tie(model, one, one[::-1])
+    assert not sentencepiece_json.is_tie(model, one, [*one, one[0]])
+    assert not sentencepiece_json.is_tie(model, one, [one[0], *one[2:], one[0]])
+    assert not sentencepiece_json.is_tie(trained(LINES, kind="bpe", **OWN), one, one[::-1])
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def own(request):
+    model = trained(LINES, kind=request.param, **OWN)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    return theirs, sentencepiece_json.convert(model)
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters=SPACE) | st.sampled_from(" \n\te<é")))
+def test_text_comes_back_from_its_ids(own, text):
+    theirs, ours = own
+    ids = ours.encode(text, add_special_tokens=False).ids
+    assert ours.decode(ids) == theirs.decode(ids)
+    if not any(name in text for name in ("<pad>", "</s>", "<unk>")):
+        assert ours.decode(ids) == text
+
+
+def test_written_special_token_is_parsed_unless_it_is_asked_for_as_text(own):
+    theirs, ours = own
+    eos, text = theirs.piece_to_id("</s>"), "of</s>the"
+    assert ours.encode(text).ids == [*theirs.encode("of"), eos, *theirs.encode("the")]
+    ours.encode_special_tokens = True
+    assert ours.encode(text).ids == theirs.encode(text)
+    ours.encode_special_tokens = False
+    assert eos not in theirs.encode(text) and ours.decode([eos, *theirs.encode("of")]) == "of"
+
+
+def test_bos_begins_each_text_where_it_is_one(own):
+    model = trained(CODE, kind="bpe", **LLAMA)
+    made = sentencepiece_json.convert(model, bos=1)
+    first, second = (made.encode(text, add_special_tokens=False).ids for text in ("the union", "of"))
+    assert made.encode("the union").ids == [1, *first]
+    assert made.encode("the union", "of").ids == [1, *first, 1, *second]
+    assert own[1].encode("of").ids == own[1].encode("of", add_special_tokens=False).ids
+
+
+def set_type(model):
+    piece = next(piece for piece in model.pieces[300:] if piece.type == NORMAL and len(piece.piece) > 2)
+    piece.type = UNUSED
+
+
+def same_score(model):
+    first, second = [piece for piece in model.pieces if piece.type == NORMAL and len(piece.piece) == 2][:2]
+    second.score = first.score
+
+
+def add(piece, kind):
+    return lambda model: model.pieces.add(piece=piece, type=kind)
+
+
+def rule(**settings):
+    return lambda model: [setattr(model.normalizer_spec, name, value) for name, value in settings.items()]
+
+
+def spaced_symbol(model):
+    rule(remove_extra_whitespaces=True)(model)
+    add("a b", SYMBOL)(model)
+
+
+def denormalize(model):
+    model.denormalizer_spec.precompiled_charsmap = b"a rule"
+
+
+def suffix(model):
+    model.trainer_spec.treat_whitespace_as_suffix = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("unigram", suffix, "its treat_whitespace_as_suffix or"),
+        ("bpe", rule(escape_whitespaces=False), ".*or escape_whitespaces has no counterpart"),
+        ("bpe", denormalize, "its denormalization rule has no counterpart"),
+        ("unigram", set_type, "its unused piece '.*' has no counterpart"),
+        ("bpe", add("Ωa", NORMAL), "its piece 'Ωa' holds a character that is no piece"),
+        ("bpe", add("Ω", CONTROL), "its special piece 'Ω' is a single character"),
+        ("bpe", same_score, "its pieces '..' and '..' have the same score, where merges have an order"),
+        ("bpe", rule(add_dummy_prefix=True), r"its user-defined symbol '\\n' has no counter"),
+        ("bpe", rule(remove_extra_whitespaces=True), r"its user-defined symbol '\\n' has no counter"),
+        ("unigram", spaced_symbol, "its user-defined symbol with a space has no counterpart"),
+    ],
+)
+def test_setting_without_a_counterpart_is_named(kind, change, said):
+    model = trained(LINES, kind=kind, **OWN)
+    change(model)
+    with pytest.raises(ValueError, match=f"^{said}"):
+        sentencepiece_json.convert(model)
+
+
+@pytest.mark.parametrize("kind", ["word", "char"])
+def test_other_kinds_of_models_are_refused(kind):
+    with pytest.raises(ValueError, match=f"^its model_type {kind.upper()} has no counterpart"):
+        sentencepiece_json.convert(trained(LINES, kind=kind, vocab_size=20))
+
+
+def test_older_protobuf_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
+    with pytest.raises(ValueError, match=r"settings cannot be read: .*: pip install -U protobuf"):
+        parse(b"")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_time_of_one_long_text_is_not_quadratic(kind):
+    made = sentencepiece_json.convert(trained(CODE, kind=kind, **LLAMA))
+    for text in (" ".join(CODE) * 50, "a" * 10**6, "<" * 10**6, " " * 10**6):
+        times = []
+        for part in (text[: 10**5], text[: 10**6]):
+            start = time.perf_counter()
+            made.encode(part)
+            times.append(time.perf_counter() - start)
+        assert times[1] < 40 * times[0] + 1  # quadratic: 100
