@@ -104,7 +104,7 @@ MARKS = [
 def hard_documents(pieces: list[str], *, count: int = 1000, seed: int = 0) -> list[str]:
     """Documents in which tokenizers may differ: paragraphs of addresses, and what no address has."""
     rng = random.Random(seed)
-    addresses = "\n\n".join(file.read_text() for file in sotu._speeches()[::20])
+    addresses = "\n\n".join(file.read_text() for file in sotu.speeches()[::20])
     paragraphs = [text for text in addresses.split("\n\n") if text]
 
     def part() -> str:
