@@ -52,7 +52,7 @@ def as_normalizers(charsmap: bytes, symbols: Collection[str]) -> list[Any]:
     for symbol in symbols:
         if any(char in known or char in later for char in symbol):
             raise ValueError(f"its normalization rule knows its user-defined symbol {symbol!r}")
-    joining = later | {key for key, text in known.items() if len(key) == 1 and _joins(text[:1], later)}
+    joining = later | {key for key, text in known.items() if len(key) == 1 and _joins(text, later)}
     join = rf"(?!\A)(?=[[{JOINING}{_ranges(joining)}]&&[^\0]])"
     free = f"(?<!{_either(symbols)})" if symbols else ""
     inside = f"(?!{free}(?:{'|'.join(_continued(sequences))}))" if sequences else ""
@@ -102,8 +102,10 @@ def _composed(texts: Iterable[str]) -> list[str]:
     return normalizers.NFC().normalize_str(apart).split(APART)[:-1]
 
 
-def _joins(char: str, later: Collection[str]) -> bool:
-    return char in later or (char != "" and unicodedata.combining(char) > 0)
+def _joins(text: str, later: Collection[str]) -> bool:
+    """Whether NFC may join the beginning of a text to what stands before it."""
+    vowel_or_end = "\u1160" <= text[:1] <= "\u11ff"  # of a Hangul syllable
+    return text != "" and (text[0] in later or unicodedata.category(text[0])[0] == "M" or vowel_or_end)
 
 
 def _replacements(known: dict[str, str], odd: Collection[str]) -> Iterable[Any]:

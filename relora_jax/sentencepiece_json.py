@@ -63,7 +63,7 @@ def convert(model: Any, *, special: Iterable[int] = (), bos: int | None = None) 
     made.decoder = decoders.Sequence([*_decoders(model)])
     chosen = {i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNKNOWN)} | {*special}
     tokens = [model.pieces[i].piece for i in sorted(chosen) if model.pieces[i].type != SYMBOL]
-    made.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+    made.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
     if bos is not None:
         begin = model.pieces[bos].piece
         made.post_processor = processors.TemplateProcessing(

@@ -413,6 +413,34 @@ MUTANTS = [
         "for layer, array in _parts(weights, path, merged=True):",
         "tests/test_export.py::test_adapter_leaves_the_base_kernels_and_holds_every_factor",
     ),
+    Mutant(
+        "merges of a SentencePiece model in another order than its scores",
+        "sentencepiece_json.py",
+        "    merges.sort()\n",
+        "    merges.sort(reverse=True)\n",
+        "tests/test_sentencepiece_json.py::test_ids_are_equal_on_a_thousand_hard_documents",
+    ),
+    Mutant(
+        "a special piece's name in a text is read as that piece",
+        "sentencepiece_json.py",
+        "return piece.score if piece.type == NORMAL else least",
+        "return piece.score",
+        "tests/test_sentencepiece_json.py::test_ids_are_equal_on_a_thousand_hard_documents",
+    ),
+    Mutant(
+        "characters that a normalization rule leaves apart are composed",
+        "charsmap.py",
+        "normalizers.Replace(Regex(join + inside), APART * 2)",
+        "normalizers.Replace(Regex(join + inside), APART)",
+        "tests/test_charsmap.py::test_hard_texts_are_rewritten_as_sentencepiece_rewrites_them",
+    ),
+    Mutant(
+        "a tokenizer is written without a comparison with ours",
+        "fast_tokenizer.py",
+        "    _compare(tokenizer, model, made)\n",
+        "",
+        "tests/test_fast_tokenizer.py::test_other_ids_than_ours_are_never_written",
+    ),
 ]
 
 

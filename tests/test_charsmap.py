@@ -16,6 +16,7 @@ SYMBOLS = ["<<>>"]
 CHAINED = "\U0001611e\U0001611f\U00016120\U00016129\U000113c2\U00016d63\U00016d67"  # NFC knows them not yet
 
 LATIN = {unicodedata.normalize("NFD", char): char for char in map(chr, range(0xC0, 0x180))}
+SINGLES = {c: new for c in map(chr, range(0x80, 0x3_0000)) if (new := unicodedata.normalize("NFC", c)) != c}
 COMPOSED = {key: char for key, char in LATIN.items() if len(key) > 1}
 
 
@@ -78,8 +79,8 @@ def test_hard_texts_are_rewritten_as_sentencepiece_rewrites_them(nmt):
     plain = [*"aAeEoq<= \n\r\t\0\1\ufdd0", "\ufdd00", "\u2581", "\u200d", "한", "\u1112", *SYMBOLS]
     kinds = sequences, singles, later, marks, every, plain, [key[0] for key in sequences], CHAINED
     rng = random.Random(1)
-    for _ in range(4000):
-        text = "".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randint(1, 12)))
+    hard = ["".join(rng.choice(rng.choice(kinds)) for _ in range(rng.randint(1, 12))) for _ in range(4000)]
+    for text in [*hard, "<<>>\u0338", ">\u0338", "º\u0e33", "º\u0eb3", "a\u0327\u0301", "a\u0302\u0323", ""]:
         assert ours(text) == theirs(text), ascii(text)
 
 
@@ -89,13 +90,17 @@ def test_hard_texts_are_rewritten_as_sentencepiece_rewrites_them(nmt):
         {"A": "a", "B": "", "'": "  "},
         {"ab": "X", "abc": "Y", "bc": "Z", "c": "q", "aa": "W"},
         {"e\u0301": "é", "o\u0301": "0", "E": "e", "\u0301": "'"},
+        {**COMPOSED, **SINGLES, "q": "\u0301", "z": "\u1161"},
     ],
 )
 def test_rule_of_ones_own_is_rewritten_longest_first(rules, tmp_path):
     theirs, ours = both(own_rule(tmp_path, rules))
     rng = random.Random(2)
-    letters = sorted({c for key in rules for c in key}) + ["x", "\u0302", "\0"]
-    for _ in range(1000):
+    letters = [
+        *sorted({c for key in rules for c in key})[:9],
+        *"xeqz\0\u0302\u0301\u1112\u1161\u11ab\U0001f3fb",
+    ]
+    for _ in range(2000):
         text = "".join(rng.choices(letters, k=rng.randint(0, 9)))
         assert ours(text) == theirs(text), ascii(text)
 
@@ -107,6 +112,7 @@ def test_rule_of_ones_own_is_rewritten_longest_first(rules, tmp_path):
         ({f"a{chr(code)}": "X" for code in range(0x100, 0x141)}, [], "in a way that NFC does not"),
         ({"ab": "A", "A": "q"}, [], "makes 'A' of 'ab' in a way that NFC does not"),
         ({"ab": "bX", "bX": "q"}, [], "in a way that NFC does not"),
+        ({**COMPOSED, "y\u0307\u0323": "ỵ\u0307"}, [], "in a way that NFC does not"),
         (COMPOSED, [], "leaves .*, which NFC rewrites"),
     ],
 )
