@@ -200,3 +200,13 @@ def test_damaged_checkpoint_is_not_exported(made: Made, tmp_path: pathlib.Path, 
     line = ended(capsys, f"--workdir={run}", f"--output={tmp_path}/out", code=2)
     assert "export another checkpoint, by --update" in line
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+def test_config_of_another_run_is_not_exported(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
+    run = pathlib.Path(shutil.copytree(made.place, tmp_path / "run"))
+    saved = json.loads((run / "config.json").read_text())
+    for changes in ({"rope_theta": 2e4}, {"layers": saved["model"]["layers"] + 1}):
+        (run / "config.json").write_text(json.dumps(saved | {"model": saved["model"] | changes}))
+        line = ended(capsys, f"--workdir={run}", f"--output={tmp_path}/out", code=2)
+        assert "is of another run (model." in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
