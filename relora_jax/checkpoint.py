@@ -85,7 +85,7 @@ def restore_newest(
     damaged: list[tuple[int, DamagedError]] = []
     for u in reversed(updates_saved(workdir)):
         try:
-            state = _restore(directory(workdir) / str(u), config, like(u))
+            state = _restore(workdir, u, config, like(u))
         except DamagedError as error:
             damaged.append((u, error))
             continue
@@ -103,13 +103,19 @@ def restore_model(workdir: Path, u: int, config: Config, like: TrainState) -> Tr
 
     DamagedError, and nothing renamed; ValueError for a checkpoint of another run or of something else.
     """
-    return _restore(directory(workdir) / str(u), config, model_of(like), whole=False)
+    return _restore(workdir, u, config, model_of(like), whole=False)
 
 
-def _restore(path: Path, config: Config, like: TrainState, *, whole: bool = True) -> TrainState:
-    one = Saved.open(path)
+def open_saved(workdir: Path, u: int, config: Config) -> Saved:
+    """The checkpoint after u updates, of which nothing but the meta is read. Errors as `restore_model`."""
+    one = Saved.open(path := directory(workdir) / str(u))
     if changed := changed_results(one.config, config):
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): move it away, or take its config")
+    return one
+
+
+def _restore(workdir: Path, u: int, config: Config, like: TrainState, *, whole: bool = True) -> TrainState:
+    one = open_saved(workdir, u, config)
     try:
         return unflatten(one.read(flatten(like), whole=whole), like)
     except OtherModelError as error:  # though its config is ours

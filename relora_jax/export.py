@@ -21,10 +21,10 @@ from ml_dtypes import bfloat16
 from tqdm import tqdm
 
 from relora_jax import disk, fast_tokenizer, flags, llama_hf, restored, run, shapes
-from relora_jax.checkpoint import directory
+from relora_jax.checkpoint import open_saved
 from relora_jax.config import Config
 from relora_jax.llama_hf import Place
-from relora_jax.saved import DamagedError, Saved
+from relora_jax.saved import DamagedError
 from relora_jax.tensor_files import Writer
 from relora_jax.tokenizer import Tokenizer
 from relora_jax.weights import Weights
@@ -43,14 +43,16 @@ def main(argv: Sequence[str]) -> int:
     u = restored.update_of(place, words.update)
     tokenizer = find_tokenizer(place, config)
     try:
-        weights = Weights(Saved.open(directory(place) / str(u)))
+        weights = Weights(open_saved(place, u, config))
         if words.adapter and not weights.low_rank:
             raise ValueError(
                 f"the checkpoint of {place} at {u} has no live factors: export it without --adapter"
             )
+        settings = _settings(config, tokenizer, dtype=words.dtype)  # which may refuse, before the tensors
         with disk.directory(output, OURS, overwrite=words.overwrite) as aside:
             write(weights, config, aside, dtype=DTYPES[words.dtype], adapter=words.adapter)
-            _write_settings(config, tokenizer, aside, dtype=words.dtype)
+            for name, content in settings.items():
+                disk.write(aside / name, content)
             if words.adapter:
                 write_adapter(weights, config, aside / ADAPTER, dtype=DTYPES[words.dtype], base=output)
     except DamagedError as error:
@@ -115,14 +117,13 @@ def write_adapter(weights: Weights, config: Config, folder: Path, *, dtype: np.d
     disk.write(folder / "adapter_config.json", _json(facts))
 
 
-def _write_settings(config: Config, tokenizer: Tokenizer | None, folder: Path, *, dtype: str) -> None:
+def _settings(config: Config, tokenizer: Tokenizer | None, *, dtype: str) -> dict[str, bytes]:
+    """{name: content} beside the tensors. ValueError where transformers cannot hold the model."""
     length = config.model.max_positions or config.data.sequence_length
     special = {f"{name}_token_id": getattr(tokenizer, name, None) for name in ("bos", "eos", "pad")}
     facts = llama_hf.to_config(config.model, length=length, dtype=dtype, special=special)
     files = {"config.json": _json(facts), "generation_config.json": _json(special)}
-    files |= fast_tokenizer.files(tokenizer, length=length) if tokenizer else {}
-    for name, content in files.items():
-        disk.write(folder / name, content)
+    return files | (fast_tokenizer.files(tokenizer, length=length) if tokenizer else {})
 
 
 def _parts(weights: Weights, path: str, *, merged: bool) -> Iterator[tuple[int | None, np.ndarray]]:

@@ -11,7 +11,6 @@ Exit codes: 0 done, 2 wrong usage or nothing there to sample from, 74 data or di
 """
 
 import json
-import math
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from relora_jax.sampling import Request, in_text, windows
 from relora_jax.tokenizer import Tokenizer
 
 MAX_TOKENS = 128  # where nothing is said
+HOTTEST = 1e6  # all pieces are alike long before
 AT_ONCE = 16  # samples; more are drawn one such group after another
 
 
@@ -121,8 +121,8 @@ def _parse(words: Sequence[str]) -> Any:
             raise ValueError(f"--{name}={getattr(given, name)} must be at least 1")
     if not 0 <= given.seed < 2**31:
         raise ValueError(f"--seed={given.seed} must lie in [0, {2**31})")
-    if not (math.isfinite(given.temperature) and given.temperature >= 0):
-        raise ValueError(f"--temperature={given.temperature} must be finite and at least 0, the likeliest")
+    if not 0 <= given.temperature <= HOTTEST:
+        raise ValueError(f"--temperature={given.temperature} must lie in [0, {HOTTEST:g}], 0 the likeliest")
     if not 0 < given.top_p <= 1:
         raise ValueError(f"--top_p={given.top_p} must lie in (0, 1]")
     return given

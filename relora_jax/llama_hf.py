@@ -146,10 +146,13 @@ def from_config(facts: Any, *, where: Any) -> ModelConfig:
 
 
 def _rope(facts: dict[str, Any], positions: int, where: Any) -> tuple[float, Scaling]:
-    """(theta, scaling): under `rope_parameters`, as transformers 5 writes them, or as those before did."""
-    there = facts.get("rope_parameters") or facts.get("rope_scaling") or {}
-    if not isinstance(there, dict):
-        raise ValueError(f"{where}: its rope settings are no JSON object")
+    """(theta, scaling): under `rope_parameters`, as transformers 5 writes them, or as those before did.
+
+    Where both are there, the older name is what every version takes.
+    """
+    there = facts.get("rope_scaling") or facts.get("rope_parameters") or {}
+    if not isinstance(there, dict) or any(isinstance(value, dict) for value in there.values()):
+        raise ValueError(f"{where}: its rope settings are no JSON object, or one for each kind of layer")
     theta = _number(there | ({} if "rope_theta" in there else facts), "rope_theta", 1e4, where=where)
     kind = there.get("rope_type", there.get("type", "default"))
     number = lambda key, *default: _number(there, key, *default, where=f"{where}, rope {kind}")  # noqa: E731

@@ -216,3 +216,13 @@ def test_a_full_disk_leaves_no_half_export(made: Made, tmp_path: pathlib.Path) -
     assert process.returncode == 74, said
     assert "mend the disk or the data" in said.splitlines()[-1] and "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+def test_config_of_another_run_is_not_exported(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
+    run = pathlib.Path(shutil.copytree(made.place, tmp_path / "run"))
+    saved = json.loads((run / "config.json").read_text())
+    for changes in ({"rope_theta": 2e4}, {"layers": saved["model"]["layers"] + 1}):
+        (run / "config.json").write_text(json.dumps(saved | {"model": saved["model"] | changes}))
+        line = ended(capsys, f"--workdir={run}", f"--output={tmp_path}/out", code=2)
+        assert "is of another run (model." in line
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]

@@ -208,9 +208,10 @@ def test_prompt_of_documents_apart_begins_after_its_last_end(made: Made) -> None
 BAD = {
     "--n=0": "--n=0 must be at least 1",
     "--n=two": "'two'",
-    "--temperature=-0.1": "--temperature=-0.1 must be finite and at least 0",
-    "--temperature=nan": "--temperature=nan must be",
-    "--temperature=inf": "--temperature=inf must be",
+    "--temperature=-0.1": "--temperature=-0.1 must lie in [0, 1e+06]",
+    "--temperature=nan": "--temperature=nan must lie in",
+    "--temperature=inf": "--temperature=inf must lie in",
+    "--temperature=1e300": "--temperature=1e+300 must lie in",
     "--top_p=0": "--top_p=0.0 must lie in (0, 1]",
     "--top_p=1.01": "--top_p=1.01 must lie in (0, 1]",
     "--top_p=nan": "--top_p=nan must lie",

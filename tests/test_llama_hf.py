@@ -73,6 +73,13 @@ def test_yarn_takes_the_attention_factor_that_its_paper_gives() -> None:
     assert found.rope_scaling == "yarn(4.0, 64.0, 32.0, 1.0, 1.138629436111989)"
 
 
+def test_of_two_rope_settings_the_older_name_counts() -> None:
+    """As in transformers 5, and those before know no other."""
+    linear, other = ({"rope_type": "linear", "factor": factor} for factor in (2.0, 4.0))
+    found = llama_hf.from_config(config(rope_scaling=linear, rope_parameters=other), where="config.json")
+    assert found.rope_scaling == "linear(2.0)"
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"model_type": "qwen2"}, "is of a 'qwen2': only llama"),
     "no type": ({"model_type": ...}, "is of a None"),
@@ -87,6 +94,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no factor": ({"rope_scaling": {"type": "linear"}}, "factor = None must be a number above 0"),
     "factor": ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4'"),
     "rope": ({"rope_scaling": "linear"}, "rope settings are no JSON object"),
+    "rope of kinds": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "kind of layer"),
     "text": ({"hidden_size": "16"}, "hidden_size = '16' must be a whole number"),
     "negative": ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
     "enormous": ({"num_hidden_layers": 2**30}, "num_hidden_layers = 1073741824"),
