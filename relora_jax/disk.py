@@ -4,6 +4,7 @@ Another process may be making the same: the same bytes, renamed to the same name
 """
 
 import contextlib
+import fcntl
 import fnmatch
 import os
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from relora_jax import places
 
 ASIDE = "*.new"  # what a kill leaves
+MARK = ".relora_jax"  # in a directory that `directory` made
 
 
 def write(path: Path, content: bytes) -> None:
@@ -26,37 +28,63 @@ def write(path: Path, content: bytes) -> None:
 def check_output(path: Path, ours: Sequence[str], *, overwrite: bool) -> None:
     """ValueError where `directory` must not put a new one at `path`: something is there that it would lose.
 
-    With `overwrite` an older one may be: what holds no other names than the patterns `ours`.
+    With `overwrite` an older one may be: it has our mark, and no file but those of the patterns `ours`.
     """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(f"--output={path} is there and is no directory: name another one")
-    there = sorted(entry.name for entry in path.iterdir()) if path.exists() else []
-    foreign = [name for name in there if not any(fnmatch.fnmatchcase(name, kind) for kind in ours)]
-    if foreign and overwrite:
-        raise ValueError(
-            f"--output={path} holds {foreign[0]!r}, which --overwrite would lose: name another one"
-        )
+    blocking = next((place for place in (path, *path.parents) if place.is_symlink() or place.exists()), path)
+    if path.is_symlink() or not blocking.is_dir():
+        what = "a link" if path.is_symlink() else "no directory"
+        raise ValueError(f"--output={path}: {blocking} is {what}: name another place")
+    there = sorted(path.rglob("*")) if path.exists() else []
+    files = [str(file.relative_to(path)) for file in there if file.is_symlink() or not file.is_dir()]
+    foreign = [name for name in files if not any(fnmatch.fnmatchcase(name, kind) for kind in (MARK, *ours))]
+    if there and (foreign or MARK not in files):
+        what = f"holds {foreign[0]!r}" if foreign else "was not written by this command"
+        raise ValueError(f"--output={path} is not empty and {what}: name another place")
     if there and not overwrite:
-        raise ValueError(f"--output={path} is not empty: name another one, or replace it with --overwrite")
+        raise ValueError(f"--output={path} is not empty: name another place, or replace it with --overwrite")
 
 
 @contextlib.contextmanager
 def directory(path: Path, ours: Sequence[str], *, overwrite: bool) -> Iterator[Path]:
-    """A new directory beside `path`, which takes its place where the `with` ends well and else is gone."""
-    check_output(path, ours, overwrite=overwrite)
+    """A new directory beside `path`, which takes its place where the `with` ends well and else is gone.
+
+    ValueError where another process is making it.
+    """
     aside, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "replaced"))
-    for left in (aside, old):  # by a kill
-        places.remove(left)
+    check_output(path, ours, overwrite=overwrite)
+    aside.mkdir(parents=True, exist_ok=True)
+    lock = os.open(aside, os.O_RDONLY)
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        check_output(path, ours, overwrite=overwrite)  # again: much may have happened meanwhile
-        if path.exists():
-            path.rename(old)
-        aside.rename(path)
-        places.remove(old)
+        _lock(lock, path)
+        _mend(path, old)
+        for left in aside.iterdir():  # by a kill
+            places.remove(left)
+        try:
+            yield aside
+            write(aside / MARK, b"")
+            check_output(path, ours, overwrite=overwrite)  # again: much may have happened meanwhile
+            if path.exists():
+                path.rename(old)
+            aside.rename(path)
+        finally:
+            _mend(path, old)
+            places.remove(aside)
     finally:
-        places.remove(aside)
+        os.close(lock)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """The lock dies with the process."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--output={path} is being written by another process: wait for its end") from None
+
+
+def _mend(path: Path, old: Path) -> None:
+    """What was there before comes back where nothing took its place, and is gone where something did."""
+    if old.exists():
+        places.remove(old) if path.exists() else old.rename(path)
 
 
 class RecordWriter:

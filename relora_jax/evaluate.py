@@ -70,9 +70,8 @@ def main(argv: Sequence[str]) -> int:
     microbatch = _microbatch(config, words.microbatch)
     keep_compiled()
     program = Program(config, restored.mesh_of(config))
-    state = restored.model_of(
-        place, u, config, program
-    )  # before rows are made: a run that goes on deletes old ones
+    # before rows are made: a run that goes on deletes old checkpoints
+    state = restored.model_of(place, u, config, program)
     store = _rows(place, config, split)
     size = {"eval_tokens": words.tokens or config.train.eval_tokens}
     rows = data.validation_rows(store, **size)

@@ -21,7 +21,7 @@ from ml_dtypes import bfloat16
 from tqdm import tqdm
 
 from relora_jax import disk, fast_tokenizer, flags, llama_hf, restored, run, shapes
-from relora_jax.checkpoint import open_saved
+from relora_jax.checkpoint import directory, open_saved
 from relora_jax.config import Config
 from relora_jax.llama_hf import Place
 from relora_jax.saved import DamagedError
@@ -31,7 +31,8 @@ from relora_jax.weights import Weights
 
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(bfloat16)}
 ADAPTER = "adapter"  # the folder of the live factors
-OURS = ("config.json", "generation_config.json", "model*.safetensors*", ADAPTER, *fast_tokenizer.FILES)
+OURS = ("config.json", "generation_config.json", "model*.safetensors*", f"{ADAPTER}/adapter_*")
+OURS += fast_tokenizer.FILES
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,6 +40,8 @@ def main(argv: Sequence[str]) -> int:
     words = _parse(argv[1:])
     place, output = words.workdir.expanduser(), words.output.expanduser().absolute()
     disk.check_output(output, OURS, overwrite=words.overwrite)
+    if directory(place).resolve() in (output.resolve(), *output.resolve().parents):
+        raise ValueError(f"--output={output} lies among the checkpoints of the run: name another place")
     config = run.read_config(place)
     u = restored.update_of(place, words.update)
     tokenizer = find_tokenizer(place, config)
@@ -56,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
             if words.adapter:
                 write_adapter(weights, config, aside / ADAPTER, dtype=DTYPES[words.dtype], base=output)
     except DamagedError as error:
+        if not (directory(place) / str(u)).exists():
+            raise ValueError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one") from error
         raise ValueError(f"{error}: export another checkpoint, by --update") from error
     what = "its live factors beside it" if words.adapter else "its live factors merged"
     what = what if weights.low_rank else "full-rank"

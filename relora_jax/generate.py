@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> int:
                 found = {"prompt": words.prompt, "text": text, "tokens": int(end) - len(prompt)}
                 print(json.dumps({**about, "sample": int(number), **found, "document_ended": ended}))
             else:
-                print(f"--- {number + 1} of {words.n}, update {u} of {place}\n[{before}]{text}", flush=True)
+                print(f"--- {number + 1} of {words.n}, update {u} of {place}")
+                print(_printable(f"[{before}]{text}"), flush=True)
     return 0
 
 
@@ -126,6 +127,11 @@ def _parse(words: Sequence[str]) -> Any:
     if not 0 < given.top_p <= 1:
         raise ValueError(f"--top_p={given.top_p} must lie in (0, 1]")
     return given
+
+
+def _printable(text: str) -> str:
+    """The text without what would move a terminal's cursor or change its colours."""
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in text)
 
 
 def _utf8(text: str) -> str:

@@ -41,7 +41,7 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
-OURS = ("checkpoints", "config.json", "config.py", "run.json", TOKENIZER)
+OURS = ("checkpoints/*", "config.json", "config.py", "run.json", f"{TOKENIZER}/*")
 HEAD = "lm_head.weight"
 # Buffers that older versions of transformers kept among the tensors: they follow from config.json.
 _COMPUTED = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")

@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
 
 def save_model(folder: Path) -> None:
     """Random weights from a fixed seed, in float32."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
     torch.manual_seed(0)
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -54,7 +54,7 @@ def save_model(folder: Path) -> None:
 def save_tokenizer(folder: Path, texts: list[str]) -> None:
     """Byte-level BPE like LLaMA 3's, trained on the files."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast  # pyright: ignore[reportMissingImports]
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore

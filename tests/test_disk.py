@@ -15,7 +15,8 @@ def make(path: Path, *, overwrite: bool = False, name: str = "config.json") -> N
 
 
 def tree(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != disk.MARK]
+    return {str(file.relative_to(folder)): file.read_text() for file in files}
 
 
 def test_a_directory_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -41,7 +42,7 @@ def test_what_a_kill_left_aside_is_gone_with_the_next(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_not_empty_is_replaced_only_on_demand(tmp_path: Path) -> None:
     make(tmp_path / "out", name="model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match="not empty: name another one, or replace it with --overwrite"):
+    with pytest.raises(ValueError, match="not empty: name another place, or replace it with --overwrite"):
         make(tmp_path / "out")
     assert tree(tmp_path) == {"out/model-00001-of-00002.safetensors": "new"}
     make(tmp_path / "out", overwrite=True)
@@ -54,14 +55,47 @@ def test_what_is_not_ours_is_never_lost(tmp_path: Path, overwrite: bool) -> None
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("a file")
     (tmp_path / "link").symlink_to(tmp_path / "out")
-    for name, told in (("out", "thesis.tex"), ("file", "is no directory"), ("link", "is no directory")):
-        with pytest.raises(ValueError, match=told if overwrite or name != "out" else "not empty"):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text("of a model that somebody else wrote")
+    bad = {
+        "out": "thesis.tex",
+        "file": "no directory",
+        "link": "a link",
+        "file/below": "file is no directory",
+    }
+    for name, told in (bad | {"theirs": "was not written by this command"}).items():
+        with pytest.raises(ValueError, match=told):
             make(tmp_path / name, overwrite=overwrite)
     with (
-        pytest.raises(ValueError, match=r"not empty|late"),
+        pytest.raises(ValueError, match="late"),
         disk.directory(tmp_path / "a", OURS, overwrite=overwrite),
     ):
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "late").touch()
     assert (tmp_path / "a" / "late").exists()
     assert tree(tmp_path / "out") == {"config.json": "new", "thesis.tex": "years of work"}
+
+
+def test_of_two_that_make_the_same_the_second_is_refused_and_the_first_is_whole(tmp_path: Path) -> None:
+    with disk.directory(tmp_path / "new", OURS, overwrite=False) as aside:
+        with pytest.raises(ValueError, match="being written by another process"):
+            make(tmp_path / "new")
+        (aside / "config.json").write_text("first")
+    assert tree(tmp_path) == {"new/config.json": "first"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_kill_between_the_two_renamings_loses_nothing(tmp_path: Path, fails: bool) -> None:
+    make(tmp_path / "out", name="model.safetensors")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # there, a kill
+    if fails:
+        with (
+            pytest.raises(OSError, match="full"),
+            disk.directory(tmp_path / "out", OURS, overwrite=True) as aside,
+        ):
+            (aside / "config.json").touch()
+            raise OSError("full")
+    else:
+        make(tmp_path / "out", overwrite=True)
+    assert tree(tmp_path) == {"out/model.safetensors" if fails else "out/config.json": "new"}
+    assert not list(tmp_path.glob(".*"))

@@ -180,6 +180,7 @@ BAD = {
     "--update=4 --adapter": "at 4 has no live factors: export it without --adapter",
     "--dtype=int8": "invalid choice: 'int8' (choose from",
     "--output=": "not empty",
+    "--output=checkpoints/9": "lies among the checkpoints of the run",
     "--adaptor": "unrecognized arguments: --adaptor",
 }
 

@@ -26,6 +26,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf-te
 torch = pytest.importorskip("torch", reason="needs the extra hf-test")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.hf,
 ]
 
 # What config.json has words of its own for; every shape goes through test_import_transformers.py.

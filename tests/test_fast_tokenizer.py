@@ -196,6 +196,7 @@ def with_transformers(test):
         pytest.mark.filterwarnings("ignore::FutureWarning"),
         pytest.mark.filterwarnings("ignore::DeprecationWarning"),
         pytest.mark.slow,
+        pytest.mark.hf,
     ):
         test = mark(test)
     return test

@@ -171,7 +171,8 @@ def test_people_read_prompt_and_continuation_and_hear_where_the_row_ends(made: M
     assert ended(capsys, *words, "--n=2")[1] == ""
     out, err = ended(capsys, *words, "--n=2", "--max_tokens=128")
     head = "--- {} of 2, update 6 of " + f"{made.place}\n[{PROMPT}]"
-    assert out == f"{head.format(1)}{one['text']}\n{head.format(2)}{two['text']}\n"
+    shown = [generate._printable(each["text"]) for each in (one, two)]
+    assert out == f"{head.format(1)}{shown[0]}\n{head.format(2)}{shown[1]}\n"
     room = LENGTH + 1 - tokens
     assert err == (
         f"note: after the prompt's {tokens} tokens the model's length of {LENGTH} leaves {room} "
@@ -179,6 +180,10 @@ def test_people_read_prompt_and_continuation_and_hear_where_the_row_ends(made: M
     )
     assert max(one["tokens"], two["tokens"]) <= room
     assert ended(capsys, *words, "--n=2", f"--max_tokens={room}") == (out, "")
+
+
+def test_a_terminal_is_shown_no_control_characters() -> None:
+    assert generate._printable("a\x1b[2J\n\tb\rc\x07") == "a\ufffd[2J\n\tb\ufffdc\ufffd"
 
 
 def test_empty_prompt_is_the_end_of_the_document_before(made: Made, capsys: Any) -> None:

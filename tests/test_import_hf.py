@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from relora_jax import flags, import_hf, llama_hf, run, starting_config, tokenizer, warm_start, workdir
+from relora_jax import disk, flags, import_hf, llama_hf, run, starting_config, tokenizer, warm_start, workdir
 from relora_jax.checkpoint import flatten, load_model, updates_saved
 from relora_jax.config import ModelConfig
 from relora_jax.program import Program
@@ -154,7 +154,8 @@ def test_run_is_the_model_itself_in_float32(imported: pathlib.Path) -> None:
     assert (config.data.eos_id, config.data.pad_id, config.data.bos_id) == (own.eos, own.pad, bos)
     assert told["imported_from"] == str(imported.parent / "model") and "unigram_perplexity" not in told
     assert not any(path.is_symlink() for path in imported.rglob("*"))
-    assert sorted(path.name for path in imported.iterdir()) == sorted(import_hf.OURS)
+    names = {pattern.partition("/")[0] for pattern in import_hf.OURS}
+    assert {path.name for path in imported.iterdir()} == names | {disk.MARK}
     assert {path.name for path in (imported / "tokenizer").iterdir()} == {
         "tokenizer.json",
         "tokenizer_config.json",
@@ -383,13 +384,15 @@ def test_a_place_that_holds_something_is_left_alone(tmp_path: pathlib.Path, caps
     weights = load_model(place, 0)
     write(shutil.rmtree(source) or source, tensors=arrays(dtype=np.float16))
     capsys.readouterr()
-    assert "is not empty: name another one, or replace it with --overwrite" in refused(capsys, source, place)
+    assert "is not empty: name another place, or replace it with --overwrite" in refused(
+        capsys, source, place
+    )
     assert command(source, place, "--overwrite") == 0
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert all(np.array_equal(array, weights[path]) for path, array in load_model(place, 0).items())
     capsys.readouterr()
     (place / "metrics.jsonl").touch()  # a run that has trained there
-    assert "metrics.jsonl', which --overwrite would lose" in refused(capsys, source, place, "--overwrite")
+    assert "is not empty and holds 'metrics.jsonl'" in refused(capsys, source, place, "--overwrite")
     for words, told in (
         ([f"--output={tmp_path / 'a:b'}"], "a colon"),
         (["--output=x", "more"], "unrecognized arguments: more"),

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason="needs the extra hf-te
 torch = pytest.importorskip("torch", reason="needs the extra hf-test")
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.hf,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]

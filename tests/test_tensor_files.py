@@ -351,6 +351,7 @@ def test_a_header_of_many_tensors_is_read_in_little_time_and_memory(tmp_path: pa
 
 
 @pytest.mark.slow
+@pytest.mark.hf
 def test_shards_are_byte_for_byte_those_of_transformers(tmp_path: pathlib.Path) -> None:
     """The real save_pretrained, whose tensors we write again in its order."""
     transformers = pytest.importorskip("transformers")
