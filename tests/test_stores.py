@@ -306,13 +306,19 @@ def command(folder, place, count, size):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts(200, seed=k))
         (place / f"{k}.jsonl").write_text(lines * (size // 200))
     words = [f"--config={place}/c.py", f"--text={place}/*.jsonl", "--workers=2"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "relora_jax.prepare", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # as at a terminal, where Ctrl-C reaches the workers as well
-    )
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where a shell's `&` started us
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "relora_jax.prepare", *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # as at a terminal, where Ctrl-C reaches the workers as well
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def in_group(number):
@@ -332,7 +338,7 @@ def until_rows_are_written(process):
 
 
 def test_interrupted_command_ends_in_one_line_without_its_workers(folder, tmp_path):
-    with command(folder, tmp_path, 4, 60_000) as process:
+    with command(folder, tmp_path, 2, 20_000) as process:
         until_rows_are_written(process)
         os.killpg(process.pid, signal.SIGINT)
         said = process.stderr.read()  # pyright: ignore
