@@ -415,7 +415,7 @@ def test_a_full_disk_leaves_no_half_run(tmp_path: pathlib.Path) -> None:
     source = write(tmp_path / "model", dataclasses.replace(MODEL, vocab_size=40_000))
     code = (
         "import resource, sys; from relora_jax import flags, import_hf\n"
-        "for limit in (1024, 20_480, 1_024_000):\n"
+        "for limit in (1024, 20_480, 300_000):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
         f"    words = ['x', '--input={source}', '--output={tmp_path / 'run'}']\n"
         "    try: flags.main(import_hf.main, None, words)\n"

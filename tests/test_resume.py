@@ -46,6 +46,7 @@ def killed(place: Place, workdir: str, u: int, number: signal.Signals, code: int
     assert stopped.returncode == code, stopped.stderr
 
 
+@pytest.mark.slow
 def test_run_killed_again_and_again_equals_uninterrupted_bitwise(place: Place) -> None:
     for u in MOMENTS.values():
         killed(place, "often", u, signal.SIGKILL, -signal.SIGKILL)

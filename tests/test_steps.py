@@ -248,6 +248,7 @@ def test_zero_base_gives_every_factor_a_gradient_from_the_first_update() -> None
     assert all(np.any(layer) for value in factors.values() for layer in value)
 
 
+@pytest.mark.slow
 def test_dropout_changes_with_update_and_seed_and_is_off_in_evaluation() -> None:
     made = small.config("lora", relora__dropout=0.4, relora__warm_up_updates=0)
     program = Program(made, small.mesh())

@@ -137,7 +137,7 @@ def test_command_begins_at_w_and_ends_like_the_run_with_its_own_warm_start(tmp_p
     assert [row for row in place.rows("shared") if row["update"] > W] == [
         row for row in place.rows("own") if row["update"] > W
     ]
-    assert [row["update"] for row in place.rows("shared")][:2] == [4, 5]
+    assert [row["update"] for row in place.rows("shared") if row["kind"] != "sample"][:2] == [4, 5]
     own, shared = place.weights("own"), place.weights("shared")
     assert all(np.array_equal(own[path], shared[path]) for path in own)
     assert saved.Saved.open(directory(place.folder / "shared") / "4").update == W

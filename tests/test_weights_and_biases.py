@@ -185,7 +185,8 @@ def test_command_sends_each_row_and_keeps_documents_apart_where_told(tmp_path: p
     losses = [point.get("train/loss") for _, point in sent]
     assert losses == [None, *(row["loss"] for row in rows if row["kind"] == "train")]
     last = sent[-1][1]
-    assert last["validation/perplexity"] == rows[-1]["perplexity"]
+    [evaluated] = [row for row in rows if row["kind"] == "eval" and row["update"] == 3]
+    assert last["validation/perplexity"] == evaluated["perplexity"]
 
     manifests = (tmp_path / "cache/relora_jax/rows").glob("*/*/manifest.json")
     stores = [data.RowStore.open(file.parent) for file in manifests]
