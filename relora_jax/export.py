@@ -20,12 +20,12 @@ import numpy as np
 from ml_dtypes import bfloat16
 from tqdm import tqdm
 
-from relora_jax import disk, fast_tokenizer, flags, llama_hf, restored, run, shapes
+from relora_jax import disk, fast_tokenizer, flags, llama_hf, restored, run
 from relora_jax.checkpoint import directory, open_saved
 from relora_jax.config import Config
 from relora_jax.llama_hf import Place
 from relora_jax.saved import DamagedError
-from relora_jax.tensor_files import Writer
+from relora_jax.tensor_files import Kind, Writer
 from relora_jax.tokenizer import Tokenizer
 from relora_jax.weights import Weights
 
@@ -59,8 +59,7 @@ def main(argv: Sequence[str]) -> int:
             if words.adapter:
                 write_adapter(weights, config, aside / ADAPTER, dtype=DTYPES[words.dtype], base=output)
     except DamagedError as error:
-        if not (directory(place) / str(u)).exists():
-            raise ValueError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one") from error
+        restored.check_kept(place, u)
         raise ValueError(f"{error}: export another checkpoint, by --update") from error
     what = "its live factors beside it" if words.adapter else "its live factors merged"
     what = what if weights.low_rank else "full-rank"
@@ -93,19 +92,20 @@ def write(weights: Weights, config: Config, folder: Path, *, dtype: np.dtype, ad
 
 def write_adapter(weights: Weights, config: Config, folder: Path, *, dtype: np.dtype, base: Path) -> None:
     """The live factors, as `peft.PeftModel.from_pretrained(model, folder)` loads them."""
-    relora, targets = config.relora, shapes.target_kernels(config)
-    kinds: dict[str, Any] = {}
-    for layer in range(config.model.layers):
-        for name, (fan_in, fan_out) in targets.items():
-            a, b = _adapter_names(layer, name)
-            kinds |= {a: ((relora.rank, fan_in), dtype), b: ((fan_out, relora.rank), dtype)}
+    relora, places = config.relora, llama_hf.tensors(config.model)
+    places = {name: place for name, place in places.items() if weights.has_factors(place.path)}
+    kinds: dict[str, Kind] = {}
+    for name, place in places.items():
+        fan_out, fan_in = place.shape
+        a, b = _adapter_names(name)
+        kinds |= {a: ((relora.rank, fan_in), dtype), b: ((fan_out, relora.rank), dtype)}
     folder.mkdir()
     with Writer(folder, kinds, stem="adapter_model", shard_bytes=math.inf) as writer:
-        for name in targets:
-            a, b = weights.factors(f"blocks/{_kind_of(name)}/{name}/kernel")
-            for layer in range(config.model.layers):
-                for tensor, array in zip(_adapter_names(layer, name), (a[layer], b[layer]), strict=True):
-                    writer.write(tensor, np.ascontiguousarray(array.T.astype(dtype)))
+        for path in dict.fromkeys(place.path for place in places.values()):
+            factors = weights.factors(path)
+            for name, layer in [(name, place.layer) for name, place in places.items() if place.path == path]:
+                for tensor, factor in zip(_adapter_names(name), factors, strict=True):
+                    writer.write(tensor, np.ascontiguousarray(factor[layer].T.astype(dtype)))
     facts = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -113,7 +113,7 @@ def write_adapter(weights: Weights, config: Config, folder: Path, *, dtype: np.d
         "r": relora.rank,
         "lora_alpha": int(relora.alpha) if relora.alpha == int(relora.alpha) else relora.alpha,
         "lora_dropout": relora.dropout,
-        "target_modules": [f"{name}_proj" for name in targets],
+        "target_modules": sorted({name.split(".")[-2] for name in places}),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -143,13 +143,9 @@ def _as_there(array: np.ndarray, place: Place, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray((array.T if place.transposed else array).astype(dtype))
 
 
-def _adapter_names(layer: int, name: str) -> tuple[str, str]:
-    module = f"base_model.model.{llama_hf.module(layer, _kind_of(name), name)}"
+def _adapter_names(name: str) -> tuple[str, str]:
+    module = f"base_model.model.{name.removesuffix('.weight')}"
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
-
-
-def _kind_of(name: str) -> str:
-    return next(kind for kind, names in shapes.KERNELS.items() if name in names)
 
 
 def _json(facts: dict[str, Any]) -> bytes:

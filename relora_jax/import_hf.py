@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and accelerators may be at work
     model, files, tokenizer = judge(source)
     with disk.directory(place, OURS, overwrite=words.overwrite) as aside:
-        keys = _keys(tokenizer)
+        keys = tokenizer.key if tokenizer else {}  # another run that begins here must have the same
         ids = {f"{name}_id": keys[name] for name in ("eos", "pad", "bos") if name in keys}
         told = {"source": str(source.absolute()), "compute_dtype": _compute_dtype(files), "ids": ids}
         (aside / "config.py").write_text(starting_config.text(model, place, **told), encoding="utf-8")
@@ -178,14 +178,6 @@ def _as_run(model: ModelConfig, config: Config) -> Config:
     """The config of RUN itself: full-rank, computed in float32, and begun with nothing else."""
     train = dataclasses.replace(config.train, init_from="")
     return dataclasses.replace(config, model=model, train=train)
-
-
-def _keys(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What rows are told apart by, of the tokenizer: a run that begins with RUN must have the same."""
-    if tokenizer is None:
-        return {}
-    bos = {} if tokenizer.bos is None else {"bos": tokenizer.bos}
-    return {"tokenizer": tokenizer.sha256, "eos": tokenizer.eos, "pad": tokenizer.pad, **bos}
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

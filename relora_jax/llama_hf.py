@@ -44,7 +44,8 @@ def tensors(model: ModelConfig) -> dict[str, Place]:
         for kind, names in shapes.KERNELS.items():
             for name in names:
                 path, (fan_in, fan_out) = f"blocks/{kind}/{name}/kernel", sizes[name]
-                found[module(layer, kind, name) + ".weight"] = Place(path, layer, (fan_out, fan_in), True)
+                there = f"model.layers.{layer}.{MODULES[kind]}.{name}_proj.weight"
+                found[there] = Place(path, layer, (fan_out, fan_in), True)
         for norm, ours in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm")):
             place = Place(f"blocks/{ours}/scale", layer, (hidden,), False)
             found[f"model.layers.{layer}.{norm}.weight"] = place
@@ -52,11 +53,6 @@ def tensors(model: ModelConfig) -> dict[str, Place]:
     if not model.tied_embeddings:
         found["lm_head.weight"] = Place("head/kernel", None, (model.vocab_size, hidden), True)
     return found
-
-
-def module(layer: int, kind: str, name: str) -> str:
-    """A linear layer's module there: "model.layers.0.self_attn.q_proj"."""
-    return f"model.layers.{layer}.{MODULES[kind]}.{name}_proj"
 
 
 def to_config(

@@ -151,10 +151,7 @@ def _stores(data: DataConfig, found: _Text, tokenizer: Tokenizer, how: How) -> d
     key = {
         **found.key,
         **_packing(data),
-        "tokenizer": tokenizer.sha256,
-        "eos": tokenizer.eos,
-        "pad": tokenizer.pad,
-        **({} if tokenizer.bos is None else {"bos": tokenizer.bos}),
+        **tokenizer.key,
         "train_tokens": data.train_tokens if "train" in found.parts else 0,
     }
 

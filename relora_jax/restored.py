@@ -53,14 +53,19 @@ def model_of(place: Path, u: int, config: Config, program: Program) -> TrainStat
     try:
         return model(u)
     except DamagedError as error:
-        if not (directory(place) / str(u)).exists():
-            raise ValueError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one") from error
+        check_kept(place, u)
         others = set(updates_saved(place)) - {u}
         for other in sorted(others, key=lambda other: (other > u, abs(other - u))):  # an older one first
             with suppress(DamagedError):
                 model(other)
                 raise ValueError(f"{error}: --update={other} is whole, take that one") from error
         raise ValueError(f"{error}, and no other is whole: nothing to restore here") from error
+
+
+def check_kept(place: Path, u: int) -> None:
+    """ValueError where the run, which goes on, has deleted the checkpoint that was being read."""
+    if not (directory(place) / str(u)).exists():
+        raise ValueError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one")
 
 
 def tokenizer_of(place: Path, config: Config) -> Tokenizer:

@@ -17,7 +17,7 @@ import numpy as np
 import sentencepiece
 from jaxtyping import Int32
 
-from relora_jax import hugging_face, json_file, places
+from relora_jax import hugging_face, places
 from relora_jax.hugging_face import FILE, HuggingFace
 
 PAD, EOS, UNK = 0, 1, 2  # T5's
@@ -42,7 +42,6 @@ _SETTINGS: dict[str, Any] = {
     "max_sentence_length": LONGEST_LINE,
     "minloglevel": 2,
 }
-_BESIDE_BYTES = 2**24
 _SPEC = re.compile(r"\s*(bpe|unigram)\s*\(\s*([^()]*?)\s*\)\s*")
 
 
@@ -85,6 +84,12 @@ class Tokenizer:
     pad: int
     model: HuggingFace | _SentencePiece = dataclasses.field(repr=False)
     bos: int | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What of it decides rows of ids, as a store's manifest and run.json have it."""
+        bos = {} if self.bos is None else {"bos": self.bos}
+        return {"tokenizer": self.sha256, "eos": self.eos, "pad": self.pad, **bos}
 
     def encode_documents(self, texts: list[str]) -> list[Int32[np.ndarray, " _"]]:
         """The ids of each text, by the library's own threads. No EOS: whoever packs ends documents."""
@@ -137,10 +142,9 @@ def begins(path: Path) -> int | None:
     content = path.read_bytes()
     if path.suffix == ".json":
         return hugging_face.begins(path, content)
-    beside = path.parent / "tokenizer_config.json"
-    told = json_file.read(beside, most_bytes=_BESIDE_BYTES) if beside.is_file() else {}
+    told = hugging_face.read_beside(path.parent / "tokenizer_config.json")
     own = _SentencePiece(path, content, parallel=False).bos
-    return None if isinstance(told, dict) and told.get("add_bos_token") is False else own
+    return None if told.get("add_bos_token") is False else own
 
 
 def _load_again(path: Path, sha256: str, eos: int, pad: int, bos: int | None) -> Tokenizer:

@@ -102,3 +102,14 @@ def run(made: Config, program: Program, *, state: Any = None, start: int = 0, st
         state, values = program.train_step(state, batch(made, program, u), steps.rate(made, u))
         losses.append(float(values["loss"]))
     return state, losses
+
+
+def moved(state: Any, *, seed: int, deviation: float = 0.1) -> Any:
+    """The state with all that is trained elsewhere, as after some updates: both factors count."""
+    rng = np.random.default_rng(seed)
+
+    def shift(leaf: jax.Array) -> jax.Array:
+        noise = rng.normal(0, deviation, leaf.shape).astype(np.float32)
+        return jax.device_put(np.asarray(leaf) + noise, leaf.sharding)
+
+    return dataclasses.replace(state, trained=jax.tree.map(shift, state.trained))

@@ -128,17 +128,6 @@ class Made:
         return evaluate(self.program, self.state, list(batches))
 
 
-def moved(state: Any, seed: int) -> Any:
-    """The state with all that is trained elsewhere, as after some updates: both factors count."""
-    rng = np.random.default_rng(seed)
-
-    def shift(leaf: jax.Array) -> jax.Array:
-        noise = rng.normal(0, 0.1, leaf.shape).astype(np.float32)
-        return jax.device_put(np.asarray(leaf) + noise, leaf.sharding)
-
-    return dataclasses.replace(state, trained=jax.tree.map(shift, state.trained))
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("evaluate")
@@ -165,7 +154,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
             for u in UPDATES:
                 if u == 6:
                     run.state = program.start_low_rank(run.state)
-                run.state = moved(run.state, seed=u)
+                run.state = small.moved(run.state, seed=u)
                 run.at[u] = run.evaluated(prepared.validation)
                 whole = u == UPDATES[-1]  # the others hold a model and no moments, as an imported one
                 checkpoints._write(u, flatten(run.state if whole else model_of(run.state)))

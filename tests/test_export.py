@@ -23,11 +23,11 @@ from relora_jax.config import Config
 from relora_jax.evaluate import Evaluation, evaluate
 from relora_jax.model import Llama
 from relora_jax.program import Program
+from relora_jax.saved import DamagedError, Saved
 from relora_jax.tensor_files import TensorFiles
 from tests import small
 from tests.documents import texts, write_dataset
 from tests.test_evaluate import ended as ended_by
-from tests.test_evaluate import moved
 
 MADE = small.config(
     model__vocab_size=380,
@@ -72,7 +72,7 @@ def saved(
         for u in updates:
             if u == 6:
                 state = program.start_low_rank(state)
-            state = moved(state, seed=u)
+            state = small.moved(state, seed=u)
             at[u] = evaluate(program, state, data.validation_batches(prepared.validation, **rows))
             checkpoints._write(u, flatten(model_of(state)))
             checkpoints.wait()
@@ -193,6 +193,36 @@ def test_mistake_ends_in_one_line_and_writes_nothing(
     line = ended(capsys, f"--workdir={made.place}", f"--output={tmp_path}/out", *words.split(), code=2)
     assert line.startswith("error: ") and BAD[words] in line
     assert not list(tmp_path.iterdir())
+
+
+def test_one_variable_is_read_at_a_time(
+    made: Made, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
+) -> None:
+    asked: list[str] = []
+    read = Saved.read
+
+    def counting(self: Saved, like: dict[str, Any], **how: Any) -> dict[str, jax.Array]:
+        asked.append(" ".join(like))
+        return read(self, like, **how)
+
+    monkeypatch.setattr(Saved, "read", counting)
+    exported(capsys, made, tmp_path / "out")
+    assert not any(" " in paths for paths in asked) and len(set(asked)) == len(asked) == 12 + 2 * 5
+
+
+def test_checkpoint_that_the_run_deletes_meanwhile_is_named(
+    made: Made, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
+) -> None:
+    run = pathlib.Path(shutil.copytree(made.place, tmp_path / "run"))
+
+    def deleting(*_: Any) -> Any:
+        shutil.rmtree(run / "checkpoints" / "6" / "state")
+        (run / "checkpoints" / "6").rename(run / "gone")
+        raise DamagedError("cut")
+
+    monkeypatch.setattr(Saved, "kinds", deleting)
+    line = ended(capsys, f"--workdir={run}", f"--output={tmp_path}/out", code=2)
+    assert "deleted its checkpoint of 6 meanwhile: take a newer one" in line
 
 
 def test_damaged_checkpoint_is_not_exported(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:

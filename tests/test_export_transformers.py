@@ -121,7 +121,7 @@ def test_bfloat16_export_loads_as_such(mid_cycle: Made, tmp_path: pathlib.Path, 
 def test_factors_on_the_base_give_the_logits_of_the_run(
     mid_cycle: Made, tmp_path: pathlib.Path, dtype: str, capsys: Any
 ) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="needs the extra hf-test")
     expected = np.asarray(mid_cycle.model(jnp.asarray(ids(3))))
     folder = exported(capsys, mid_cycle, tmp_path / "out", "--adapter", f"--dtype={dtype}")
     base = loaded(folder, dtype=torch.float32)

@@ -53,17 +53,6 @@ class Made:
         return np.array(call(state.trained, state.frozen, jnp.asarray(ids)))
 
 
-def moved(state: Any) -> Any:
-    """The state with all that is trained elsewhere, as after some updates: both factors count."""
-    rng = np.random.default_rng(0)
-
-    def shift(leaf: jax.Array) -> jax.Array:
-        noise = rng.normal(0, 0.3, leaf.shape).astype(np.float32)
-        return jax.device_put(np.asarray(leaf) + noise, leaf.sharding)
-
-    return dataclasses.replace(state, trained=jax.tree.map(shift, state.trained))
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("generate")
@@ -79,7 +68,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         program = Program(MADE, small.mesh())
         patch.setattr(generate, "Program", lambda *_: program)  # compiled once for all these tests
         full = program.init()
-        states = {4: moved(full), 6: moved(program.start_low_rank(jax.tree.map(jnp.copy, full)))}
+        far = {"seed": 0, "deviation": 0.3}
+        low = program.start_low_rank(jax.tree.map(jnp.copy, full))
+        states = {4: small.moved(full, **far), 6: small.moved(low, **far)}
         run = Made(folder / "run", prepared.tokenizer, program, states)
         run.place.mkdir()
         workdir.begin(run.place, MADE, unigram_perplexity=1.0, rows=workdir.keys_of(prepared))

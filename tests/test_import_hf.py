@@ -15,11 +15,23 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from relora_jax import disk, flags, import_hf, llama_hf, run, starting_config, tokenizer, warm_start, workdir
+from relora_jax import (
+    disk,
+    export,
+    flags,
+    generate,
+    import_hf,
+    llama_hf,
+    run,
+    starting_config,
+    tokenizer,
+    warm_start,
+    workdir,
+)
 from relora_jax.checkpoint import flatten, load_model, updates_saved
 from relora_jax.config import ModelConfig
 from relora_jax.program import Program
-from relora_jax.tensor_files import FILE, INDEX, Writer
+from relora_jax.tensor_files import FILE, INDEX, TensorFiles, Writer
 from relora_jax.validate import validate
 from tests import small
 from tests.documents import texts
@@ -229,6 +241,24 @@ def test_a_tokenizer_that_is_of_no_use_is_told_in_a_warning(
     assert said.startswith("warning: ") and told in said and said.count("\n") == 1
     assert (tmp_path / "run" / "tokenizer").exists() == ("no tokenizer (" not in told)
     assert bool(run.read_facts(tmp_path / "run")["rows"]) == ("pieces" in told)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_a_tokenizer_a_model_still_comes_out_bit_for_bit(
+    tmp_path: pathlib.Path, dtype: str, capsys: Any
+) -> None:
+    tensors = arrays(dtype=export.DTYPES[dtype])
+    write(tmp_path / "model", tensors=tensors)
+    assert command(tmp_path / "model", tmp_path / "run") == 0
+    capsys.readouterr()
+    words = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}", f"--dtype={dtype}"]
+    assert export.main(["export", *words]) == 0
+    assert "was imported without a tokenizer, and is exported without one" in capsys.readouterr().err
+    found = TensorFiles.open(tmp_path / "out")
+    assert found.kinds == {name: (array.shape, array.dtype) for name, array in tensors.items()}
+    assert all(found.read(name).tobytes() == array.tobytes() for name, array in tensors.items())
+    with pytest.raises(ValueError, match=r"imported without a tokenizer that ends documents: put one beside"):
+        generate.main(["generate", words[0], "--prompt=a"])
 
 
 def config_with(text: str | None = None, **changes: Any) -> Callable[[pathlib.Path], Any]:

@@ -125,6 +125,28 @@ def test_what_transformers_cannot_hold_is_not_exported() -> None:
         )
 
 
+# as LlamaForCausalLM.state_dict() has them, of one layer
+NAMES = {
+    "model.embed_tokens.weight": "embed/embedding",
+    "model.layers.0.self_attn.q_proj.weight": "blocks/attention/q/kernel",
+    "model.layers.0.self_attn.k_proj.weight": "blocks/attention/k/kernel",
+    "model.layers.0.self_attn.v_proj.weight": "blocks/attention/v/kernel",
+    "model.layers.0.self_attn.o_proj.weight": "blocks/attention/o/kernel",
+    "model.layers.0.mlp.gate_proj.weight": "blocks/mlp/gate/kernel",
+    "model.layers.0.mlp.up_proj.weight": "blocks/mlp/up/kernel",
+    "model.layers.0.mlp.down_proj.weight": "blocks/mlp/down/kernel",
+    "model.layers.0.input_layernorm.weight": "blocks/attention_norm/scale",
+    "model.layers.0.post_attention_layernorm.weight": "blocks/mlp_norm/scale",
+    "model.norm.weight": "norm/scale",
+    "lm_head.weight": "head/kernel",
+}
+
+
+def test_names_are_those_of_transformers_in_its_order() -> None:
+    found = {name: place.path for name, place in llama_hf.tensors(model(layers=1)).items()}
+    assert list(found.items()) == list(NAMES.items())
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_variable_is_in_the_tensors_once(tied: bool) -> None:
     made = model(tied_embeddings=tied)

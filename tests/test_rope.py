@@ -57,6 +57,14 @@ def test_llama3_and_yarn_keep_fast_pairs_and_divide_slow_ones() -> None:
         assert np.all(np.diff(share) <= 0)
 
 
+def test_ramp_of_yarn_ends_with_the_last_index_of_the_head() -> None:
+    # so few turns are `slow` that their index lies far behind the 4 pairs: the ramp ends at 7, as published
+    share = turn("yarn(4, 100, 8, 1e-9, 1)", head_dim=8) / turn("none", head_dim=8)
+    first = np.floor(4 * np.log(100 / (8 * 2 * np.pi)) / np.log(1e4))
+    kept = 1 - (np.arange(4) - first) / (7 - first)
+    np.testing.assert_allclose(share, kept + (1 - kept) / 4, rtol=1e-12)
+
+
 def test_only_yarn_scales_cos_and_sin() -> None:
     factors = [
         rope.frequencies(8, theta=1e4, scaling=scaling, length=4096)[1] for scaling in WRITTEN.values()

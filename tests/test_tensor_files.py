@@ -354,7 +354,7 @@ def test_a_header_of_many_tensors_is_read_in_little_time_and_memory(tmp_path: pa
 @pytest.mark.hf
 def test_shards_are_byte_for_byte_those_of_transformers(tmp_path: pathlib.Path) -> None:
     """The real save_pretrained, whose tensors we write again in its order."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf-test")
     config = transformers.LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
     )

@@ -209,9 +209,13 @@ def test_what_is_wrong_is_said_in_one_line(spec, said, cache, monkeypatch):
 
 def test_bos_is_what_transformers_puts_before_a_text(tmp_path):
     assert tokenizer.begins(model_file(tmp_path / "tokenizer.model")) == 1  # SentencePiece's own
-    for told, expected in (({"add_bos_token": True}, 1), ({"add_bos_token": False}, None), ([], 1)):
+    for told, expected in (({"add_bos_token": True}, 1), ({"add_bos_token": False}, None)):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
         assert tokenizer.begins(tmp_path / "tokenizer.model") == expected
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no JSON object"):
+        tokenizer.begins(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").unlink()
     assert tokenizer.begins(model_file(tmp_path / "none.model", bos_id=-1)) is None
     path = json_file(tmp_path / "json")
     assert tokenizer.begins(path) == hugging_face.begins(path, path.read_bytes()) == 2
