@@ -472,7 +472,7 @@ def main(word: str) -> int:
 
 def _copied(copy: pathlib.Path) -> pathlib.Path:
     """A copy of what the tests need of the tree."""
-    for name in ("relora_jax", "tests", "configs"):
+    for name in ("relora_jax", "tests", "configs", "scripts"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy / name)
@@ -490,7 +490,7 @@ def _killed(mutant: Mutant, copy: pathlib.Path) -> bool:
         return False
     path.write_text(code.replace(mutant.old, mutant.new))
     try:
-        imported = _python(copy, "-c", "import relora_jax.train; assert relora_jax.train.__file__[0] == '/'")
+        imported = _python(copy, "-c", f"import relora_jax.{path.stem}")
         if imported.returncode:
             print(f"DOES NOT IMPORT    {mutant.mistake}: {imported.stderr.strip().splitlines()[-1]}")
             return False
