@@ -7,6 +7,8 @@ import contextlib
 import fcntl
 import fnmatch
 import os
+import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -68,9 +70,18 @@ def directory(path: Path, ours: Sequence[str], *, overwrite: bool) -> Iterator[P
             aside.rename(path)
         finally:
             _mend(path, old)
-            places.remove(aside)
+            _clear(aside)
     finally:
         os.close(lock)
+
+
+def _clear(aside: Path) -> None:
+    """Gone also where threads of a save that failed still end in it; their error is the one that is told."""
+    for pause in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8):  # seconds; what then remains goes at the next start
+        time.sleep(pause)
+        shutil.rmtree(aside, ignore_errors=True)
+        if not aside.exists():
+            break
 
 
 def _lock(descriptor: int, path: Path) -> None:

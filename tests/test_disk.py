@@ -1,5 +1,9 @@
 """A directory takes its place whole, and never the place of what is not ours."""
 
+import concurrent.futures
+import contextlib
+import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -99,3 +103,21 @@ def test_a_kill_between_the_two_renamings_loses_nothing(tmp_path: Path, fails: b
         make(tmp_path / "out", overwrite=True)
     assert tree(tmp_path) == {"out/model.safetensors" if fails else "out/config.json": "new"}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_error_is_told_though_threads_still_write_what_is_removed(tmp_path: Path) -> None:
+    def write_on(folder: Path, ends: float) -> None:
+        with contextlib.suppress(OSError):  # the folder is gone
+            for k in itertools.takewhile(lambda _: time.monotonic() < ends, itertools.count()):
+                (folder / str(k)).touch()
+                (folder / str(k - 1)).unlink(missing_ok=True)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        pytest.raises(OSError, match="the first error"),
+        disk.directory(tmp_path / "made", OURS, overwrite=False) as aside,
+    ):
+        (aside / "deep").mkdir()
+        pool.submit(write_on, aside / "deep", time.monotonic() + 0.2)
+        raise OSError("the first error")
+    assert not list(tmp_path.iterdir())
