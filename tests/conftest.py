@@ -1,6 +1,7 @@
 """The suite runs on CPU with 8 forced devices, with jaxtyping's shapes checked by beartype."""
 
 import os
+import pathlib
 
 import jax
 from jaxtyping import install_import_hook
@@ -12,6 +13,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # The suite is bound by compilation: LLVM's passes are left out, XLA's own are not. Laws, not timings.
 jax.config.update("jax_disable_most_optimizations", True)
+# A program that was compiled before, by another test or an earlier run of the suite, is read back.
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".pytest_cache/xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
 
 install_import_hook("relora_jax", "tests.checked.check")
