@@ -37,7 +37,9 @@ class Checkpoints:
             directory(workdir),
             item_handlers={STATE: ocp.StandardCheckpointHandler(), META: ocp.JsonCheckpointHandler()},
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep), enable_async_checkpointing=True
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=True,  # of saves that did not end
             ),
         )
 

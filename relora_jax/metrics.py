@@ -67,6 +67,7 @@ class Metrics:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = lines.cut(self._path, -1 if anew else restored_update)
         before = [row for row in kept if row["kind"] == "train"]
+        self.evaluated = max((row["update"] for row in kept if row["kind"] == "eval"), default=-1)
         self._last: Row = before[-1] if before else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
         self._elapsed_s, self._opened = self._last["elapsed_s"], _clock()
         self._start, self._last_time, self._paused_s = restored_update, self._opened, 0.0
@@ -98,7 +99,8 @@ class Metrics:
         self._put({"kind": "train", "update": update} | row, skipped_in_row)
 
     def eval(self, update: int, *, loss: Any, perplexity: Any, tokens: Any) -> None:
-        """Queues an eval row."""
+        """Queues an eval row; `evaluated` is the update of the newest, -1 before the first."""
+        self.evaluated = update
         row = {"loss": loss, "perplexity": perplexity, "tokens": tokens}
         self._put({"kind": "eval", "update": update} | row)
 

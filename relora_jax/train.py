@@ -7,7 +7,7 @@ again will not help), 70 diverged, 74 data or disk failed, 75 stopped by a signa
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +60,23 @@ def run_to_end(config: Config, place: Path, prepared: prepare.Prepared, signals:
     keep_compiled()
     print(opening(config))
     try:
-        done = train(config, place, prepared, signals)
+        stopped_at = train(config, place, prepared, signals)
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return DIVERGED
-    if done < config.train.updates:
-        print(f"stopped after update {done}, which is saved: the same command goes on from there")
+    if stopped_at is not None:
+        print(f"stopped after update {stopped_at}, which is saved: the same command goes on from there")
         return STOPPED
     report.write(place)
     print(run.summary(place))
     return 0
 
 
-def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Signals) -> int:
-    """Trains from the newest checkpoint or what `begin` gives, to the end or a signal; the updates done."""
+def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Signals) -> int | None:
+    """Trains from the newest checkpoint or what `begin` gives, to the end or a signal.
+
+    Returns the updates done, and saved, where a signal stopped it; None at the end.
+    """
     program = Program(config, make_mesh(**vars(config.mesh), devices=jax.devices()))
     settings, updates = config.train, config.train.updates
     validation = list(
@@ -98,20 +101,19 @@ def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Sign
     ):
         signals.at_once = False
         openings = Openings(prepared.validation, prepared.tokenizer)
-        recorder = Recorder(config, program, metrics, checkpoints, validation, openings)
-        if restored is None:
-            recorder.record(start, state, first=True)
-        else:
+        recorder = Recorder(config, program, metrics, checkpoints, validation, openings, signals)
+        if restored is not None:
             print(f"goes on after update {start}")
+        if recorder.record(start, state):
+            return start
         for u, batch in enumerate(data.prefetch(batch_of, start, updates), start):
             state = recorder.begin(u, state)
             lr = steps.rate(config, u)
             state, values = program.train_step(state, batch, lr)
             recorder.log(u + 1, lr, values)
-            recorder.record(u + 1, state, stop=signals.asked)
-            if signals.asked:
+            if recorder.record(u + 1, state):
                 return u + 1
-    return updates
+    return None
 
 
 def begin(config: Config, program: Program) -> tuple[int, Any]:
@@ -134,8 +136,9 @@ class Recorder:
         checkpoints: Checkpoints,
         validation: list[data.Batch],
         openings: Openings,
+        signals: Signals,
     ) -> None:
-        self.config, self.program, self.metrics = config, program, metrics
+        self.config, self.program, self.metrics, self.signals = config, program, metrics, signals
         self.checkpoints, self.validation, self.openings = checkpoints, validation, openings
 
     def begin(self, u: int, state: Any) -> Any:
@@ -155,18 +158,38 @@ class Recorder:
         if u % self.config.train.log_every_updates == 0 or u == self.config.train.updates:
             self.metrics.train(u, lr=lr, restarts=steps.restarts_done(self.config, u), **values)
 
-    def record(self, u: int, state: Any, *, first: bool = False, stop: bool = False) -> None:
-        """Evaluates and saves the state after u updates, where due; rows are on the disk first."""
-        settings = self.config.train
-        if first or u % settings.evaluate_every_updates == 0 or u == settings.updates:
+    def record(self, u: int, state: Any) -> bool:
+        """Evaluates and saves the state after u updates, where due; rows are on the disk first.
+
+        True where a signal asked to stop: then it is saved in any case, and the next start evaluates it.
+        """
+        settings, evaluated = self.config.train, self.metrics.evaluated
+        due = evaluated < 0 or u % settings.evaluate_every_updates == 0 or u == settings.updates
+        if due and u > evaluated:
             with self.metrics.pause(state.update):
-                self.metrics.eval(u, **evaluate(self.program, state, self.validation)._asdict())
-                for prompt, text in self.openings.continued(self.program, state):
-                    self.metrics.sample(u, prompt=prompt, text=text)
+                self._evaluate(u, state)
+        stop = self.signals.asked
         if stop or self.checkpoints.due(u):
             with self.metrics.pause(state.update):
                 self.metrics.flush()
                 self.checkpoints.save(u, state)
+        return stop
+
+    def _evaluate(self, u: int, state: Any) -> None:
+        """The rows of eval and sample; none where a signal came before all of them were there."""
+        found = evaluate(self.program, state, self._until_asked())
+        continued = [] if self.signals.asked else self.openings.continued(self.program, state)
+        if not self.signals.asked:
+            self.metrics.eval(u, **found._asdict())
+            for prompt, text in continued:
+                self.metrics.sample(u, prompt=prompt, text=text)
+
+    def _until_asked(self) -> Iterator[data.Batch]:
+        """The batches of the evaluation; at least one."""
+        for batch in self.validation:
+            yield batch
+            if self.signals.asked:
+                return
 
 
 def sinks_of(config: Config, place: Path, *, restored_update: int, anew: bool) -> list[Sink]:

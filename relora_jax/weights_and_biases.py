@@ -21,6 +21,7 @@ FILE = "wandb.json"  # the project, and the run's id in it
 class WeightsAndBiases:
     """One point per update: a resumed run goes on in the same W&B run, and sends no update twice.
 
+    An evaluation that a signal put off to the next start is in metrics.jsonl alone.
     Where `resumed` is false, the W&B run is a new one. An error of W&B's, here or later, is told once,
     in one line, and ends the sending, not the training.
     """

@@ -16,10 +16,11 @@ from tests.documents import texts, write_dataset
 
 # The config file may end its own process: KILL_AT="u signal" sends the signal as update u begins; and it may
 # take the targets away: EMPTY_FROM="u" gives batches without any from update u on. HANG_AT="u" computes for
-# ever, in C with Python waiting, as update u begins.
+# ever, in C with Python waiting, as update u begins. TERM_IN="u" sends SIGTERM in the evaluation after u
+# updates, at each of its batches but the first, and says so.
 CONFIG = """
 import hashlib, os, signal
-from relora_jax import data, steps
+from relora_jax import data, program, steps
 from relora_jax.prune import magnitude
 from tests import small
 
@@ -47,6 +48,16 @@ def get_config(arm="relora"):
         return batch._replace(lengths=batch.lengths * (u < int(os.environ.get("EMPTY_FROM", u + 1))))
 
     data.train_batch = emptying
+    eval_step, batches = program.Program.eval_step, []
+
+    def ending(self, state, batch):
+        if str(int(state.update)) == os.environ.get("TERM_IN") and batches:
+            print("asked in an evaluation", flush=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        batches.append(batch)
+        return eval_step(self, state, batch)
+
+    program.Program.eval_step = ending
     return made
 """
 

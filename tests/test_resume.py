@@ -71,6 +71,24 @@ def test_signal_finishes_the_update_saves_and_asks_to_be_started_again(
     resumed(place, number.name)
 
 
+@pytest.mark.slow
+def test_signal_in_an_evaluation_leaves_it_to_the_next_start_and_saves(place: Place) -> None:
+    config, ends = (
+        f"--config={place.folder / 'toy.py'}",
+        ("0", "5", "20"),
+    )  # of which none is saved but for 20
+    for u in ends:
+        stopped = place.train(config, workdir="in_evaluation", TERM_IN=u)
+        assert stopped.returncode == STOPPED, stopped.stderr
+        assert stopped.stdout.count("asked in an evaluation") == 1  # and no batch after it
+        assert f"stopped after update {u}, which is saved" in stopped.stdout
+        assert checkpoint.updates_saved(place.folder / "in_evaluation")[-1] == int(u)
+        assert not [
+            row for row in place.rows("in_evaluation") if row["kind"] == "eval" and row["update"] == int(u)
+        ]
+    resumed(place, "in_evaluation")
+
+
 def test_finished_run_says_so(place: Place) -> None:
     again = place.train(f"--config={place.folder / 'toy.py'}", workdir="whole")
     assert again.returncode == DONE and "is finished, 20 updates done" in again.stdout
@@ -140,6 +158,16 @@ def test_command_refuses_to_go_on_with_other_rows(place: Place) -> None:
 def test_start_killed_while_it_wrote_its_config_is_no_obstacle(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.tmp").write_text("{")
     workdir.check(tmp_path, small.config())
+
+
+@pytest.mark.slow
+def test_what_a_save_left_that_did_not_end_is_gone_with_the_next_start(place: Place) -> None:
+    killed(place, "half", 10, signal.SIGKILL, -signal.SIGKILL)
+    half = place.folder / "half/checkpoints/7.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "part").write_bytes(bytes(9))
+    resumed(place, "half")
+    assert not half.exists()
 
 
 def test_snapshot_of_the_low_rank_start_is_kept_for_ever(place: Place) -> None:

@@ -1,6 +1,8 @@
 """The first signal asks, the second ends the process, and so does time: always with 75."""
 
 import os
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -93,3 +95,38 @@ def test_handlers_are_as_before_afterwards() -> None:
         assert signals.asked  # at once: the update that is being done is the last one
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+# The first start ends as by a kill; the second waits, and saves when asked; the third ends with the code.
+RUN = """#!/bin/bash
+echo start >> starts
+case $(wc -l < starts) in
+  1) exit 137;;
+  2) trap 'sleep 0.5; echo saved; exit 75' TERM; echo ready; for k in {1..600}; do sleep 0.1; done;;
+  *) exit $(cat code);;
+esac
+"""
+
+
+def supervised(folder: pathlib.Path) -> subprocess.Popen[str]:
+    """The loop of docs/running.md around RUN."""
+    page = (pathlib.Path(__file__).parents[1] / "docs/running.md").read_text()
+    [loop] = [block for block in re.findall(r"```\n(.*?)```", page, re.DOTALL) if "until [" in block]
+    (folder / "python").write_text(RUN)
+    (folder / "python").chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        ["bash", "-c", loop], cwd=folder, env={**os.environ, "PATH": path}, text=True, **pipes
+    )
+
+
+def test_documented_supervisor_passes_the_signal_on_and_starts_again(tmp_path: pathlib.Path) -> None:
+    asked = supervised(tmp_path)
+    assert asked.stdout is not None and asked.stdout.readline() == "ready\n"
+    asked.send_signal(signal.SIGTERM)  # to the shell alone
+    assert ended(asked) == (STOPPED, "saved\n", "")
+    assert (tmp_path / "starts").read_text() == "start\n" * 2
+    for code in ("0", "2", "70"):
+        (tmp_path / "code").write_text(code)
+        assert ended(supervised(tmp_path))[0] == int(code)
