@@ -4,10 +4,12 @@ With `add_special_tokens=False` its ids are the run's: of every text with `split
 without it of texts in which no special token is written out. `AutoTokenizer` reads "</s>" in a text as the
 token, as its users expect; the run took it for text. (A unigram tokenizer.json of one's own reads it so
 either way.) By default bos begins a text where it begins the run's documents, or where such a file has it
-so; nothing ends a text. sentencepiece_json.py says what of a SentencePiece model is not kept equal.
+so; nothing ends a text. sentencepiece_json.py says what of a SentencePiece model is not kept equal, and
+one that has no such form at all goes out as it is.
 """
 
 import hashlib
+import itertools
 import json
 from typing import Any
 
@@ -19,24 +21,23 @@ from relora_jax.sentencepiece_json import NORMAL, SPACE, UNKNOWN
 from relora_jax.tokenizer import Tokenizer
 
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+MODEL = "tokenizer.model"  # a SentencePiece model as it is
 BESIDE = ("added_tokens.json", "chat_template.jinja")  # what else belongs to a tokenizer.json
-FILES = (FILE, CONFIG, SPECIAL, *BESIDE)  # all that `files` may name
+FILES = (FILE, CONFIG, SPECIAL, MODEL, *BESIDE)  # all that may be written
 # Texts in which the libraries differ most; every piece's own text and special piece's name come with them.
 PROBES = ("", " ", "  a  b ", "a\n\n\nb", "\t\r\n", "\0", "e\u0301", "\ufb01", "\U0001f600", "aaaaa")
+
+
+class NoFastFormError(ValueError):
+    """A SentencePiece model that the `tokenizers` library cannot have with the same ids; says why."""
 
 
 def files(tokenizer: Tokenizer, *, length: int) -> dict[str, bytes]:
     """{name: content} of the tokenizer's files; `length` is the longest text of the model, in ids.
 
-    ValueError where the tokenizer has a setting that the `tokenizers` library cannot keep ids equal with,
-    or its file is no longer the one that was loaded.
+    NoFastFormError where it has none. ValueError where its file is no longer the one that was loaded.
     """
-    try:
-        content = tokenizer.path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"tokenizer {tokenizer.path} cannot be read: {error.strerror}") from error
-    if hashlib.sha256(content).hexdigest() != tokenizer.sha256:
-        raise ValueError(f"tokenizer {tokenizer.path} has been changed meanwhile: begin again")
+    content = _read(tokenizer)
     ours = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # others rebuild it of parts of the file
         "model_max_length": length,
@@ -47,7 +48,25 @@ def files(tokenizer: Tokenizer, *, length: int) -> dict[str, bytes]:
     try:
         return _of_sentencepiece(tokenizer, content, ours)
     except ValueError as error:
-        raise ValueError(f"tokenizer {tokenizer.path} cannot become a {FILE}: {error}") from error
+        raise NoFastFormError(f"tokenizer {tokenizer.path} cannot become a {FILE}: {error}") from error
+
+
+def as_it_is(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """{name: content} of a SentencePiece model without a fast form.
+
+    Nothing beside it says how to load it: of some, transformers makes a tokenizer with other ids.
+    """
+    return {MODEL: _read(tokenizer)}
+
+
+def _read(tokenizer: Tokenizer) -> bytes:
+    try:
+        content = tokenizer.path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"tokenizer {tokenizer.path} cannot be read: {error.strerror}") from error
+    if hashlib.sha256(content).hexdigest() != tokenizer.sha256:
+        raise ValueError(f"tokenizer {tokenizer.path} has been changed meanwhile: begin again")
+    return content
 
 
 def _of_sentencepiece(tokenizer: Tokenizer, content: bytes, config: dict[str, Any]) -> dict[str, bytes]:
@@ -73,7 +92,9 @@ def _special(tokenizer: Tokenizer) -> dict[str, int]:
 
 def _compare(tokenizer: Tokenizer, model: Any, made: tokenizers.Tokenizer) -> None:
     """ValueError for a piece, or a text that is hard, with other ids than ours."""
-    texts = [*(piece.piece.replace(SPACE, " ") for piece in model.pieces), *PROBES]
+    pieces = (piece.piece for piece in model.pieces)
+    texts = [text.replace(SPACE, " ") for text in itertools.chain(pieces, sentencepiece_json.meetings(model))]
+    texts += PROBES
     made.encode_special_tokens = True
     theirs = [found.ids for found in made.encode_batch_fast(texts, add_special_tokens=False)]
     made.encode_special_tokens = False

@@ -1,12 +1,16 @@
 """A SentencePiece model as a tokenizer of Hugging Face's `tokenizers` library, with the same ids.
 
-BPE is exact. A unigram model adds scores in float32 here and in float64 there: of segmentations whose scores
-are equal to float32's precision ("77" + "7" or "7" + "77") the two may take another, about one piece in
-300,000 of English text. What has no counterpart there is a ValueError that names it.
+BPE is exact, but for merges of equal score, of which SentencePiece takes the first in the text and the
+library the lowest id: `meetings` are texts that show a difference. A unigram model adds scores in float32
+here and in float64 there: of segmentations whose scores are equal to float32's precision ("77" + "7" or
+"7" + "77") the two may take another, about one piece in 300,000 of English text. What has no counterpart
+there is a ValueError that names it.
 """
 
+import itertools
+import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import sentencepiece
@@ -19,6 +23,7 @@ NORMAL, UNKNOWN, CONTROL, SYMBOL, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pi
 UNIGRAM, BPE = 1, 2  # types of models
 SPACE = "\u2581"
 UNKNOWN_CHARACTER = "\ufdd0"  # no character of any text
+MEETINGS = 50_000  # overlaps of pieces of one score that are tried, of as many as there may be
 SMALLEST = 2.0**-126  # SentencePiece's first guess of the highest score, which is no higher than 0
 
 
@@ -133,25 +138,56 @@ def _decoders(model: Any) -> Iterable[Any]:
         yield decoders.Strip(" ", 1, 0)
 
 
-def _bpe(model: Any) -> models.BPE:
-    """Each split of a piece is a merge: SentencePiece joins any two that make a piece, the best first."""
-    pieces = model.pieces
-    normal = {piece.piece: i for i, piece in enumerate(pieces) if piece.type == NORMAL}
+def meetings(model: Any) -> Iterator[str]:
+    """Texts in which pieces of a BPE model with one score meet: runs, overlaps, and any side by side."""
+    if model.trainer_spec.model_type != BPE:
+        return
+    tied: dict[float, dict[str, None]] = {}
+    for score, i, *_ in _merges(model):
+        tied.setdefault(score, {})[model.pieces[i].piece] = None
+    for group in map(list, tied.values()):
+        if len(group) > 1:
+            yield from _meetings(group)
+
+
+def _meetings(group: list[str]) -> Iterator[str]:
+    chance, begins, longest = random.Random(0), dict[str, list[str]](), max(map(len, group))
+    for sign in {piece[0]: None for piece in group if piece == piece[0] * len(piece)}:
+        yield from (f"{before}{sign * n}" for n in range(1, 4 * longest) for before in ("", "a"))
+    for piece in group:
+        for cut in range(1, len(piece)):
+            begins.setdefault(piece[:cut], []).append(piece[cut:])
+    overlaps = (
+        piece + rest
+        for piece in chance.sample(group, len(group))
+        for cut in range(1, len(piece))
+        for rest in begins.get(piece[cut:], ())
+    )
+    yield from itertools.islice(overlaps, MEETINGS)
+    for _ in range(1000):
+        yield "".join(chance.choices(group, k=chance.randint(2, 9)))
+
+
+def _merges(model: Any) -> list[tuple[float, int, str, str]]:
+    """(-score, id, left, right) of each split of a piece, in order.
+
+    SentencePiece joins any two that make a piece, the best first.
+    """
+    normal = {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type == NORMAL}
     merges = [
-        (-pieces[i].score, i, piece[:cut], piece[cut:])
+        (-model.pieces[i].score, i, piece[:cut], piece[cut:])
         for piece, i in normal.items()
         for cut in range(1, len(piece))
         if piece[:cut] in normal and piece[cut:] in normal
     ]
-    merges.sort()
-    made: dict[float, int] = {}  # a score -> the piece
-    for score, i, *_ in merges:
-        if made.setdefault(score, i) != i:
-            same = f"{pieces[made[score]].piece!r} and {pieces[i].piece!r}"
-            raise ValueError(f"its pieces {same} have the same score, where merges have an order")
+    return sorted(merges)
+
+
+def _bpe(model: Any) -> models.BPE:
+    pieces = model.pieces
     return models.BPE(
         vocab={piece.piece: i for i, piece in enumerate(pieces)},
-        merges=[(left, right) for _, _, left, right in merges],
+        merges=[(left, right) for _, _, left, right in _merges(model)],
         unk_token=next(piece.piece for piece in pieces if piece.type == UNKNOWN),
         fuse_unk=True,
         byte_fallback=model.trainer_spec.byte_fallback,

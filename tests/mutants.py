@@ -419,8 +419,8 @@ MUTANTS = [
     Mutant(
         "merges of a SentencePiece model in another order than its scores",
         "sentencepiece_json.py",
-        "    merges.sort()\n",
-        "    merges.sort(reverse=True)\n",
+        "return sorted(merges)",
+        "return sorted(merges, reverse=True)",
         "tests/test_sentencepiece_json.py::test_ids_are_equal_on_a_thousand_hard_documents",
     ),
     Mutant(
@@ -443,6 +443,13 @@ MUTANTS = [
         "    _compare(tokenizer, model, made)\n",
         "",
         "tests/test_fast_tokenizer.py::test_other_ids_than_ours_are_never_written",
+    ),
+    Mutant(
+        "pieces of one score are not tried side by side",
+        "fast_tokenizer.py",
+        "itertools.chain(pieces, sentencepiece_json.meetings(model))",
+        "pieces",
+        "tests/test_fast_tokenizer.py::test_pieces_of_one_score_that_texts_tell_apart_are_refused",
     ),
 ]
 

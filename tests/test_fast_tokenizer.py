@@ -118,7 +118,7 @@ def test_tokenizer_json_goes_out_as_it_is_with_what_lies_beside_it(tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "vocab.json").write_text("{}")
     files = fast_tokenizer.files(tokenizer.load(path), length=LENGTH)
-    assert set(files) == set(fast_tokenizer.FILES)
+    assert set(files) == set(fast_tokenizer.FILES) - {"tokenizer.model"}
     assert files["tokenizer.json"] == path.read_bytes()
     assert (files["chat_template.jinja"], files["added_tokens.json"]) == (
         b"{{ messages }}",
@@ -174,6 +174,26 @@ def test_setting_without_a_counterpart_is_named_with_the_file(tmp_path):
     path = foreign(tmp_path / "m.model", **{**GEMMA, "add_dummy_prefix": True})
     with pytest.raises(ValueError, match=r"m\.model cannot become a tokenizer\.json: its user-defined"):
         fast_tokenizer.files(tokenizer.load(path), length=LENGTH)
+
+
+def tied(path, *pieces):
+    """A BPE model of letters and these pieces, which have one score."""
+    model = sentencepiece_json.parse(b"")
+    model.trainer_spec.model_type = sentencepiece_json.BPE
+    rule = model.normalizer_spec
+    rule.add_dummy_prefix = rule.remove_extra_whitespaces = False
+    special = [("<unk>", sentencepiece_json.UNKNOWN), ("</s>", sentencepiece_json.CONTROL)]
+    for piece, kind in [*special, *((piece, sentencepiece_json.NORMAL) for piece in pieces + tuple("abcd"))]:
+        model.pieces.add(piece=piece, type=kind, score=-1 if len(piece) > 1 else -9)
+    path.write_bytes(model.SerializeToString())
+    return tokenizer.load(path)
+
+
+def test_pieces_of_one_score_that_texts_tell_apart_are_refused(tmp_path):
+    apart = fast_tokenizer.files(tied(tmp_path / "apart.model", "ab", "cd"), length=LENGTH)
+    assert "tokenizer.json" in apart
+    with pytest.raises(fast_tokenizer.NoFastFormError, match=r"'abc' would have the ids .*, not \["):
+        fast_tokenizer.files(tied(tmp_path / "meet.model", "bc", "ab"), length=LENGTH)
 
 
 @pytest.mark.parametrize("name", ["bpe", "unigram"])
