@@ -6,7 +6,8 @@
 The newest checkpoint, or that of --update, of any arm, its live factors merged. --dtype: float32 (default),
 as the run keeps its weights, or bfloat16, rounded to nearest. --adapter: the base kernels without the live
 factors, and these beside them in DIR/adapter, in PEFT's format. DIR is written aside and takes its name when
-it is whole; --overwrite replaces an older export. Exit codes: 0 done, 2 wrong usage, 74 data or disk failed.
+it is whole; --overwrite replaces an older export. A SentencePiece model that no tokenizer.json gives the same
+ids goes out as it is, with a warning. Exit codes: 0 done, 2 wrong usage, 74 data or disk failed.
 """
 
 import json
@@ -128,7 +129,16 @@ def _settings(config: Config, tokenizer: Tokenizer | None, *, dtype: str) -> dic
     special = {f"{name}_token_id": getattr(tokenizer, name, None) for name in ("bos", "eos", "pad")}
     facts = llama_hf.to_config(config.model, length=length, dtype=dtype, special=special)
     files = {"config.json": _json(facts), "generation_config.json": _json(special)}
-    return files | (fast_tokenizer.files(tokenizer, length=length) if tokenizer else {})
+    return files | (_tokenizer_files(tokenizer, length) if tokenizer else {})
+
+
+def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, bytes]:
+    """With a warning where it has no fast form: weights are not kept back for it."""
+    try:
+        return fast_tokenizer.files(tokenizer, length=length)
+    except fast_tokenizer.NoFastFormError as error:
+        print(f"warning: {error}", file=sys.stderr)
+        return fast_tokenizer.as_it_is(tokenizer)
 
 
 def _parts(weights: Weights, path: str, *, merged: bool) -> Iterator[tuple[int | None, np.ndarray]]:

@@ -29,7 +29,10 @@ PROBES = ("", " ", "  a  b ", "a\n\n\nb", "\t\r\n", "\0", "e\u0301", "\ufb01", "
 
 
 class NoFastFormError(ValueError):
-    """A SentencePiece model that the `tokenizers` library cannot have with the same ids; says why."""
+    """A SentencePiece model that the `tokenizers` library cannot have with the same ids; says why.
+
+    It goes out `as_it_is`.
+    """
 
 
 def files(tokenizer: Tokenizer, *, length: int) -> dict[str, bytes]:
@@ -48,7 +51,16 @@ def files(tokenizer: Tokenizer, *, length: int) -> dict[str, bytes]:
     try:
         return _of_sentencepiece(tokenizer, content, ours)
     except ValueError as error:
-        raise NoFastFormError(f"tokenizer {tokenizer.path} cannot become a {FILE}: {error}") from error
+        raise NoFastFormError(
+            f"tokenizer {tokenizer.path} cannot become a {FILE}: {error}; an export has it as {MODEL}, "
+            "of which transformers may make other ids"
+        ) from error
+
+
+def check(tokenizer: Tokenizer) -> None:
+    """NoFastFormError where an export of the tokenizer would find none."""
+    if not isinstance(tokenizer.model, HuggingFace):
+        files(tokenizer, length=1)
 
 
 def as_it_is(tokenizer: Tokenizer) -> dict[str, bytes]:

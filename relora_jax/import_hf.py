@@ -23,7 +23,17 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from relora_jax import disk, flags, json_file, llama_hf, rope, shapes, starting_config, workdir
+from relora_jax import (
+    disk,
+    fast_tokenizer,
+    flags,
+    json_file,
+    llama_hf,
+    rope,
+    shapes,
+    starting_config,
+    workdir,
+)
 from relora_jax import tokenizer as tokenizers
 from relora_jax.checkpoint import Checkpoints, flatten, model_of, unflatten
 from relora_jax.config import Config, ModelConfig
@@ -157,11 +167,16 @@ def find_tokenizer(source: Path) -> Tokenizer | None:
     bos = tokenizers.begins(path)
     bos_id = -1 if bos is None else bos
     try:
-        return tokenizers.load(path, bos_id=bos_id)
+        found = tokenizers.load(path, bos_id=bos_id)
     except ValueError:
         tokenizers.load(path, eos_id=0, bos_id=bos_id)  # raises where it is more than a missing eos
         _warn(f"{path} has no eos to end documents with: give its id as data.eos_id")
         return None
+    try:
+        fast_tokenizer.check(found)
+    except fast_tokenizer.NoFastFormError as error:  # told before anything is trained
+        _warn(str(error))
+    return found
 
 
 def _warn(what: str) -> None:

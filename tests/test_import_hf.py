@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ from relora_jax.tensor_files import FILE, INDEX, TensorFiles, Writer
 from relora_jax.validate import validate
 from tests import small
 from tests.documents import texts
+from tests.test_fast_tokenizer import tied
 from tests.test_hugging_face import SPECIAL, json_file
 
 MODEL = dataclasses.replace(
@@ -259,6 +261,24 @@ def test_without_a_tokenizer_a_model_still_comes_out_bit_for_bit(
     assert all(found.read(name).tobytes() == array.tobytes() for name, array in tensors.items())
     with pytest.raises(ValueError, match=r"imported without a tokenizer that ends documents: put one beside"):
         generate.main(["generate", words[0], "--prompt=a"])
+
+
+def test_a_tokenizer_without_a_fast_form_is_told_at_once_and_keeps_no_weights_back(
+    tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    source, place, out = write(tmp_path / "model"), tmp_path / "run", tmp_path / "out"
+    without_fast_form = tied(source / "tokenizer.model", "bc", "ab")
+    told = r"warning: tokenizer \S+ cannot become a tokenizer\.json: 'abc' would have the ids .*\n"
+    assert command(source, place) == 0
+    assert re.fullmatch(told, capsys.readouterr().err)
+    assert export.main(["export", f"--workdir={place}", f"--output={out}"]) == 0
+    assert re.fullmatch(told, capsys.readouterr().err)
+    assert {path.name for path in out.iterdir() if "token" in path.name} == {"tokenizer.model"}
+    assert (out / "tokenizer.model").read_bytes() == without_fast_form.path.read_bytes()
+    found = TensorFiles.open(out)
+    assert all(found.read(name).tobytes() == array.tobytes() for name, array in arrays().items())
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == without_fast_form.eos
+    assert export.main(["export", f"--workdir={place}", f"--output={out}", "--overwrite"]) == 0
 
 
 def config_with(text: str | None = None, **changes: Any) -> Callable[[pathlib.Path], Any]:
