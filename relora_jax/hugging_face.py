@@ -21,7 +21,11 @@ _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_confi
 
 
 class HuggingFace:
-    """A tokenizer.json: `pieces` is the highest id + 1, `eos` and `pad` are None where nothing tells them."""
+    """A tokenizer.json: `pieces` is the highest id + 1, `eos` and `pad` are None where nothing tells them.
+
+    `highest` is the highest id of a text: of the model's pieces, which special tokens added to it are not,
+    and of added ones that are not special.
+    """
 
     def __init__(self, path: Path, content: bytes, *, parallel: bool) -> None:
         # the library warns at each fork of a process that has not said whether it wants threads
@@ -36,6 +40,9 @@ class HuggingFace:
             )
         added = self._model.get_added_tokens_decoder()
         special = {_shown(token.content): i for i, token in sorted(added.items()) if token.special}
+        ordinary = {i for i, token in added.items() if not token.special}
+        known = self._model.get_vocab(with_added_tokens=False).values()
+        self.highest = max(ordinary.union(known), default=0)
         beside = [read_beside(path.parent / name) for name in _BESIDE] if path.name == FILE else []
         self.eos = self._special("eos", EOS_NAMES, beside, special)
         self.pad = self._special("pad", PAD_NAMES, beside, special)
@@ -43,6 +50,10 @@ class HuggingFace:
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
         return [found.ids for found in self._model.encode_batch_fast(texts)]
+
+    def name(self, i: int) -> str:
+        """How the file writes an id."""
+        return _shown(self._model.id_to_token(i) or "")
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids; special tokens give none."""

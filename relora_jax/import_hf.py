@@ -103,9 +103,7 @@ def judge(source: Path) -> tuple[ModelConfig, TensorFiles, Tokenizer | None]:
     check_tensors(model, files)
     check_angles(model, config)
     tokenizer = find_tokenizer(source)
-    if tokenizer and tokenizer.pieces > model.vocab_size:
-        _warn(f"{tokenizer.path} has {tokenizer.pieces:,} pieces, and the model knows {model.vocab_size:,}")
-    return model, files, tokenizer
+    return model, files, tokenizer and within(tokenizer, model.vocab_size)
 
 
 def check_tensors(model: ModelConfig, files: TensorFiles) -> None:
@@ -177,6 +175,28 @@ def find_tokenizer(source: Path) -> Tokenizer | None:
     except fast_tokenizer.NoFastFormError as error:  # told before anything is trained
         _warn(str(error))
     return found
+
+
+def within(tokenizer: Tokenizer, vocabulary: int) -> Tokenizer:
+    """The tokenizer with eos as its pad, told in a line, where the pad lies beyond the model's ids.
+
+    ValueError where an id of a text, or eos or bos, does. Other special tokens may: rows never hold them.
+    """
+    fitting, path = tokenizer, tokenizer.path
+    if tokenizer.pad >= vocabulary:
+        fitting = dataclasses.replace(tokenizer, pad=tokenizer.eos)
+    if fitting.highest >= vocabulary:
+        raise ValueError(
+            f"{path} gives the id {fitting.highest} ({tokenizer.model.name(fitting.highest)!r}), and the "
+            f"model knows {vocabulary:,}: take it out of the file, or give it a row in transformers "
+            f"(model.resize_token_embeddings({tokenizer.pieces})), save the model, and import that"
+        )
+    if fitting is not tokenizer:
+        name = tokenizer.model.name(tokenizer.pad)
+        _warn(
+            f"the pad of {path}, {name!r}, is the id {tokenizer.pad}, which the model lacks: eos is the pad"
+        )
+    return fitting
 
 
 def _warn(what: str) -> None:

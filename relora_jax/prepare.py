@@ -94,12 +94,16 @@ def _tokenizer(data: DataConfig, train: _Text, how: How) -> Tokenizer:
 
 
 def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
-    """ValueError where the model has fewer ids than the tokenizer pieces."""
-    pieces, vocabulary = tokenizer.pieces, config.model.vocab_size
-    if pieces > vocabulary:
-        raise ValueError(
-            f"the tokenizer has {pieces} pieces and model.vocab_size is {vocabulary}: set it to {pieces}"
-        )
+    """ValueError where the model has fewer ids than rows can hold: special pieces may lie beyond them."""
+    highest, vocabulary = tokenizer.highest, config.model.vocab_size
+    if highest < vocabulary:
+        return
+    remedy = f"set it to {tokenizer.pieces}"
+    if config.train.init_from:  # which has the vocabulary that it has
+        remedy = "take that of train.init_from as data.tokenizer, and as data.pad_id an id that the model has"
+    raise ValueError(
+        f"the tokenizer has {tokenizer.pieces} pieces and model.vocab_size is {vocabulary}: {remedy}"
+    )
 
 
 def train_texts(data: DataConfig) -> Iterator[str]:

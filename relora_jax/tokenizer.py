@@ -46,7 +46,10 @@ _SPEC = re.compile(r"\s*(bpe|unigram)\s*\(\s*([^()]*?)\s*\)\s*")
 
 
 class _SentencePiece:
-    """A SentencePiece model: `eos`, `pad` and `bos` are None where it has none."""
+    """A SentencePiece model: `eos`, `pad` and `bos` are None where it has none.
+
+    `highest` is the highest id of a text: control pieces are in none.
+    """
 
     def __init__(self, path: Path, content: bytes, *, parallel: bool) -> None:
         try:
@@ -59,10 +62,16 @@ class _SentencePiece:
         self.pieces = self._model.get_piece_size()
         ids = self._model.eos_id(), self._model.pad_id(), self._model.bos_id()
         self.eos, self.pad, self.bos = (i if i >= 0 else None for i in ids)
+        given = (i for i in reversed(range(self.pieces)) if not self._model.is_control(i))  # pyright: ignore
+        self.highest = next(given)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
         return self._model.encode(texts, num_threads=self._threads)  # pyright: ignore
+
+    def name(self, i: int) -> str:
+        """How the file writes an id."""
+        return self._model.id_to_piece(i)  # pyright: ignore
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""
@@ -90,6 +99,12 @@ class Tokenizer:
         """What of it decides rows of ids, as a store's manifest and run.json have it."""
         bos = {} if self.bos is None else {"bos": self.bos}
         return {"tokenizer": self.sha256, "eos": self.eos, "pad": self.pad, **bos}
+
+    @property
+    def highest(self) -> int:
+        """The highest id that rows can hold, below which a tokenizer may have more pieces than a model."""
+        own = (self.eos, self.pad, self.bos)
+        return max(self.model.highest, *(i for i in own if i is not None))
 
     def encode_documents(self, texts: list[str]) -> list[Int32[np.ndarray, " _"]]:
         """The ids of each text, by the library's own threads. No EOS: whoever packs ends documents."""

@@ -15,6 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 
 from relora_jax import (
     disk,
@@ -23,6 +24,7 @@ from relora_jax import (
     generate,
     import_hf,
     llama_hf,
+    prepare,
     run,
     starting_config,
     tokenizer,
@@ -221,14 +223,6 @@ USELESS: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
         ),
         "has no eos to end documents with: give its id as data.eos_id",
     ),
-    "more pieces than the model": (
-        lambda folder: (
-            shutil.rmtree(folder),
-            write(folder, dataclasses.replace(MODEL, vocab_size=300)),
-            json_file(folder),
-        ),
-        " pieces, and the model knows 300",
-    ),
 }
 
 
@@ -242,7 +236,7 @@ def test_a_tokenizer_that_is_of_no_use_is_told_in_a_warning(
     said = capsys.readouterr().err
     assert said.startswith("warning: ") and told in said and said.count("\n") == 1
     assert (tmp_path / "run" / "tokenizer").exists() == ("no tokenizer (" not in told)
-    assert bool(run.read_facts(tmp_path / "run")["rows"]) == ("pieces" in told)
+    assert not run.read_facts(tmp_path / "run")["rows"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -261,6 +255,39 @@ def test_without_a_tokenizer_a_model_still_comes_out_bit_for_bit(
     assert all(found.read(name).tobytes() == array.tobytes() for name, array in tensors.items())
     with pytest.raises(ValueError, match=r"imported without a tokenizer that ends documents: put one beside"):
         generate.main(["generate", words[0], "--prompt=a"])
+
+
+def with_pad_at_the_end(folder: pathlib.Path, *, vocabulary: int) -> pathlib.Path:
+    """A model of so many ids, whose tokenizer has "zebra" as 330, and as 331 a special <pad>."""
+    shutil.rmtree(folder)
+    write(folder, dataclasses.replace(MODEL, vocab_size=vocabulary))
+    path = json_file(folder, special=["<unk>", "<s>", "</s>"])
+    made = tokenizers.Tokenizer.from_file(str(path))
+    made.add_special_tokens(["<pad>"])
+    made.save(str(path))
+    (folder / "config.json").write_text(json.dumps(facts(vocab_size=vocabulary, eos_token_id=2)))
+    assert (made.token_to_id("zebra"), made.token_to_id("<pad>")) == (330, 331)
+    return folder
+
+
+def test_a_pad_beyond_the_model_gives_way_to_eos_and_the_run_begins(
+    tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    source, place = with_pad_at_the_end(write(tmp_path / "model"), vocabulary=331), tmp_path / "run"
+    (source / "tokenizer_config.json").write_text('{"pad_token": "<pad>", "eos_token": "</s>"}')
+    assert command(source, place) == 0
+    said = capsys.readouterr().err
+    assert "'<pad>', is the id 331, which the model lacks: eos is the pad" in said and said.count("\n") == 1
+    config = flags.parse(["train", f"--config={place / 'config.py'}"])[0]
+    assert config.model.vocab_size == 331 and config.data.pad_id == config.data.eos_id == 2
+    own = tokenizer.find(config.data.tokenizer, list, key="", eos_id=2, pad_id=2)
+    assert (own.pieces, own.highest) == (332, 330)
+    (ids,) = own.encode_documents(["a <pad> of zebra<pad>"])
+    assert ids.max() == 330
+    prepare.check_vocabulary(config, own)
+    warm_start.find(config)
+    with pytest.raises(ValueError, match=r"vocab_size is 331: take that of train\.init_from as data\.tokeni"):
+        prepare.check_vocabulary(config, dataclasses.replace(own, pad=331))
 
 
 def test_a_tokenizer_without_a_fast_form_is_told_at_once_and_keeps_no_weights_back(
@@ -407,6 +434,17 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "a tokenizer that is none": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
         "tokenizer.json is no tokenizer.json",
+    ),
+    "a piece of texts beyond the model": (
+        lambda folder: with_pad_at_the_end(folder, vocabulary=330),
+        "tokenizer.json gives the id 330 ('zebra'), and the model knows 330: take it out of the file, or ",
+    ),
+    "an eos beyond the model": (
+        lambda folder: (
+            with_pad_at_the_end(folder, vocabulary=331),
+            (folder / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}'),
+        ),
+        "gives the id 331 ('<pad>'), and the model knows 331: take it out of the file, or give it a row",
     ),
     "a tokenizer whose settings are none": (
         lambda folder: (json_file(folder), (folder / "tokenizer_config.json").write_text("[]")),
