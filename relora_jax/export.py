@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from ml_dtypes import bfloat16
 from tqdm import tqdm
@@ -39,6 +40,7 @@ OURS += fast_tokenizer.FILES
 def main(argv: Sequence[str]) -> int:
     """Exports what the command line names and says where it lies; the exit code."""
     words = _parse(argv[1:])
+    jax.config.update("jax_platforms", "cpu")  # all is done on the host, and accelerators may be at work
     place, output = words.workdir.expanduser(), words.output.expanduser().absolute()
     disk.check_output(output, OURS, overwrite=words.overwrite)
     if directory(place).resolve() in (output.resolve(), *output.resolve().parents):

@@ -14,14 +14,18 @@ from relora_jax.checkpoint import directory, restore_model, updates_saved
 from relora_jax.config import Config
 from relora_jax.program import Program
 from relora_jax.saved import DamagedError
-from relora_jax.sharding import make_mesh
+from relora_jax.sharding import make_mesh, start_devices
 from relora_jax.steps import TrainState
 from relora_jax.tokenizer import Tokenizer
 
 
 def config_of(place: Path) -> Config:
-    """The config of the run in `place`, as it can be computed here. ValueError where there is no run."""
+    """The config of the run in `place`, as it can be computed here. ValueError where there is no run.
+
+    The devices are started first: what a checkpoint is read on must not be taken for its damage.
+    """
     config = run.read_config(place)
+    start_devices()
     if jax.default_backend() != "gpu":  # where the run was, cuDNN may have been
         config.model.attention = config.model.attention.replace("cudnn", "xla")
     return config

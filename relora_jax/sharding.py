@@ -17,6 +17,19 @@ ROWS = ("data", "fsdp")
 WHOLE = ("layers", "rank", "norm")
 
 
+def start_devices() -> list[Any]:
+    """All devices, after jax has started their platform. ValueError where it cannot start."""
+    try:
+        return jax.devices()
+    except Exception as error:  # RuntimeError; a bare assertion where jax lacks the plugin of the platform
+        asked = jax.config.jax_platforms  # pyright: ignore
+        reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0]
+        raise ValueError(
+            f"jax cannot start {f'the platform {asked}' if asked else 'its platform'} "
+            f"({reason or 'it is not installed'}): set JAX_PLATFORMS=cpu, or mend its driver"
+        ) from error
+
+
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[Any]) -> Mesh:
     """The devices as data x fsdp x tensor; data = -1: what the others leave. ValueError if they misfit."""
     if data == -1:

@@ -14,7 +14,7 @@ import jax
 from relora_jax import data, flags, prepare
 from relora_jax.config import Config
 from relora_jax.rows import RowStore
-from relora_jax.sharding import make_mesh, row_sharding
+from relora_jax.sharding import make_mesh, row_sharding, start_devices
 from relora_jax.stores import How
 from relora_jax.validate import validate
 
@@ -51,7 +51,7 @@ def forget(store: RowStore) -> bool:
 def main(argv: list[str]) -> int:
     """Prints both speeds; the exit code."""
     config, strings = flags.parse(argv, seconds="5")
-    validate(config, devices=jax.device_count())
+    validate(config, devices=len(start_devices()))
     try:
         seconds = float(strings["seconds"])
     except ValueError:

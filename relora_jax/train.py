@@ -21,7 +21,7 @@ from relora_jax.evaluate import evaluate
 from relora_jax.metrics import Diverged, Metrics, Sink
 from relora_jax.openings import Openings
 from relora_jax.program import Program, keep_compiled
-from relora_jax.sharding import make_mesh
+from relora_jax.sharding import make_mesh, start_devices
 from relora_jax.signals import STOPPED, Signals
 from relora_jax.stores import How
 from relora_jax.tensorboard import Board
@@ -33,7 +33,7 @@ DIVERGED = 70
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; the exit code. ValueError, in one line, for what the user can mend."""
     config, strings = flags.parse(argv, workdir="")
-    validate(config, devices=jax.device_count())
+    validate(config, devices=len(start_devices()))
     wandb.check(config.train.wandb)
     place = Path(strings["workdir"] or f"runs/{config.name}-{config.arm}").expanduser()
     with Signals() as signals:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -28,6 +29,7 @@ from relora_jax.tensor_files import TensorFiles
 from tests import small
 from tests.documents import texts, write_dataset
 from tests.test_evaluate import ended as ended_by
+from tests.test_sharding import asked_for
 
 MADE = small.config(
     model__vocab_size=380,
@@ -124,6 +126,12 @@ def test_live_factors_are_merged_as_unwrap_does(made: Made, tmp_path: pathlib.Pa
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=3e-7, atol=1e-8, err_msg=name)
+
+
+def test_export_asks_for_the_host_alone(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
+    with asked_for("tpu"):
+        exported(capsys, made, tmp_path / "out")
+        assert jax.config.jax_platforms == "cpu"  # pyright: ignore
 
 
 def test_bfloat16_is_the_float32_rounded_to_nearest(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
@@ -234,6 +242,15 @@ def test_damaged_checkpoint_is_not_exported(made: Made, tmp_path: pathlib.Path, 
     line = ended(capsys, f"--workdir={run}", f"--output={tmp_path}/out", code=2)
     assert "export another checkpoint, by --update" in line
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+def test_export_needs_no_accelerator(made: Made, tmp_path: pathlib.Path) -> None:
+    words = [sys.executable, "-m", "relora_jax.export", f"--workdir={made.place}", f"--output={tmp_path}/out"]
+    environment = {**os.environ, "JAX_PLATFORMS": "tpu"}  # which this machine does not have
+    process = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert len(tensors(tmp_path / "out")) == len(llama_hf.tensors(MADE.model))
 
 
 @pytest.mark.slow

@@ -1,9 +1,16 @@
 """One rule from names of axes to a PartitionSpec: layers, rank, norms and what does not divide are whole."""
 
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from relora_jax import evaluate, flags, generate, train
+from relora_jax.config import to_json
 from relora_jax.program import Program
 from relora_jax.sharding import make_mesh, spec
 from tests import small
@@ -40,6 +47,46 @@ def test_mesh_takes_the_devices_that_are_left_or_refuses() -> None:
     for wrong in ({"data": -1, "fsdp": 3}, {"data": 4, "fsdp": 1}, {"data": 3, "fsdp": 3}):
         with pytest.raises(ValueError, match=r"mesh.data=-1, or values whose product is 8"):
             make_mesh(**wrong, tensor=1, devices=devices)
+
+
+@contextlib.contextmanager
+def asked_for(platform: str) -> Iterator[None]:
+    """As JAX_PLATFORMS has it, for what asks jax; its devices are there already."""
+    jax.config.update("jax_platforms", platform)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_platforms", "cpu")
+
+
+@pytest.mark.parametrize("command", [train, evaluate, generate])
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RuntimeError("Unable to initialize backend 'cuda': no driver (set JAX_PLATFORMS='' to choose)"),
+            "the platform cuda (Unable to initialize backend 'cuda': no driver)",
+        ),
+        (AssertionError(), "the platform cuda (it is not installed)"),
+    ],
+)
+def test_a_platform_that_cannot_start_is_told_in_one_line(
+    tmp_path: pathlib.Path, command: Any, error: Exception, told: str, capsys: Any, monkeypatch: Any
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    for name in ("devices", "device_count", "local_devices", "default_backend"):
+        monkeypatch.setattr(jax, name, fails)
+    (tmp_path / "config.json").write_text(to_json(small.config()))
+    words = ["--config=configs/quickstart.py"] if command is train else [f"--workdir={tmp_path}"]
+    with pytest.raises(SystemExit) as stop, asked_for("cuda"):
+        flags.main(command.main, command.__doc__, ["a command", *words])
+    assert stop.value.code == flags.BAD_CONFIG
+    assert capsys.readouterr().err == (
+        f"error: jax cannot start {told}: set JAX_PLATFORMS=cpu, or mend its driver\n"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_moments_lie_where_their_variables_lie() -> None:
