@@ -1,11 +1,12 @@
 """Token-weighted loss and perplexity over the first rows of a split: of a run as it goes, or of a checkpoint.
 
     python -m relora_jax.evaluate --workdir=RUN [--update=U] [--split=validation] [--tokens=10M]
-                                  [--microbatch=N] [--text='data/*.jsonl.gz'] [--json]
+                                  [--microbatch=N] [--text='data/*.jsonl.gz'] [--tokenizer=PATH] [--json]
 
 evaluates the newest checkpoint of a run, or that of --update. --split: `validation` or `train`, the run's
 own, or a split of its dataset in TFDS's words ("test", "validation[:10%]"). --text: where the run's own text
-lies now, or what an imported model is evaluated on. Nothing is written into RUN, which may go on meanwhile.
+lies now, or what an imported model is evaluated on. --tokenizer: where the run's own lies now, if it was
+moved. Nothing is written into RUN, which may go on meanwhile.
 Without --tokens (10M, 500k, 32768) and --microbatch, as the run evaluates itself.
 Exit codes: 0 done, 2 wrong usage or nothing there to evaluate, 74 data or disk failed.
 """
@@ -25,7 +26,7 @@ import jax
 from tqdm import tqdm
 
 from relora_jax import data, flags, prepare, restored, workdir
-from relora_jax.config import Config
+from relora_jax.config import Config, DataConfig
 from relora_jax.data import Batch, RowStore
 from relora_jax.program import Program, keep_compiled
 from relora_jax.steps import TrainState
@@ -68,11 +69,12 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--split={split}: data.text of {place} has the splits {' and '.join(OWN)} alone")
     u = restored.update_of(place, words.update)
     microbatch = _microbatch(config, words.microbatch)
+    tokenizer = restored.tokenizer_of(place, config, words.tokenizer)
     keep_compiled()
     program = Program(config, restored.mesh_of(config))
     # before rows are made: a run that goes on deletes old checkpoints
     state = restored.model_of(place, u, config, program)
-    store = _rows(place, config, split)
+    store = _rows(place, dataclasses.replace(config.data, tokenizer=str(tokenizer.path)), split)
     size = {"eval_tokens": words.tokens or config.train.eval_tokens}
     rows = data.validation_rows(store, **size)
     batches = data.validation_batches(
@@ -105,6 +107,7 @@ def _parse(words: Sequence[str]) -> Any:
     parser.add_argument("--tokens", type=_count)
     parser.add_argument("--microbatch", type=int)
     parser.add_argument("--text", default="")
+    parser.add_argument("--tokenizer", default="")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
 
@@ -128,15 +131,15 @@ def _microbatch(config: Config, asked: int | None) -> int:
     return asked
 
 
-def _rows(place: Path, config: Config, split: str) -> RowStore:
+def _rows(place: Path, settings: DataConfig, split: str) -> RowStore:
     """The rows of a split, with the tokenizer that the run was trained with."""
-    prepared = prepare.prepare(config.data)
+    prepared = prepare.prepare(settings)
     workdir.check_rows(place, workdir.keys_of(prepared))
     if split in OWN:
         return prepared.train if split == "train" else prepared.validation
     # however large: it was asked for by name, and no other command makes it
     how = How(build_limit_bytes=math.inf, progress=sys.stderr.isatty())
-    return prepare.rows_of_split(config.data, split, prepared.tokenizer, how)
+    return prepare.rows_of_split(settings, split, prepared.tokenizer, how)
 
 
 if __name__ == "__main__":

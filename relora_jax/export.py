@@ -1,13 +1,14 @@
 """A run's checkpoint -> a directory that transformers loads: LlamaForCausalLM, its tokenizer, its settings.
 
     python -m relora_jax.export --workdir=RUN --output=DIR [--update=U] [--dtype=bfloat16] [--adapter]
-                                [--overwrite]
+                                [--tokenizer=PATH] [--overwrite]
 
 The newest checkpoint, or that of --update, of any arm, its live factors merged. --dtype: float32 (default),
 as the run keeps its weights, or bfloat16, rounded to nearest. --adapter: the base kernels without the live
-factors, and these beside them in DIR/adapter, in PEFT's format. DIR is written aside and takes its name when
-it is whole; --overwrite replaces an older export. A SentencePiece model that no tokenizer.json gives the same
-ids goes out as it is, with a warning. Exit codes: 0 done, 2 wrong usage, 74 data or disk failed.
+factors, and these beside them in DIR/adapter, in PEFT's format. --tokenizer: where the run's own lies now,
+if it was moved. DIR is written aside and takes its name when it is whole; --overwrite replaces an older
+export. A SentencePiece model that no tokenizer.json gives the same ids goes out as it is, with a warning.
+Exit codes: 0 done, 2 wrong usage, 74 data or disk failed.
 """
 
 import json
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--output={output} lies among the checkpoints of the run: name another place")
     config = run.read_config(place)
     u = restored.update_of(place, words.update)
-    tokenizer = find_tokenizer(place, config)
+    tokenizer = find_tokenizer(place, config, words.tokenizer)
     try:
         weights = Weights(open_saved(place, u, config))
         if words.adapter and not weights.low_rank:
@@ -70,15 +71,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def find_tokenizer(place: Path, config: Config) -> Tokenizer | None:
+def find_tokenizer(place: Path, config: Config, lies_at: str) -> Tokenizer | None:
     """The run's own; None, with a warning, for a model that was imported without one."""
     facts = run.read_facts(place)
-    if "imported_from" in facts and not facts.get("rows"):
+    if "imported_from" in facts and not (facts.get("rows") or lies_at):
         print(
             f"warning: {place} was imported without a tokenizer, and is exported without one", file=sys.stderr
         )
         return None
-    return restored.tokenizer_of(place, config)
+    return restored.tokenizer_of(place, config, lies_at)
 
 
 def write(weights: Weights, config: Config, folder: Path, *, dtype: np.dtype, adapter: bool) -> None:
@@ -170,6 +171,7 @@ def _parse(words: Sequence[str]) -> Any:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--update", type=int)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--tokenizer", default="")
     parser.add_argument("--adapter", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args(words)

@@ -1,12 +1,14 @@
 """Continuations of a prompt, drawn from what a run's model expects next.
 
     python -m relora_jax.generate --workdir=RUN [--prompt='My fellow citizens'] [--n=4] [--temperature=1.0]
-                                  [--top_p=0.95] [--max_tokens=128] [--seed=0] [--update=U] [--json]
+                                  [--top_p=0.95] [--max_tokens=128] [--seed=0] [--update=U]
+                                  [--tokenizer=PATH] [--json]
 
 samples from the newest checkpoint of a run, or that of --update, in any phase. Without --prompt a document
 begins. --temperature=0 takes the likeliest piece each time; --top_p=P draws from the fewest pieces alone
 whose probabilities reach P. A sample ends with its document, with --max_tokens, or where the model's length
-does. The same seed gives the same samples, and sample i does not depend on --n. Nothing is written into RUN.
+does. The same seed gives the same samples, and sample i does not depend on --n. --tokenizer: where the
+run's own lies now, if it was moved. Nothing is written into RUN.
 Exit codes: 0 done, 2 wrong usage or nothing there to sample from, 74 data or disk failed.
 """
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     place = words.workdir.expanduser()
     config = restored.config_of(place)
     u, length = restored.update_of(place, words.update), config.data.sequence_length
-    tokenizer = restored.tokenizer_of(place, config)
+    tokenizer = restored.tokenizer_of(place, config, words.tokenizer)
     prompt = opening(words.prompt, tokenizer, config.data)
     if len(prompt) > length:
         raise ValueError(f"--prompt has {len(prompt)} tokens and the model's length is {length}: shorten it")
@@ -115,6 +117,7 @@ def _parse(words: Sequence[str]) -> Any:
     parser.add_argument("--max_tokens", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--update", type=int)
+    parser.add_argument("--tokenizer", default="")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(words)
     for name in ("n", "max_tokens"):

@@ -39,13 +39,13 @@ from relora_jax.checkpoint import Checkpoints, flatten, model_of, unflatten
 from relora_jax.config import Config, ModelConfig
 from relora_jax.llama_hf import Place
 from relora_jax.program import abstract_state
+from relora_jax.restored import TOKENIZER
 from relora_jax.steps import TrainState
 from relora_jax.tensor_files import TensorFiles
 from relora_jax.tokenizer import Tokenizer
 from relora_jax.validate import validate
 
 CONFIG_BYTES = 2**20
-TOKENIZER = "tokenizer"  # of RUN
 TOKENIZER_FILES = (
     *tokenizers.FILES,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),

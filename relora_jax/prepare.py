@@ -70,14 +70,18 @@ def tokenizer_of(data: DataConfig, rows: dict[str, Any]) -> Tokenizer:
     ids = {f"{name}_id": rows[name] for name in ("eos", "pad", "bos") if name in rows}
     data = dataclasses.replace(data, dataset=told.get("dataset", data.dataset), **ids)
 
+    lost = f"the tokenizer {data.tokenizer} is no longer in the cache, and the text that it was trained on"
+    remedy = "bring either back, or give the tokenizer's file as --tokenizer=PATH"
+
     def source() -> Source:
-        now = _texts(data)[-1]
+        try:
+            now = _texts(data)[-1]
+            opened = now.open()
+        except ValueError as error:
+            raise ValueError(f"{lost} is not there ({error}): {remedy}") from error
         if now.key != told:
-            raise ValueError(
-                f"the tokenizer {data.tokenizer} is no longer in the cache, and the text that it was trained "
-                "on is another now: bring either back"
-            )
-        return now.open()
+            raise ValueError(f"{lost} is another now: {remedy}")
+        return opened
 
     return _tokenizer(data, _Text(told, (), source), How())
 

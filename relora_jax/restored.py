@@ -3,6 +3,7 @@
 Nothing is written into the run's directory: it may go on meanwhile.
 """
 
+import dataclasses
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from relora_jax import prepare, run
+from relora_jax import tokenizer as tokenizers
 from relora_jax.checkpoint import directory, restore_model, updates_saved
 from relora_jax.config import Config
 from relora_jax.program import Program
@@ -17,6 +19,8 @@ from relora_jax.saved import DamagedError
 from relora_jax.sharding import make_mesh, start_devices
 from relora_jax.steps import TrainState
 from relora_jax.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer"  # of an imported run: its own
 
 
 def config_of(place: Path) -> Config:
@@ -72,10 +76,12 @@ def check_kept(place: Path, u: int) -> None:
         raise ValueError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one")
 
 
-def tokenizer_of(place: Path, config: Config) -> Tokenizer:
+def tokenizer_of(place: Path, config: Config, lies_at: str) -> Tokenizer:
     """The tokenizer that the run was trained with; of the rows nothing is needed.
 
-    ValueError where it is not there, another lies in its place, or run.json does not tell which it was.
+    It is looked for at `lies_at`, as --tokenizer has it, and where that is empty as the run named it, then
+    in an imported run itself. ValueError where it is not there, another lies in its place, or run.json does
+    not tell which it was.
     """
     facts = run.read_facts(place)
     rows = facts.get("rows", {}).get("train", {})
@@ -86,10 +92,23 @@ def tokenizer_of(place: Path, config: Config) -> Tokenizer:
         )
     if "tokenizer" not in rows:
         raise ValueError(f"{place / 'run.json'} does not say which tokenizer the run has: bring it back")
-    found = prepare.tokenizer_of(config.data, rows)
+    name = lies_at or _name_of(place, config)
+    found = prepare.tokenizer_of(dataclasses.replace(config.data, tokenizer=name), rows)
     if found.sha256 != rows["tokenizer"]:
         raise ValueError(
             f"{place} was trained with another tokenizer than {found.path} (sha256 {rows['tokenizer']} -> "
-            f"{found.sha256}): bring it back"
+            f"{found.sha256}): bring it back, or say where it lies by --tokenizer=PATH"
         )
     return found
+
+
+def _name_of(place: Path, config: Config) -> str:
+    """The run's data.tokenizer, or that of an imported run which lies elsewhere now."""
+    name, own = config.data.tokenizer, str(place / TOKENIZER)
+    if tokenizers.is_trained(name) or tokenizers.locate(name):
+        return name
+    if tokenizers.locate(own):
+        return own
+    raise ValueError(
+        f"{place} has its tokenizer at {name!r}, and none is there: say where by --tokenizer=PATH"
+    )

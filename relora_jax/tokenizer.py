@@ -205,7 +205,7 @@ def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: Any
     name of a file under the cache's `tokenizers/`.
     """
     folder = places.cache_dir() / "tokenizers"
-    if re.match(r"\s*(bpe|unigram)\s*\(", spec):
+    if is_trained(spec):
         kind, pieces = _parse(spec)
         told = hashlib.sha256(f"{TRAINER} {key}".encode()).hexdigest()[:16]
         path = places.make_once(
@@ -214,16 +214,26 @@ def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: Any
             variable="XDG_CACHE_HOME",
         )
         return load(path, **ids)
+    if path := locate(spec):
+        return load(path, **ids)
     named = Path(spec).expanduser()
-    candidates = [named, *(named / name for name in FILES), *(folder / f"{spec}{end}" for end in ENDINGS)]
-    for path in candidates:
-        if path.is_file():
-            return load(path, **ids)
     what = f"is a directory without {', '.join(FILES)}" if named.is_dir() else "is no file"
     raise ValueError(
         f"tokenizer {spec!r} {what}, nor is there {folder / spec}{' or '.join(ENDINGS)}: "
         f"name a SentencePiece model, a {FILE} or bpe(4096)"
     )
+
+
+def is_trained(spec: str) -> bool:
+    """Whether the name is of a kind that is trained on a run's text."""
+    return bool(re.match(r"\s*(bpe|unigram)\s*\(", spec))
+
+
+def locate(spec: str) -> Path | None:
+    """The file that any other name names; None where it is not there."""
+    named, folder = Path(spec).expanduser(), places.cache_dir() / "tokenizers"
+    candidates = [named, *(named / name for name in FILES), *(folder / f"{spec}{end}" for end in ENDINGS)]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _parse(spec: str) -> tuple[str, int]:

@@ -237,6 +237,18 @@ def test_devices_and_microbatch_change_rounding_alone(made: Made, place: pathlib
         assert math.isclose(found["loss"], made.at[8].loss, rel_tol=1e-6)
 
 
+def test_tokenizer_that_was_moved_is_named_and_another_refused(
+    made: Made, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    content = made.prepared.tokenizer.path.read_bytes()
+    (tmp_path / "moved.model").write_bytes(content)
+    found = told(capsys, made.place, f"--tokenizer={tmp_path / 'moved.model'}")
+    assert found["loss"] == made.at[8].loss
+    (tmp_path / "other.model").write_bytes(content + b"\x1a\x00")  # the same pieces
+    line = ended(capsys, f"--workdir={made.place}", f"--tokenizer={tmp_path / 'other.model'}", code=2)
+    assert "was trained with another tokenizer than" in line and "--tokenizer=PATH" in line
+
+
 def test_loss_that_is_not_finite_is_strict_json(made: Made, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(command, "evaluate", lambda *_: Evaluation(math.nan, math.nan, 96))
     found = told(capsys, made.place)

@@ -256,7 +256,7 @@ def test_trained_tokenizer_is_made_again_of_the_same_text_alone(
     rows = json.loads((made.place / "run.json").read_text())["rows"]["train"]
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="toy"):
+    with pytest.raises(ValueError, match=r"no longer in the cache.*is not there \(.*toy.*--tokenizer=PATH"):
         prepare.tokenizer_of(MADE.data, rows)
     write_dataset("toy:1.0.0", {"train": texts(60), "validation": ["a"]})
     write_dataset("toy:1.0.1", {"train": texts(50), "validation": ["a"]})  # a newer one is not looked at

@@ -19,12 +19,14 @@ import tokenizers
 
 from relora_jax import (
     disk,
+    evaluate,
     export,
     flags,
     generate,
     import_hf,
     llama_hf,
     prepare,
+    restored,
     run,
     starting_config,
     tokenizer,
@@ -32,7 +34,7 @@ from relora_jax import (
     workdir,
 )
 from relora_jax.checkpoint import flatten, load_model, updates_saved
-from relora_jax.config import ModelConfig
+from relora_jax.config import ModelConfig, to_json
 from relora_jax.program import Program
 from relora_jax.tensor_files import FILE, INDEX, TensorFiles, Writer
 from relora_jax.validate import validate
@@ -184,6 +186,33 @@ def test_a_run_takes_the_imported_tokenizer(imported: pathlib.Path) -> None:
     warm_start.check_tokenizer(made, own)
     with pytest.raises(ValueError, match="was trained with another tokenizer"):
         warm_start.check_tokenizer(made, {"train": {**own["train"], "tokenizer": "another"}})
+
+
+def test_a_run_that_was_moved_has_its_tokenizer_with_it_or_is_told_where(
+    imported: pathlib.Path, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where nothing lies
+    place = pathlib.Path(shutil.copytree(imported, tmp_path / "run"))
+    config = run.read_config(place)
+    config.data.tokenizer = "runs/before/tokenizer"
+    (place / "config.json").write_text(to_json(config))
+    assert restored.tokenizer_of(place, config, "").path == place / "tokenizer" / "tokenizer.json"
+    (place / "tokenizer").rename(tmp_path / "moved")
+    json_file(tmp_path / "other", special=[*SPECIAL, "<x>"])
+
+    def said(made: Any, *words: str) -> str:
+        words = f"--workdir={place}", *words, *([f"--output={tmp_path / 'out'}"] if made is export else [])
+        with pytest.raises(SystemExit) as stop:
+            flags.main(made.main, made.__doc__, ["a command", *words])
+        assert stop.value.code == (0 if (tmp_path / "out").exists() else flags.BAD_CONFIG)
+        return capsys.readouterr().err
+
+    for made in (evaluate, generate, export):
+        assert "'runs/before/tokenizer', and none is there: say where by --tokenizer=PATH" in said(made)
+        assert "was trained with another tokenizer than other" in said(made, "--tokenizer=other")
+        assert "tokenizer 'gone' is no file" in said(made, "--tokenizer=gone")
+    assert said(export, "--tokenizer=moved") == ""
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 @pytest.mark.slow
