@@ -2,7 +2,7 @@
 
 A field marked RUN decides only how a run runs (speed, memory, cadence): a resumed run may change
 it. Every other field decides the result: a run resumed under another value is refused. One marked CONTENT
-is a place, which may change where what lies there is the same. Where a
+is a place or a name, which may change where what it stands for is the same. Where a
 field has no default, every config states it. `validate` (validate.py) judges the values.
 """
 
@@ -17,7 +17,7 @@ ARMS = ("full", "control", "lora", "lora_warm", "relora")
 LOW_RANK_ARMS = ("lora", "lora_warm", "relora")
 SKIPS_IN_ROW = 20  # so many skipped updates, one after another, stop a run
 RUN: dict[str, Any] = {"decides": "run"}
-CONTENT: dict[str, Any] = {"decides": "result, by what lies there"}  # compared by workdir.check_rows
+CONTENT: dict[str, Any] = {"decides": "result, by what lies there"}  # compared by workdir.py
 
 
 def run_field(default: Any = dataclasses.MISSING) -> Any:
@@ -101,7 +101,7 @@ class DataConfig:
     `train_tokens`: the rows end with the first block that reaches so many (0: all there are).
     """
 
-    dataset: str = ""
+    dataset: str = dataclasses.field(default="", metadata=CONTENT)
     train_split: str = "train"
     validation_split: str = "validation"
     text: str = dataclasses.field(default="", metadata=CONTENT)

@@ -133,6 +133,8 @@ def _microbatch(config: Config, asked: int | None) -> int:
 
 def _rows(place: Path, settings: DataConfig, split: str) -> RowStore:
     """The rows of a split, with the tokenizer that the run was trained with."""
+    # the version that it was trained on, whatever is newer now
+    settings = dataclasses.replace(settings, dataset=workdir.dataset_of(place) or settings.dataset)
     prepared = prepare.prepare(settings)
     workdir.check_rows(place, workdir.keys_of(prepared))
     if split in OWN:

@@ -22,7 +22,7 @@ from relora_jax.config import Config, DataConfig
 from relora_jax.packing import PACKINGS
 from relora_jax.rows import FORMAT, RowStore
 from relora_jax.shards import Job
-from relora_jax.stores import How, check_size, row_stores
+from relora_jax.stores import How, check_size, row_stores, versions_made
 from relora_jax.tokenizer import Tokenizer
 
 TEXT = ("dataset", "split", "text", "text_field", "validation_fraction")  # of a key: which text it is
@@ -132,8 +132,13 @@ def _dataset(data: DataConfig) -> list[_Text]:
 
 
 def _split(data: DataConfig, part: str, split: str) -> _Text:
-    key = {"dataset": text.dataset_version(data.dataset), "split": split}
-    return _Text(key, (part,), lambda: text.open_dataset(data.dataset, split))
+    version = dataset_version(data)
+    return _Text({"dataset": version, "split": split}, (part,), lambda: text.open_dataset(version, split))
+
+
+def dataset_version(data: DataConfig) -> str:
+    """name:version of what data.dataset names, which rows may know where the dataset is gone."""
+    return text.dataset_version(data.dataset, versions_made)
 
 
 def _own_text(data: DataConfig) -> list[_Text]:

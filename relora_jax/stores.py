@@ -64,11 +64,24 @@ def check_size(source: Source, key: dict[str, Any], how: How) -> None:
     )
 
 
+def versions_made(name: str) -> set[str]:
+    """The versions of a TFDS dataset that whole stores hold rows of."""
+    made = [str(key.get("dataset", "")).rpartition(":") for key in _keys()]
+    return {version for dataset, _, version in made if dataset == name}
+
+
+def _keys() -> Iterator[dict[str, Any]]:
+    """The key of each part of each whole store."""
+    for file in sorted((places.cache_dir() / "rows").glob(f"*/*/{MANIFEST}")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if file.parents[1].suffix == "" and isinstance(key := json.loads(file.read_text())["key"], dict):
+                yield key
+
+
 def _differences(key: dict[str, Any]) -> Iterator[str]:
     """What the other stores of the same text have, and `key` has not."""
-    for file in sorted((places.cache_dir() / "rows").glob(f"*/*/{MANIFEST}")):
-        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError):
-            other = json.loads(file.read_text())["key"]
+    for other in _keys():
+        with contextlib.suppress(KeyError):
             same = all(other.get(name) == key.get(name) for name in _TEXT if name in key)
             differs = [name for name in key if name not in _TEXT and other[name] != key[name]]
             if same and differs:

@@ -1,12 +1,13 @@
 """Documents of a TFDS dataset, read at random places without TensorFlow.
 
 A dataset is written name[/config][:version], such as "c4/en:3.1.0"; without a version the newest one
-that lies in TFDS's directory is read. Datasets are found by their directories, not by TFDS's code
-for them, so nothing is ever fetched. "sotu" is built on first use.
+that lies in TFDS's directory is read; where none does, rows may still tell which it was.
+Datasets are found by their directories, not by TFDS's code for them, so nothing is ever fetched. "sotu" is
+built on first use.
 """
 
 import re
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -111,10 +112,14 @@ class Documents:
             raise ValueError(f"{place} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def dataset_version(dataset: str) -> str:
-    """name:version of what `dataset` names; a version that is written out is not looked for."""
+def dataset_version(dataset: str, made: Callable[[str], Iterable[str]] = lambda name: ()) -> str:
+    """name:version of what `dataset` names; a version that is written out is not looked for.
+
+    Where TFDS's directory has no version, it is the one of made(name), those that rows were made of.
+    ValueError where there is none, or a choice of several.
+    """
     name, version = _parse(dataset)
-    return f"{name}:{version or _newest(name)}"
+    return f"{name}:{version or _newest(name, made)}"
 
 
 def open_dataset(dataset: str, split: str) -> Documents:
@@ -158,16 +163,28 @@ def _parse(dataset: str) -> tuple[str, str | None]:
 def _versions(path: Path) -> list[str]:
     """Versions that lie whole in `path`, oldest first; TFDS renames a dataset when it is whole."""
     found = [entry.parent.name for entry in path.glob("*/dataset_info.json")]
-    found = [name for name in found if _VERSION.fullmatch(name)]
-    return sorted(found, key=lambda name: [int(number) for number in name.split(".")])
+    return _ordered(name for name in found if _VERSION.fullmatch(name))
 
 
-def _newest(name: str) -> str:
+def _ordered(versions: Iterable[str]) -> list[str]:
+    return sorted(versions, key=lambda name: [int(number) for number in name.split(".")])
+
+
+def _newest(name: str, made: Callable[[str], Iterable[str]]) -> str:
     if versions := _versions(places.datasets_dir() / name):
         return versions[-1]
     if name == sotu.NAME:
         return sotu.VERSION
-    raise _missing(name, None)
+    match _ordered(made(name)):
+        case []:
+            raise _missing(name, None)
+        case [version]:
+            return version
+        case versions:
+            raise ValueError(
+                f"dataset {name} is not in {places.datasets_dir()}, and there are rows of its versions "
+                f"{', '.join(versions)}: write data.dataset={name}:{versions[-1]}, or another of these"
+            )
 
 
 def _missing(name: str, version: str | None) -> ValueError:

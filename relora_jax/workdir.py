@@ -14,8 +14,8 @@ import jax
 
 from relora_jax import shapes
 from relora_jax.checkpoint import updates_saved
-from relora_jax.config import Config, changed_results, to_json
-from relora_jax.prepare import Prepared
+from relora_jax.config import Config, DataConfig, changed_results, to_json
+from relora_jax.prepare import Prepared, dataset_version
 from relora_jax.run import read_config, read_facts
 
 LOCK = "lock"
@@ -37,6 +37,7 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} holds a run of another config, which would change its result "
                 f"({'; '.join(changed)}): set it back, or take another --workdir"
             )
+        _check_dataset(workdir, config.data)
     elif workdir.is_dir() and any(path.suffix != ".tmp" and path.name != LOCK for path in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds something else than a run: take a new one")
     there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
@@ -49,6 +50,23 @@ def check(workdir: Path, config: Config) -> None:
         ) from None
 
 
+def _check_dataset(workdir: Path, data: DataConfig) -> None:
+    """ValueError where data.dataset names another version than that of the run, as where a newer one came."""
+    before, now = dataset_of(workdir) if updates_saved(workdir) else "", ""
+    with contextlib.suppress(ValueError):  # it is not there: told where rows are made
+        now = dataset_version(data)
+    if before and now and before != now and not data.text:
+        raise ValueError(
+            f"{workdir} was trained on another dataset, which would change its result ({before} -> {now}): "
+            f"set --config.data.dataset={before}, or take another --workdir"
+        )
+
+
+def dataset_of(workdir: Path) -> str:
+    """name:version of the dataset that the run was trained on; empty where none is told."""
+    return read_facts(workdir).get("rows", {}).get("train", {}).get("dataset", "")
+
+
 def keys_of(prepared: Prepared) -> dict[str, Any]:
     """What decides the rows of each split: dataset version, tokenizer, packing, length."""
     return {"train": prepared.train.manifest["key"], "validation": prepared.validation.manifest["key"]}
@@ -56,8 +74,9 @@ def keys_of(prepared: Prepared) -> dict[str, Any]:
 
 def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
     """ValueError where the run in `workdir` was trained on other rows: newer text, another tokenizer file."""
-    facts = read_facts(workdir) if updates_saved(workdir) else {}
-    if facts and "rows" not in facts:
+    saved = updates_saved(workdir)
+    facts = read_facts(workdir) if saved else {}
+    if saved and "rows" not in facts:
         raise ValueError(f"{workdir / 'run.json'} does not say what the run was trained on: bring it back")
     before = facts.get("rows", {})
     told = [(split, key, was, rows[split].get(key)) for split in before for key, was in before[split].items()]

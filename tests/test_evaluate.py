@@ -224,6 +224,16 @@ def test_any_split_of_the_dataset_is_read_with_the_tokenizer_of_the_run(made: Ma
     assert train["rows"] == train["rows_of_split"] == made.prepared.train.rows
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_run_is_evaluated_on_the_version_that_it_was_trained_on(
+    made: Made, tmp_path: pathlib.Path, newer: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))  # its own version is gone
+    if newer:
+        write_dataset("toy:1.1.0", {"train": texts(9), "validation": texts(9)})
+    assert told(capsys, made.place)["loss"] == made.at[8].loss
+
+
 def test_devices_and_microbatch_change_rounding_alone(made: Made, place: pathlib.Path, capsys: Any) -> None:
     assert dict(restored.mesh_of(MADE).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     other = small.config(**{"mesh__fsdp": 3, "train__microbatch": 3})

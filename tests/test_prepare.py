@@ -179,6 +179,29 @@ def test_second_call_finds_everything_and_reads_no_text(monkeypatch):
     assert first.train.manifest["key"]["split"] == "train" and first.train.manifest["documents"] == DOCUMENTS
 
 
+def test_rows_are_found_where_their_dataset_is_gone(tmp_path, monkeypatch):
+    def prepared(dataset, **changes):
+        return prepare.prepare(dataclasses.replace(DATA, dataset=dataset, **changes)).train.path
+
+    first = prepare.prepare(DATA).train.path
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+    assert prepared("toy") == prepared("toy:1.0.0") == first
+    with pytest.raises(ValueError, match=r"dataset toy:1\.0\.0 is not in .*/empty: set TFDS_DATA_DIR"):
+        prepared("toy", sequence_length=20)  # the only rows of it are others
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "newer"))
+    write_dataset("toy:1.10.0", {"train": texts(20), "validation": texts(3)})
+    newer = prepared("toy")
+    assert newer != first == prepared("toy:1.0.0")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"rows of its versions 1\.0\.0, 1\.10\.0: write data\.dataset=toy:"):
+        prepared("toy")
+    assert (prepared("toy:1.0.0"), prepared("toy:1.10.0")) == (first, newer)
+    for path in places.cache_dir().glob("rows/*"):  # begun, not whole
+        path.rename(path.with_suffix(".partial"))
+    with pytest.raises(ValueError, match="dataset toy is not in"):
+        prepared("toy")
+
+
 def test_large_dataset_is_prepared_only_by_the_command(tokenizer):
     size = text.open_dataset("toy", "train").bytes
     how = How(build_limit_bytes=size - 1, command="python -m relora_jax.prepare --config=c.py --config.a.b=3")

@@ -126,6 +126,33 @@ def test_resume_on_other_rows_is_refused(tmp_path: pathlib.Path) -> None:
     workdir.check_rows(tmp_path, rows)
     with pytest.raises(ValueError, match=r"train dataset: toy:1.0.0 -> toy:1.0.1"):
         workdir.check_rows(tmp_path, {**rows, "train": {"dataset": "toy:1.0.1", "tokenizer": "a"}})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"run\.json does not say what the run was trained on"):
+        workdir.check_rows(tmp_path, rows)
+
+
+def test_version_of_the_dataset_may_be_named_afterwards_and_another_may_not(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(dataset: str) -> None:
+        workdir.check(tmp_path / "run", small.config(data__dataset=dataset))
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    rows = {"train": {"dataset": "toy:1.0.0"}}
+    workdir.begin(tmp_path / "run", small.config(data__dataset="toy"), rows=rows)
+    for version in ("1.0.0", "1.1.0"):
+        check("toy:1.0.0")
+        check("toy")
+        (tmp_path / "tfds" / "toy" / version).mkdir(parents=True)
+        (tmp_path / "tfds" / "toy" / version / "dataset_info.json").touch()
+    for dataset in ("toy", "toy:1.1.0"):
+        with pytest.raises(
+            ValueError, match=r"toy:1\.0\.0 -> toy:1\.1\.0.: set --config\.data\.dataset=toy:1\.0\."
+        ):
+            check(dataset)
+    check("toy:1.0.0")
 
 
 @pytest.mark.parametrize(
