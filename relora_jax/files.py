@@ -39,7 +39,6 @@ class Files:
     validation_fraction: float
     block_documents: int = BLOCK_DOCUMENTS
     unit = "B"
-    documents = None
 
     @property
     def name(self) -> str:
@@ -51,6 +50,11 @@ class Files:
     def files(self) -> int:
         """How many there are."""
         return len(self.paths)
+
+    @property
+    def documents(self) -> int | None:
+        """One a file, where all are .txt; of others only reading tells."""
+        return len(self.paths) if all(_kind(path) == ".txt" for path in self.paths) else None
 
     @property
     def bytes(self) -> int:

@@ -22,7 +22,7 @@ from relora_jax.config import Config, DataConfig
 from relora_jax.packing import PACKINGS
 from relora_jax.rows import FORMAT, RowStore
 from relora_jax.shards import Job
-from relora_jax.stores import How, check_size, row_stores, versions_made
+from relora_jax.stores import ONE_DOCUMENT, How, check_size, row_stores, versions_made
 from relora_jax.tokenizer import Tokenizer
 
 TEXT = ("dataset", "split", "text", "text_field", "validation_fraction")  # of a key: which text it is
@@ -75,7 +75,7 @@ def tokenizer_of(data: DataConfig, rows: dict[str, Any]) -> Tokenizer:
 
     def source() -> Source:
         try:
-            now = _texts(data)[-1]
+            now = _named(data)[-1]
             opened = now.open()
         except ValueError as error:
             raise ValueError(f"{lost} is not there ({error}): {remedy}") from error
@@ -112,11 +112,19 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
 
 def train_texts(data: DataConfig) -> Iterator[str]:
     """The documents of the train part, in order."""
-    return _texts(data)[-1].open().train_texts()
+    return _named(data)[-1].open().train_texts()
 
 
 def _texts(data: DataConfig) -> list[_Text]:
-    """What is read, the train part last."""
+    """What rows are made of, the train part last; ValueError where no part of it could be held out."""
+    found = _named(data)
+    if data.text and (source := found[-1].open()).documents == 1:
+        raise ValueError(f"{source.name} {ONE_DOCUMENT}")
+    return found
+
+
+def _named(data: DataConfig) -> list[_Text]:
+    """What `data` names, the train part last."""
     check(data)
     return _own_text(data) if data.text else _dataset(data)
 

@@ -18,6 +18,10 @@ from relora_jax.blocks import Source
 from relora_jax.rows import MANIFEST, RowStore
 from relora_jax.shards import BLOCKS, Advance, Block, End, Job, whole
 
+ONE_DOCUMENT = (
+    "is one document, and nothing of it can be held out: split it into several .txt files, or write .jsonl "
+    "with a line a document"
+)
 BUILD_LIMIT_BYTES = 100_000_000  # above it, `train` does not prepare by itself
 DROPPED = 0.05  # a larger share of lost tokens is told
 REMEDIES = {
@@ -143,7 +147,7 @@ def _finish(job: Job, key: dict[str, Any], blocks: Sequence[Block]) -> None:
     facts["text"]["of_documents"] = source.documents
     for at, part in enumerate(job.parts):
         if not sum(block.parts[at]["rows"] for block in blocks):
-            raise _too_little(job, part, blocks[0].parts[at] if blocks else {})
+            raise _too_little(job, part, sum(one["documents"] for block in blocks for one in block.parts))
     manifests = job.finish(blocks, facts)
     for part, manifest in manifests.items():
         if manifest["dropped"] > DROPPED:
@@ -154,7 +158,9 @@ def _finish(job: Job, key: dict[str, Any], blocks: Sequence[Block]) -> None:
         print(f"{name} gives {got:,} tokens, of data.train_tokens={wanted:,}", file=sys.stderr)
 
 
-def _too_little(job: Job, part: str, facts: dict[str, int]) -> ValueError:
+def _too_little(job: Job, part: str, documents: int) -> ValueError:
+    if len(job.parts) > 1 and documents == 1:
+        return ValueError(f"{job.source.name} {ONE_DOCUMENT}")
     what = f"{job.source.name}: the {part} part has too little text for one row"
     if len(job.parts) > 1 and part == "validation":
         return ValueError(f"{what}, so nothing is held out: raise data.validation_fraction or give more text")

@@ -278,6 +278,29 @@ def test_nothing_held_out_is_said_with_the_remedy(folder):
         prepare.prepare(config(folder, sequence_length=200_000))
 
 
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.gz"])
+def test_text_file_alone_is_one_document_which_is_said_before_it_is_read(folder, tmp_path, monkeypatch, name):
+    book = "\n".join(texts(900)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(book) if name.endswith(".gz") else book)
+    monkeypatch.setattr(files.Files, "blocks", lambda *_: pytest.fail("read"))
+    for tokenizer in ("bpe(330)", str(folder / "t.model")):
+        data = config(folder, text=f"{tmp_path}/book*", tokenizer=tokenizer)
+        for refused in (prepare.prepare, prepare.find_tokenizer):
+            with pytest.raises(ValueError, match=rf"{name} is one document, .*: split it .*\.jsonl with a"):
+                refused(data)
+
+
+def test_one_document_is_said_to_be_one_and_a_tokenizer_may_be_trained_on_it(folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "\n".join(texts(99))}))
+    (tmp_path / "b.txt").write_text("\n".join(texts(99)))
+    for fraction in (1e-9, 1 - 1e-9):  # whichever part it is of
+        data = config(folder, text=f"{tmp_path}/a*", validation_fraction=fraction)
+        with pytest.raises(ValueError, match=r"a\.jsonl is one document, and nothing of it can be held out"):
+            prepare.prepare(data)
+    [text] = prepare.train_texts(config(folder, text=f"{tmp_path}/b*", validation_fraction=1e-9))
+    assert text.startswith("Number 0")
+
+
 def test_many_small_files_are_told_of(folder, tmp_path, capsys):
     prepare.prepare(config(folder))
     assert "fell off" in (said := capsys.readouterr().err) and said.count("\n") <= 2
