@@ -19,6 +19,7 @@ from jaxtyping import Int32
 
 from relora_jax import hugging_face, places
 from relora_jax.hugging_face import FILE, HuggingFace
+from relora_jax.sentencepiece_model import SentencePiece
 
 PAD, EOS, UNK = 0, 1, 2  # T5's
 FILES = (FILE, "tokenizer.model", "spiece.model")  # of a directory, the first that is there
@@ -45,39 +46,6 @@ _SETTINGS: dict[str, Any] = {
 _SPEC = re.compile(r"\s*(bpe|unigram)\s*\(\s*([^()]*?)\s*\)\s*")
 
 
-class _SentencePiece:
-    """A SentencePiece model: `eos`, `pad` and `bos` are None where it has none.
-
-    `highest` is the highest id of a text: control pieces are in none.
-    """
-
-    def __init__(self, path: Path, content: bytes, *, parallel: bool) -> None:
-        try:
-            if not content:
-                raise RuntimeError("the file is empty")
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            raise ValueError(f"{path} is no SentencePiece model: name another file, or bpe(4096)") from error
-        self._threads = -1 if parallel else 1
-        self.pieces = self._model.get_piece_size()
-        ids = self._model.eos_id(), self._model.pad_id(), self._model.bos_id()
-        self.eos, self.pad, self.bos = (i if i >= 0 else None for i in ids)
-        given = (i for i in reversed(range(self.pieces)) if not self._model.is_control(i))  # pyright: ignore
-        self.highest = next(given)
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text."""
-        return self._model.encode(texts, num_threads=self._threads)  # pyright: ignore
-
-    def name(self, i: int) -> str:
-        """How the file writes an id."""
-        return self._model.id_to_piece(i)  # pyright: ignore
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of ids."""
-        return self._model.decode(ids)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """Texts <-> ids below `pieces`. `pad` fills rows and is never counted: eos where a model has none.
@@ -91,7 +59,7 @@ class Tokenizer:
     pieces: int
     eos: int
     pad: int
-    model: HuggingFace | _SentencePiece = dataclasses.field(repr=False)
+    model: HuggingFace | SentencePiece = dataclasses.field(repr=False)
     bos: int | None = None
 
     @property
@@ -130,7 +98,7 @@ def load(
         content = path.read_bytes()
     except OSError as error:
         raise ValueError(f"tokenizer {path} cannot be read: {error.strerror}") from error
-    model = (HuggingFace if path.suffix == ".json" else _SentencePiece)(path, content, parallel=parallel)
+    model = (HuggingFace if path.suffix == ".json" else SentencePiece)(path, content, parallel=parallel)
     for name, given in (("eos", eos_id), ("pad", pad_id), ("bos", bos_id)):
         if not -1 <= given < model.pieces:
             raise ValueError(
@@ -158,7 +126,7 @@ def begins(path: Path) -> int | None:
     if path.suffix == ".json":
         return hugging_face.begins(path, content)
     told = hugging_face.read_beside(path.parent / "tokenizer_config.json")
-    own = _SentencePiece(path, content, parallel=False).bos
+    own = SentencePiece(path, content, parallel=False).bos
     return None if told.get("add_bos_token") is False else own
 
 

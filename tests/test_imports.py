@@ -10,7 +10,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "relora_jax"
 FLOORS = [
     {
         *("prune", "places", "schedule", "paths", "product", "merge", "progress", "lines", "spectrum"),
-        *("checksum", "signals", "packing", "blocks", "rows", "hugging_face", "json_lines", "disk"),
+        *("checksum", "signals", "packing", "blocks", "rows", "json_lines", "disk"),
+        *("hugging_face", "sentencepiece_model"),
         *("rope", "tensor_files", "sampling", "json_file", "charsmap"),
     },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases", "files"},
