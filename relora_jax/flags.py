@@ -6,8 +6,10 @@ can be imported and run twice in a process.
 
 import argparse
 import dataclasses
+import errno
 import itertools
 import linecache
+import os
 import pathlib
 import shlex
 import sys
@@ -119,9 +121,9 @@ def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | N
         print(f"error: {_text(error)}", file=sys.stderr)
         code = BAD_CONFIG
     except OSError as error:
-        print(
-            f"error: {_text(error)}: mend the disk or the data, and the same command goes on", file=sys.stderr
-        )
+        too_many = os.strerror(errno.EMFILE) in str(error)
+        remedy = "raise the limit of open files (ulimit -n)" if too_many else "mend the disk or the data"
+        print(f"error: {_text(error)}: {remedy}, and the same command goes on", file=sys.stderr)
         code = NO_DATA
     except KeyboardInterrupt:
         print("interrupted: the same command goes on", file=sys.stderr)

@@ -55,7 +55,7 @@ class RowStore:
             counts = np.load(path / COUNTS)
             shards = [str(path / shard["file"]) for shard in manifest["shards"] if shard["rows"]]
             facts = {name: manifest[name] for name in ("rows", "sequence_length", "tokens", "pieces", "eos")}
-            allowed = _allow_open_files(len(shards))
+            allowed = allow_open_files(len(shards))
             source = ArrayRecordDataSource(shards)
             if not len(source) == facts["rows"] == sum(shard["rows"] for shard in manifest["shards"]):
                 raise ValueError(f"{len(source)} rows of {facts['rows']} are there")
@@ -133,7 +133,7 @@ class RowWriter:
             self._writer.__exit__(*ended)
 
 
-def _allow_open_files(shards: int) -> int:
+def allow_open_files(shards: int) -> int:
     """The limit, the soft one raised as far as it must and may: every shard stays open once it was read."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limits = [number if number != resource.RLIM_INFINITY else 2**31 for number in (soft, hard)]

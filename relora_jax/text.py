@@ -6,12 +6,14 @@ Datasets are found by their directories, not by TFDS's code for them, so nothing
 built on first use.
 """
 
+import errno
+import os
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from relora_jax import places, sotu
+from relora_jax import places, rows, sotu
 from relora_jax.blocks import BLOCK_DOCUMENTS, CHUNK_DOCUMENTS, Chunk, Stripe
 
 _NAME = re.compile(r"(\w+(?:/\w[\w.+=-]*)*)(?::(\d+\.\d+\.\d+))?")
@@ -123,7 +125,11 @@ def dataset_version(dataset: str, made: Callable[[str], Iterable[str]] = lambda 
 
 
 def open_dataset(dataset: str, split: str) -> Documents:
-    """The documents of a split ("train", or a slice: "train[:1%]"), in the dataset's own order."""
+    """The documents of a split ("train", or a slice: "train[:1%]"), in the dataset's own order.
+
+    ValueError, also while they are read, where something is wrong with the dataset, OSError where files
+    cannot be opened: each stays open once it was read.
+    """
     version = dataset_version(dataset)
     name, number = version.split(":")
     path = places.datasets_dir() / name / number
@@ -140,8 +146,9 @@ def open_dataset(dataset: str, split: str) -> Documents:
     _check_features(version, builder.info.features)
     _check_format(version, path, builder.info)
     try:
-        source = builder.as_data_source(split)
         takes = [part.take for part in builder.info.splits[split].file_instructions]
+        rows.allow_open_files(len(takes))
+        source = builder.as_data_source(split)
         if len(source) != sum(takes):  # a slice of negative length fails here
             raise ValueError
     except ValueError as error:
@@ -202,8 +209,10 @@ def _missing(name: str, version: str | None) -> ValueError:
     )
 
 
-def _unreadable(what: str, error: Exception) -> ValueError:
+def _unreadable(what: str, error: Exception) -> ValueError | OSError:
     reason = str(error).partition("\n")[0]
+    if (too_many := os.strerror(errno.EMFILE)) in reason:
+        return OSError(errno.EMFILE, too_many, what)
     return ValueError(f"{what} in {places.datasets_dir()} cannot be read ({reason}): build or copy it again")
 
 

@@ -1,3 +1,4 @@
+import errno
 import shlex
 
 import pytest
@@ -43,3 +44,24 @@ def test_command_for_another_module_has_the_settings_and_nothing_else(file, form
     config, _ = flags.parse(["prepare", *shlex.split(command)[3:]])
     assert (config.relora.rank, config.relora.jagged, config.data.text) == (2, False, "*.gz")
     assert "workdir" not in command
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "mend the disk or the data"),
+        (OSError(errno.EMFILE, "Too many open files"), "raise the limit of open files (ulimit -n)"),
+        (
+            OSError("a: open() failed: Too many open files"),
+            "raise the limit of open files",
+        ),
+    ],
+)
+def test_error_of_the_system_ends_with_74_and_its_remedy(error, said, capsys):
+    def run(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        flags.main(run, None, ["a"])
+    assert stop.value.code == 74 and f": {said}" in (line := capsys.readouterr().err)
+    assert line.endswith(", and the same command goes on\n") and line.count("\n") == 1

@@ -3,6 +3,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,28 @@ def test_what_is_wrong_is_said_in_one_line_with_the_remedy(dataset, split, damag
     assert "\n" not in message
     for part in said:
         assert part in message
+
+
+def test_every_file_of_a_split_may_be_open_as_far_as_the_hard_limit_allows(monkeypatch):
+    write_dataset("toy:1.0.0", {"train": texts(20), "validation": ["v"]})
+    limits = {"now": (100, 4000)}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.update(now=pair))
+    text.open_dataset("toy", "train")
+    assert limits["now"] == (516, 4000)  # two files, as many of another split, and what else is open
+
+
+def test_files_that_cannot_be_opened_are_no_damage():
+    write_dataset("toy:1.0.0", {"train": texts(20), "validation": ["v"]})
+    documents = text.open_dataset("toy", "train")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"Too many open files: 'toy:1\.0\.0 train'"):
+            list(documents)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert list(text.open_dataset("toy", "train")) == texts(20)
 
 
 def test_reading_imports_neither_tensorflow_nor_the_package_and_says_nothing(folders):
