@@ -55,7 +55,7 @@ class RowStore:
             counts = np.load(path / COUNTS)
             shards = [str(path / shard["file"]) for shard in manifest["shards"] if shard["rows"]]
             facts = {name: manifest[name] for name in ("rows", "sequence_length", "tokens", "pieces", "eos")}
-            allowed = allow_open_files(len(shards))
+            allow_open_files(len(shards))
             source = ArrayRecordDataSource(shards)
             if not len(source) == facts["rows"] == sum(shard["rows"] for shard in manifest["shards"]):
                 raise ValueError(f"{len(source)} rows of {facts['rows']} are there")
@@ -63,11 +63,7 @@ class RowStore:
             raise OSError(
                 f"{path} is no whole row store ({error}): delete it, and it is made again"
             ) from error
-        if allowed < len(shards) + SPARE_FILES:
-            raise ValueError(
-                f"{path} has {len(shards)} shards, and a process may have {allowed} files open: raise the "
-                f"hard limit (ulimit -Hn) to {len(shards) + SPARE_FILES}"
-            )
+        check_open_files(len(shards), path)
         return cls(path=path, manifest=manifest, counts=counts, _source=source, **facts)
 
     def read(self, indices: Sequence[int]) -> tuple[Int32[np.ndarray, "n S"], Int32[np.ndarray, " n"]]:
@@ -131,6 +127,16 @@ class RowWriter:
     def __exit__(self, *ended: object) -> None:
         if self._writer is not None:
             self._writer.__exit__(*ended)
+
+
+def check_open_files(shards: int, of: object) -> None:
+    """ValueError where a process may not have so many shards open at once."""
+    allowed, wanted = allow_open_files(shards), shards + SPARE_FILES
+    if allowed < wanted:
+        raise ValueError(
+            f"{of}: {shards:,} shards, and a process may have {allowed:,} files open: raise the hard limit "
+            f"(ulimit -Hn) to {wanted}, or join small files into one .jsonl"
+        )
 
 
 def allow_open_files(shards: int) -> int:

@@ -191,24 +191,40 @@ class _Shard:
         }
 
 
-def whole(blocks: Sequence[Block], ends: Sequence[End], files: int, train_tokens: int) -> list[Block] | None:
-    """The blocks of a store in order, where they are all there; None before.
+class InOrder:
+    """Blocks and ends, added as they come: `taken` are the blocks from the first on that are there, in order.
 
-    All of the files' blocks, or up to the first at which part 0 has `train_tokens` (0: no end).
+    `whole` once they are a store's: all of the files' blocks, or those up to the first at which part 0 has
+    `train_tokens` (0: no end).
     """
-    there = {(block.file, block.number): block for block in blocks}
-    counts, taken, tokens = dict(ends), [], 0
-    for file in range(files):
-        number = 0
-        while (block := there.get((file, number))) is not None:
-            taken.append(block)
-            tokens += block.parts[0]["tokens"]
-            if 0 < train_tokens <= tokens:
-                return taken
-            number += 1
-        if counts.get(file) != number:
-            return None
-    return taken
+
+    def __init__(self, files: int, train_tokens: int) -> None:
+        self._files, self._train_tokens = files, train_tokens
+        self._blocks: dict[tuple[int, int], Block] = {}
+        self._ends: dict[int, int] = {}
+        self._next, self._tokens = (0, 0), 0
+        self.taken: list[Block] = []
+        self.whole = files == 0
+
+    def add(self, message: Block | End) -> None:
+        """One more, and what it makes a row of with those that came too early."""
+        if isinstance(message, Block):
+            self._blocks[message.file, message.number] = message
+        else:
+            self._ends[message.file] = message.blocks
+        file, number = self._next
+        while not self.whole:
+            if (block := self._blocks.get((file, number))) is not None:
+                self.taken.append(block)
+                self._tokens += block.parts[0]["tokens"]
+                number += 1
+                self.whole = 0 < self._train_tokens <= self._tokens
+            elif self._ends.get(file) == number:
+                file, number = file + 1, 0
+                self.whole = file == self._files
+            else:
+                break
+        self._next = file, number
 
 
 def _name(file: int, number: int) -> str:

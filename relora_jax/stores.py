@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from relora_jax import places, workers
 from relora_jax.blocks import Source
-from relora_jax.rows import MANIFEST, RowStore
-from relora_jax.shards import BLOCKS, Advance, Block, End, Job, whole
+from relora_jax.rows import MANIFEST, RowStore, check_open_files
+from relora_jax.shards import BLOCKS, Advance, Block, End, InOrder, Job
 
 ONE_DOCUMENT = (
     "is one document, and nothing of it can be held out: split it into several .txt files, or write .jsonl "
@@ -96,8 +96,12 @@ def _make(job: Job, key: dict[str, Any], how: How) -> None:
     """The stores of a job in its folder, from the blocks that are there and those that are not."""
     blocks, ends = job.found()
     source, budget = job.source, key["train_tokens"]
-    taken = whole(blocks, ends, source.files, budget)
-    if taken is None:
+    order = InOrder(source.files, budget)
+    for found in (*blocks, *ends):
+        order.add(found)
+    if not order.whole:
+        if not budget:  # else they may end before
+            check_open_files(len(source.stripes(1)), source.name)  # a stripe gives a block or more
         left = _left(source.stripes(how.workers), blocks, ends)
         with (
             _forgotten(job.folder, key),
@@ -108,12 +112,11 @@ def _make(job: Job, key: dict[str, Any], how: How) -> None:
                 if isinstance(message, Advance):
                     advance(message)
                     continue
-                (blocks if isinstance(message, Block) else ends).append(message)  # pyright: ignore
-                taken = whole(blocks, ends, source.files, budget)
-                if taken is not None:
+                order.add(message)
+                if order.whole:
                     break
-    assert taken is not None, "every block was made"
-    _finish(job, key, taken)
+    assert order.whole, "every block was made"
+    _finish(job, key, order.taken)
 
 
 @contextlib.contextmanager

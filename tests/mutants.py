@@ -258,8 +258,8 @@ MUTANTS = [
     Mutant(
         "a token budget that ends where the workers are, not at the first block in order",
         "shards.py",
-        "        if counts.get(file) != number:\n            return None\n",
-        "        if counts.get(file) != number and not train_tokens:\n            return None\n",
+        "            elif self._ends.get(file) == number:",
+        "            elif self._ends.get(file) == number or self._train_tokens:",
         "tests/test_stores.py::test_blocks_are_whole_when_the_first_that_reach_the_budget_are_there",
     ),
     Mutant(

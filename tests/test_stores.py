@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from relora_jax import files, places, prepare
 from relora_jax import tokenizer as tokenizers
 from relora_jax.config import DataConfig
 from relora_jax.packing import Packer
-from relora_jax.shards import Block, End, Job, whole
+from relora_jax.shards import Block, End, InOrder, Job
 from relora_jax.stores import How
 from tests.documents import texts
 
@@ -163,12 +164,40 @@ def test_blocks_are_whole_when_the_first_that_reach_the_budget_are_there(sizes, 
     taken = every[: reached.index(True) + 1] if any(reached) else every
     messages = [*every, *(End(f, len(tokens)) for f, tokens in enumerate(sizes))]
     order.shuffle(messages)
+    found = InOrder(len(sizes), budget)
     for k in range(len(messages) + 1):
+        if k:
+            found.add(messages[k - 1])
         blocks = [m for m in messages[:k] if isinstance(m, Block)]
         ends = [m for m in messages[:k] if isinstance(m, End)]
         last = taken[-1].file if any(reached) else len(sizes)
         needed = {*range(last)} <= {end.file for end in ends} and all(block in blocks for block in taken)
-        assert whole(blocks, ends, len(sizes), budget) == (taken if needed else None)
+        assert found.whole == needed and (found.taken == taken or not needed)
+
+
+def test_blocks_of_many_files_are_put_in_order_as_fast_as_they_come():
+    found, began = InOrder(10_000, 0), time.process_time()
+    for file in range(9_999, -1, -1):
+        found.add(Block(file, 0, 1, [{"tokens": 1}]))
+        found.add(End(file, 1))
+    assert found.whole and len(found.taken) == 10_000 and time.process_time() - began < 2
+
+
+def test_more_files_than_may_be_open_are_refused_before_anything_is_made_of_them(
+    folder, tmp_path, monkeypatch
+):
+    for k, text in enumerate(texts(9)):
+        (tmp_path / f"{k}.txt").write_text(text * 9)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (520, 520))
+    monkeypatch.setattr(Job, "_make", lambda *_: pytest.fail("made"))
+    data = config(folder, text=f"{tmp_path}/*.txt")
+    refused = r"0\.txt and 8 more: 9 shards, .* 520 files open: .* to 521, or join small files into"
+    with pytest.raises(ValueError, match=refused):
+        prepare.prepare(data)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (600, 600))
+    assert prepare.prepare(data).train.rows > 8
 
 
 KILLED = """
