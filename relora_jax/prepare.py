@@ -9,7 +9,6 @@ same command goes on with the blocks that are missing. `train` prepares small te
 import dataclasses
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +23,7 @@ from relora_jax.rows import FORMAT, RowStore
 from relora_jax.shards import Job
 from relora_jax.stores import ONE_DOCUMENT, How, check_size, row_stores, versions_made
 from relora_jax.tokenizer import Tokenizer
+from relora_jax.workers import cpus
 
 TEXT = ("dataset", "split", "text", "text_field", "validation_fraction")  # of a key: which text it is
 
@@ -218,15 +218,10 @@ def describe(part: str, store: RowStore) -> str:
     )
 
 
-def _cpus() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main(arguments: list[str]) -> int:
     """Prepare what --config names, whatever its size; the exit code."""
     config, strings = flags.parse(arguments, workers="0")
-    workers = flags.count("workers", strings["workers"], at_least=0) or _cpus()
+    workers = flags.count("workers", strings["workers"], at_least=0) or cpus()
     how = How(build_limit_bytes=math.inf, workers=workers, progress=sys.stderr.isatty())
     check_vocabulary(config, find_tokenizer(config.data, how))
     prepared = prepare(config.data, how)

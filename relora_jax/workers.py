@@ -5,6 +5,7 @@ the one who asked, however that ends.
 """
 
 import multiprocessing
+import os
 import signal
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +23,11 @@ class _Failure(NamedTuple):
 
     error: BaseException | None
     trace: str
+
+
+def cpus() -> int:
+    """CPUs that this process may use, where the system tells: as many workers are enough."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(

@@ -6,17 +6,16 @@ processes (0, the default: one for each CPU). The same command goes on where it 
 broken line or file ends it with its name, or is left out and counted with --skip_broken.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
-from relora_jax import c4, flags
+from relora_jax import c4, flags, workers
 
 
 def main(argv: Sequence[str]) -> int:
     """Makes the dataset and says what it holds; the exit code."""
     told = flags.options(argv, input="", workers="0", version=c4.VERSION, skip_broken=False)
-    processes = flags.count("workers", told["workers"], at_least=0) or len(os.sched_getaffinity(0))
+    processes = flags.count("workers", told["workers"], at_least=0) or workers.cpus()
     files = c4.find(told["input"])
     path, shards = c4.build(
         files, version=told["version"], processes=processes, skip_broken=told["skip_broken"]

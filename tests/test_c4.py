@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from relora_jax import c4, disk, flags, json_lines, text
+from relora_jax import c4, disk, flags, json_lines, text, workers
 from scripts import c4_from_json
 from tests.documents import texts
 
@@ -185,6 +185,15 @@ def test_killed_job_goes_on_with_the_files_that_are_left(folders):
     assert list(text.open_dataset("c4/en", "train")) == documents
     assert not partial.exists() and not list(dataset(folders).rglob("*.new"))
     assert before < {file.stat().st_ino for file in dataset(folders).iterdir()}
+
+
+def test_command_takes_each_cpu_where_the_system_does_not_tell_whose_they_are(folders, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    asked = []
+    monkeypatch.setattr(c4, "build", lambda files, **told: asked.append(told["processes"]) or (folders, []))
+    assert c4_from_json.main(["c4_from_json", f"--input={write(folders / 'in', texts(3))}"]) == 0
+    assert asked == [7] == [workers.cpus()]
 
 
 def test_finished_dataset_is_never_written_again(folders):
