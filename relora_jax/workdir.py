@@ -14,7 +14,7 @@ import jax
 
 from relora_jax import shapes
 from relora_jax.checkpoint import updates_saved
-from relora_jax.config import Config, DataConfig, changed_results, to_json
+from relora_jax.config import Config, changed_results, to_json
 from relora_jax.prepare import Prepared, dataset_version
 from relora_jax.run import read_config, read_facts
 
@@ -37,7 +37,7 @@ def check(workdir: Path, config: Config) -> None:
                 f"{workdir} holds a run of another config, which would change its result "
                 f"({'; '.join(changed)}): set it back, or take another --workdir"
             )
-        _check_dataset(workdir, config.data)
+        _check_dataset(workdir, config)
     elif workdir.is_dir() and any(path.suffix != ".tmp" and path.name != LOCK for path in workdir.iterdir()):
         raise ValueError(f"workdir {str(workdir)!r} holds something else than a run: take a new one")
     there = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
@@ -50,12 +50,18 @@ def check(workdir: Path, config: Config) -> None:
         ) from None
 
 
-def _check_dataset(workdir: Path, data: DataConfig) -> None:
-    """ValueError where data.dataset names another version than that of the run, as where a newer one came."""
-    before, now = dataset_of(workdir) if updates_saved(workdir) else "", ""
+def _check_dataset(workdir: Path, config: Config) -> None:
+    """ValueError where data.dataset names another version than that of the run, as where a newer one came.
+
+    A run that has done its updates reads no more.
+    """
+    saved = updates_saved(workdir)
+    if not saved or config.train.updates in saved or config.data.text:
+        return
+    before, now = dataset_of(workdir), ""
     with contextlib.suppress(ValueError):  # it is not there: told where rows are made
-        now = dataset_version(data)
-    if before and now and before != now and not data.text:
+        now = dataset_version(config.data)
+    if before and now and before != now:
         raise ValueError(
             f"{workdir} was trained on another dataset, which would change its result ({before} -> {now}): "
             f"set --config.data.dataset={before}, or take another --workdir"

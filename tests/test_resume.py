@@ -153,6 +153,8 @@ def test_version_of_the_dataset_may_be_named_afterwards_and_another_may_not(
         ):
             check(dataset)
     check("toy:1.0.0")
+    (tmp_path / "run" / "checkpoints" / "16").mkdir()  # nothing is left to train
+    check("toy")
 
 
 @pytest.mark.parametrize(
