@@ -22,6 +22,7 @@ from relora_jax.rows import COUNTS, FORMAT, MANIFEST, RowStore, RowWriter, recor
 from relora_jax.tokenizer import Tokenizer
 
 BLOCKS = "blocks"
+COUNTED = ".counts.npy"  # ends the name of a block's counts
 
 
 class Advance(NamedTuple):
@@ -34,7 +35,7 @@ class Advance(NamedTuple):
 class Block(NamedTuple):
     """A finished block: `size` of its source, and of each part the documents, rows, tokens and tokens given.
 
-    `counts` [parts, pieces] lies beside them on the disk, too large to keep.
+    The counts of each piece of each part lie beside them on the disk, too large to keep.
     """
 
     file: int
@@ -91,13 +92,13 @@ class Job:
         parts = zip(self.parts, block.parts, strict=True)
         shards = all((self.folder / part / name).exists() for part, facts in parts if facts["rows"])
         try:
-            return shards and len(self._counts(block)) == len(self.parts)
+            return shards and len(self._counts(block)) == 2
         except (OSError, ValueError, EOFError):
             return False
 
     def _counts(self, block: Block) -> np.ndarray:
-        """[parts, pieces], read where it is used."""
-        return np.load(self._record(block.file, block.number).with_suffix(".npy"), mmap_mode="r")
+        """[2, n]: places in an array [parts, pieces], and the counts there; read where they are used."""
+        return np.load(self._record(block.file, block.number).with_suffix(COUNTED), mmap_mode="r")
 
     def _record(self, file: int, number: int) -> Path:
         return self.folder / BLOCKS / f"{_name(file, number)}.json"
@@ -116,8 +117,9 @@ class Job:
                 size += chunk.size
                 yield Advance(chunk.size, sum(map(len, encoded)))
         record = self._record(file, number)
-        counts = np.stack([shard.writer.counts for shard in shards])
-        disk.write(record.with_suffix(".npy"), _saved(counts))
+        counts = np.concatenate([shard.writer.counts for shard in shards])
+        counted = np.flatnonzero(counts)  # few, where a file is short
+        disk.write(record.with_suffix(COUNTED), _saved(np.stack([counted, counts[counted]])))
         block = Block(file, number, size, [shard.facts() for shard in shards])
         disk.write(record, json.dumps(block).encode())
         yield block
@@ -132,7 +134,8 @@ class Job:
         """The parts become stores of `blocks`, in that order; shards of other blocks go. Their manifests."""
         counts = np.zeros((len(self.parts), self.tokenizer.pieces), np.int64)
         for block in blocks:
-            counts += self._counts(block)
+            counted, of_block = self._counts(block)
+            counts.reshape(-1)[counted] += of_block
         manifests = {}
         for at, part in enumerate(self.parts):
             manifest = manifests[part] = {**self._manifest(blocks, at), **facts}

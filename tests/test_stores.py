@@ -247,7 +247,7 @@ def test_block_whose_shard_was_deleted_is_made_again(folder, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("left", [0, 9, None])
-@pytest.mark.parametrize("name", ["00001-00000.json", "00000.end", "00001-00001.npy"])
+@pytest.mark.parametrize("name", ["00001-00000.json", "00000.end", "00001-00001.counts.npy"])
 def test_record_that_is_empty_cut_or_gone_is_made_again(folder, tmp_path, monkeypatch, name, left):
     whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
     with monkeypatch.context() as patch:
@@ -259,6 +259,24 @@ def test_record_that_is_empty_cut_or_gone_is_made_again(folder, tmp_path, monkey
     file.unlink() if left is None else os.truncate(file, min(left, file.stat().st_size - 1))
     (file.parent / "00004.end").write_text("4")  # no such record
     assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+
+
+def test_short_files_leave_little_on_the_disk_until_all_are_read_and_are_read_once(
+    folder, tmp_path, monkeypatch
+):
+    for k, text in enumerate(["too short for a row", *texts(9)]):
+        (tmp_path / f"{k}.txt").write_text(text)
+    data = config(folder, text=f"{tmp_path}/*.txt", validation_fraction=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare.prepare(data)
+    sizes = [file.stat().st_size for file in places.cache_dir().glob("rows/*.partial/blocks/*.npy")]
+    assert len(sizes) == 10 and max(sizes) < 380 * 8  # half of 8 bytes for each piece of each part
+    monkeypatch.setattr(Job, "_make", lambda *_: pytest.fail("made again"))
+    for store in prepare.prepare(data)[1:]:
+        ids = store.read(range(store.rows))[0]
+        assert store.counts.tolist() == np.bincount(ids.ravel(), minlength=380).tolist() and sum(store.counts)
 
 
 def test_every_file_of_a_store_is_on_the_disk_before_it_has_its_name(folder, tmp_path, monkeypatch):
@@ -275,7 +293,7 @@ def test_every_file_of_a_store_is_on_the_disk_before_it_has_its_name(folder, tmp
     monkeypatch.setattr(pathlib.Path, "replace", renamed)
     made = made_in(tmp_path / "1", monkeypatch, config(folder))
     assert {pathlib.Path(name).name for name in made} <= set(named)
-    assert {"00000.end", "00001-00000.json", "00001-00000.npy"} <= set(named)
+    assert {"00000.end", "00001-00000.json", "00001-00000.counts.npy"} <= set(named)
 
 
 def test_files_that_are_read_to_their_end_are_not_opened_again(folder, tmp_path, monkeypatch):
