@@ -194,42 +194,6 @@ class _Shard:
         }
 
 
-class InOrder:
-    """Blocks and ends, added as they come: `taken` are the blocks from the first on that are there, in order.
-
-    `whole` once they are a store's: all of the files' blocks, or those up to the first at which part 0 has
-    `train_tokens` (0: no end).
-    """
-
-    def __init__(self, files: int, train_tokens: int) -> None:
-        self._files, self._train_tokens = files, train_tokens
-        self._blocks: dict[tuple[int, int], Block] = {}
-        self._ends: dict[int, int] = {}
-        self._next, self._tokens = (0, 0), 0
-        self.taken: list[Block] = []
-        self.whole = files == 0
-
-    def add(self, message: Block | End) -> None:
-        """One more, and what it makes a row of with those that came too early."""
-        if isinstance(message, Block):
-            self._blocks[message.file, message.number] = message
-        else:
-            self._ends[message.file] = message.blocks
-        file, number = self._next
-        while not self.whole:
-            if (block := self._blocks.get((file, number))) is not None:
-                self.taken.append(block)
-                self._tokens += block.parts[0]["tokens"]
-                number += 1
-                self.whole = 0 < self._train_tokens <= self._tokens
-            elif self._ends.get(file) == number:
-                file, number = file + 1, 0
-                self.whole = file == self._files
-            else:
-                break
-        self._next = file, number
-
-
 def _name(file: int, number: int) -> str:
     return f"{file:05d}-{number:05d}"
 

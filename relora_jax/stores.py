@@ -16,7 +16,7 @@ from tqdm import tqdm
 from relora_jax import places, workers
 from relora_jax.blocks import Source
 from relora_jax.rows import MANIFEST, RowStore, check_open_files
-from relora_jax.shards import BLOCKS, Advance, Block, End, InOrder, Job
+from relora_jax.shards import BLOCKS, Advance, Block, End, Job
 
 ONE_DOCUMENT = (
     "is one document, and nothing of it can be held out: split it into several .txt files, or write .jsonl "
@@ -90,6 +90,42 @@ def _differences(key: dict[str, Any]) -> Iterator[str]:
             differs = [name for name in key if name not in _TEXT and other[name] != key[name]]
             if same and differs:
                 yield " and ".join(f"{n} {other[n]}, this config says {key[n]}" for n in differs)
+
+
+class InOrder:
+    """Blocks and ends, added as they come: `taken` are the blocks from the first on that are there, in order.
+
+    `whole` once they are a store's: all of the files' blocks, or those up to the first at which part 0 has
+    `train_tokens` (0: no end).
+    """
+
+    def __init__(self, files: int, train_tokens: int) -> None:
+        self._files, self._train_tokens = files, train_tokens
+        self._blocks: dict[tuple[int, int], Block] = {}
+        self._ends: dict[int, int] = {}
+        self._next, self._tokens = (0, 0), 0
+        self.taken: list[Block] = []
+        self.whole = files == 0
+
+    def add(self, message: Block | End) -> None:
+        """One more, and what it makes a row of with those that came too early."""
+        if isinstance(message, Block):
+            self._blocks[message.file, message.number] = message
+        else:
+            self._ends[message.file] = message.blocks
+        file, number = self._next
+        while not self.whole:
+            if (block := self._blocks.get((file, number))) is not None:
+                self.taken.append(block)
+                self._tokens += block.parts[0]["tokens"]
+                number += 1
+                self.whole = 0 < self._train_tokens <= self._tokens
+            elif self._ends.get(file) == number:
+                file, number = file + 1, 0
+                self.whole = file == self._files
+            else:
+                break
+        self._next = file, number
 
 
 def _make(job: Job, key: dict[str, Any], how: How) -> None:

@@ -257,7 +257,7 @@ MUTANTS = [
     ),
     Mutant(
         "a token budget that ends where the workers are, not at the first block in order",
-        "shards.py",
+        "stores.py",
         "            elif self._ends.get(file) == number:",
         "            elif self._ends.get(file) == number or self._train_tokens:",
         "tests/test_stores.py::test_blocks_are_whole_when_the_first_that_reach_the_budget_are_there",

@@ -20,8 +20,8 @@ from relora_jax import files, places, prepare
 from relora_jax import tokenizer as tokenizers
 from relora_jax.config import DataConfig
 from relora_jax.packing import Packer
-from relora_jax.shards import Block, End, InOrder, Job
-from relora_jax.stores import How
+from relora_jax.shards import Block, End, Job
+from relora_jax.stores import How, InOrder
 from tests.documents import texts
 
 SIZES = (9, 23, 14, 1, 30)  # documents of the files; a block has 8
