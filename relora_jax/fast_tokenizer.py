@@ -9,23 +9,20 @@ one that has no such form at all goes out as it is.
 """
 
 import hashlib
-import itertools
 import json
 from typing import Any
 
 import tokenizers
 
-from relora_jax import sentencepiece_json
+from relora_jax import probes, sentencepiece_json
 from relora_jax.hugging_face import FILE, HuggingFace, read_beside
-from relora_jax.sentencepiece_json import NORMAL, SPACE, UNKNOWN
+from relora_jax.sentencepiece_json import NORMAL, UNKNOWN
 from relora_jax.tokenizer import Tokenizer
 
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 MODEL = "tokenizer.model"  # a SentencePiece model as it is
 BESIDE = ("added_tokens.json", "chat_template.jinja")  # what else belongs to a tokenizer.json
 FILES = (FILE, CONFIG, SPECIAL, MODEL, *BESIDE)  # all that may be written
-# Texts in which the libraries differ most; every piece's own text and special piece's name come with them.
-PROBES = ("", " ", "  a  b ", "a\n\n\nb", "\t\r\n", "\0", "e\u0301", "\ufb01", "\U0001f600", "aaaaa")
 
 
 class NoFastFormError(ValueError):
@@ -104,9 +101,7 @@ def _special(tokenizer: Tokenizer) -> dict[str, int]:
 
 def _compare(tokenizer: Tokenizer, model: Any, made: tokenizers.Tokenizer) -> None:
     """ValueError for a piece, or a text that is hard, with other ids than ours."""
-    pieces = (piece.piece for piece in model.pieces)
-    texts = [text.replace(SPACE, " ") for text in itertools.chain(pieces, sentencepiece_json.meetings(model))]
-    texts += PROBES
+    texts = probes.texts(model)
     made.encode_special_tokens = True
     theirs = [found.ids for found in made.encode_batch_fast(texts, add_special_tokens=False)]
     made.encode_special_tokens = False

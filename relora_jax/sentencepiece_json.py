@@ -1,16 +1,14 @@
 """A SentencePiece model as a tokenizer of Hugging Face's `tokenizers` library, with the same ids.
 
 BPE is exact, but for merges of equal score, of which SentencePiece takes the first in the text and the
-library the lowest id: `meetings` are texts that show a difference. A unigram model adds scores in float32
+library the lowest id: probes.py has texts that show a difference. A unigram model adds scores in float32
 here and in float64 there: of segmentations whose scores are equal to float32's precision ("77" + "7" or
 "7" + "77") the two may take another, about one piece in 300,000 of English text. What has no counterpart
 there is a ValueError that names it.
 """
 
-import itertools
-import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sentencepiece
@@ -23,7 +21,6 @@ NORMAL, UNKNOWN, CONTROL, SYMBOL, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pi
 UNIGRAM, BPE = 1, 2  # types of models
 SPACE = "\u2581"
 UNKNOWN_CHARACTER = "\ufdd0"  # no character of any text
-MEETINGS = 50_000  # overlaps of pieces of one score that are tried, of as many as there may be
 SMALLEST = 2.0**-126  # SentencePiece's first guess of the highest score, which is no higher than 0
 
 
@@ -56,7 +53,8 @@ def convert(model: Any, *, special: Iterable[int] = (), bos: int | None = None) 
     if kind == BPE:
         made = tokenizers.Tokenizer(_bpe(model))
         # a symbol with a space is never found, here as there: texts have SPACE where symbols are looked for
-        made.add_tokens([AddedToken(symbol, normalized=True) for symbol in symbols if " " not in symbol])
+        if symbols := [symbol for symbol in symbols if " " not in symbol]:
+            made = _with_symbols(model, made, symbols)
     else:
         made = tokenizers.Tokenizer(_unigram(model))
         if names := _names(model):
@@ -105,11 +103,11 @@ def _check(model: Any) -> None:
         if piece.type not in (NORMAL, SYMBOL) and len(piece.piece) == 1:
             raise ValueError(f"its special piece {piece.piece!r} is a single character")
     symbols = [piece.piece for piece in pieces if piece.type == SYMBOL]
-    added = rule.add_dummy_prefix or rule.remove_extra_whitespaces
-    if symbols and trainer.model_type == BPE and (added or rule.precompiled_charsmap):
+    rewritten = rule.remove_extra_whitespaces or rule.precompiled_charsmap
+    if symbols and trainer.model_type == BPE and rewritten:
         raise ValueError(
             f"its user-defined symbol {symbols[0]!r} has no counterpart beside a BPE model's "
-            "add_dummy_prefix, remove_extra_whitespaces or normalization rule"
+            "remove_extra_whitespaces or normalization rule"
         )
     if rule.remove_extra_whitespaces and any(" " in symbol or SPACE in symbol for symbol in symbols):
         raise ValueError("its user-defined symbol with a space has no counterpart: extra spaces are removed")
@@ -138,59 +136,54 @@ def _decoders(model: Any) -> Iterable[Any]:
         yield decoders.Strip(" ", 1, 0)
 
 
-def meetings(model: Any) -> Iterator[str]:
-    """Texts in which pieces of a BPE model with one score meet: runs, overlaps, and any side by side."""
-    if model.trainer_spec.model_type != BPE:
-        return
-    tied: dict[float, dict[str, None]] = {}
-    for score, i, *_ in _merges(model):
-        tied.setdefault(score, {})[model.pieces[i].piece] = None
-    for group in map(list, tied.values()):
-        if len(group) > 1:
-            yield from _meetings(group)
-
-
-def _meetings(group: list[str]) -> Iterator[str]:
-    chance, begins, longest = random.Random(0), dict[str, list[str]](), max(map(len, group))
-    for sign in {piece[0]: None for piece in group if piece == piece[0] * len(piece)}:
-        yield from (f"{before}{sign * n}" for n in range(1, 4 * longest) for before in ("", "a"))
-    for piece in group:
-        for cut in range(1, len(piece)):
-            begins.setdefault(piece[:cut], []).append(piece[cut:])
-    overlaps = (
-        piece + rest
-        for piece in chance.sample(group, len(group))
-        for cut in range(1, len(piece))
-        for rest in begins.get(piece[cut:], ())
-    )
-    yield from itertools.islice(overlaps, MEETINGS)
-    for _ in range(1000):
-        yield "".join(chance.choices(group, k=chance.randint(2, 9)))
-
-
-def _merges(model: Any) -> list[tuple[float, int, str, str]]:
+def merges(model: Any) -> list[tuple[float, int, str, str]]:
     """(-score, id, left, right) of each split of a piece, in order.
 
     SentencePiece joins any two that make a piece, the best first.
     """
     normal = {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type == NORMAL}
-    merges = [
+    found = [
         (-model.pieces[i].score, i, piece[:cut], piece[cut:])
         for piece, i in normal.items()
         for cut in range(1, len(piece))
         if piece[:cut] in normal and piece[cut:] in normal
     ]
-    return sorted(merges)
+    return sorted(found)
 
 
-def _bpe(model: Any) -> models.BPE:
+def _with_symbols(model: Any, plain: tokenizers.Tokenizer, symbols: list[str]) -> tokenizers.Tokenizer:
+    """Texts are cut at symbols, and a part that is a whole piece is that piece, as each symbol is.
+
+    The name of a piece that `plain` spells otherwise, such as a byte's, is cut where it has two pieces.
+    """
+    made = tokenizers.Tokenizer(_bpe(model, ignore_merges=True))
+    names = [piece.piece for piece in model.pieces if piece.type != SYMBOL]
+    ids = (i for i, piece in enumerate(model.pieces) if piece.type != SYMBOL)
+    spelled = zip(ids, names, plain.encode_batch(names), strict=True)
+    odd = {name: [end for _, end in found.offsets[:-1]] for i, name, found in spelled if found.ids != [i]}
+    cuts = []
+    for name, ends in odd.items():
+        at = next((at for at in ends if name[:at] not in odd and name[at:] not in odd), None)
+        if at is None:
+            raise ValueError(f"its piece {name!r} has no counterpart beside user-defined symbols")
+        cuts.append(f"{re.escape(name[:at])}(?={re.escape(name[at:])}\\z)")
+    first = "|".join(map(re.escape, sorted(symbols, key=len, reverse=True)))  # the longest one is found
+    steps = [pre_tokenizers.Split(Regex(first), "isolated")]
+    if cuts:
+        steps.append(pre_tokenizers.Split(Regex(rf"\A(?:{'|'.join(cuts)})"), "isolated"))
+    made.pre_tokenizer = pre_tokenizers.Sequence([*steps])
+    return made
+
+
+def _bpe(model: Any, *, ignore_merges: bool = False) -> models.BPE:
     pieces = model.pieces
     return models.BPE(
         vocab={piece.piece: i for i, piece in enumerate(pieces)},
-        merges=[(left, right) for _, _, left, right in _merges(model)],
+        merges=[(left, right) for _, _, left, right in merges(model)],
         unk_token=next(piece.piece for piece in pieces if piece.type == UNKNOWN),
         fuse_unk=True,
         byte_fallback=model.trainer_spec.byte_fallback,
+        ignore_merges=ignore_merges,
     )
 
 

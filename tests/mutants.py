@@ -419,8 +419,8 @@ MUTANTS = [
     Mutant(
         "merges of a SentencePiece model in another order than its scores",
         "sentencepiece_json.py",
-        "return sorted(merges)",
-        "return sorted(merges, reverse=True)",
+        "return sorted(found)",
+        "return sorted(found, reverse=True)",
         "tests/test_sentencepiece_json.py::test_ids_are_equal_on_a_thousand_hard_documents",
     ),
     Mutant(
@@ -446,9 +446,9 @@ MUTANTS = [
     ),
     Mutant(
         "pieces of one score are not tried side by side",
-        "fast_tokenizer.py",
-        "itertools.chain(pieces, sentencepiece_json.meetings(model))",
-        "pieces",
+        "probes.py",
+        "_beside_symbols(model, pieces), _ties(model))",
+        "_beside_symbols(model, pieces))",
         "tests/test_fast_tokenizer.py::test_pieces_of_one_score_that_texts_tell_apart_are_refused",
     ),
 ]

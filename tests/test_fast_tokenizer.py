@@ -46,6 +46,9 @@ def made(folder):
         "llama": tokenizer.load(llama),
         "llama with bos": tokenizer.load(llama, bos_id=1),
         "symbols": tokenizer.load(foreign(folder / "symbols.model", **GEMMA)),
+        "symbols and prefix": tokenizer.load(
+            foreign(folder / "prefix.model", **{**GEMMA, "add_dummy_prefix": True})
+        ),
         "given ids": tokenizer.load(named["bpe"].path, eos_id=400, pad_id=3),
         "json": tokenizer.load(json_file(folder / "json")),
         "unigram json": tokenizer.load(json_file(folder / "unigram", kind="unigram")),
@@ -171,7 +174,7 @@ def test_file_that_is_no_longer_the_same_is_refused(tmp_path):
 
 
 def test_setting_without_a_counterpart_is_named_with_the_file(tmp_path):
-    path = foreign(tmp_path / "m.model", **{**GEMMA, "add_dummy_prefix": True})
+    path = foreign(tmp_path / "m.model", **{**GEMMA, "remove_extra_whitespaces": True})
     with pytest.raises(ValueError, match=r"m\.model cannot become a tokenizer\.json: its user-defined"):
         fast_tokenizer.files(tokenizer.load(path), length=LENGTH)
 
@@ -252,7 +255,8 @@ def check(ours, loaded, documents):
             assert loaded.decode([*one, ours.eos], skip_special_tokens=True) == ours.decode(one)
 
 
-NAMES = ["bpe", "unigram", "llama", "llama with bos", "symbols", "given ids", "json", "unigram json"]
+NAMES = ["bpe", "unigram", "llama", "llama with bos", "symbols", "symbols and prefix", "given ids"]
+NAMES += ["json", "unigram json"]
 
 
 @with_transformers

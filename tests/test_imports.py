@@ -16,7 +16,7 @@ FLOORS = [
     },
     {"config", "low_rank", "moments", "tokenizer", "sotu", "tensorboard", "weights_and_biases", "files"},
     {"optimizer", "shapes", "text", "model", "data", "metrics", "pictures", "flags", "shards"},
-    {"sentencepiece_json", "fast_tokenizer"},
+    {"sentencepiece_json", "probes", "fast_tokenizer"},
     {"workers", "sharding", "steps", "validate", "llama_hf", "starting_config"},
     {"program", "run", "saved", "stores", "c4"},
     {"checkpoint", "comparison", "prepare", "samples", "weights"},

@@ -9,7 +9,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_jax import sentencepiece_json, tokenizer
+from relora_jax import probes, sentencepiece_json, tokenizer
 from relora_jax.sentencepiece_json import CONTROL, NORMAL, SPACE, SYMBOL, UNUSED, parse
 from tests.documents import hard_documents, texts
 from tests.test_get_t5_tokenizer import PATH as T5
@@ -28,6 +28,7 @@ MODELS = {
     "own": (LINES, OWN),
     "llama": (CODE, LLAMA),
     "symbols": (CODE, GEMMA),
+    "symbols and prefix": (CODE, {**GEMMA, "add_dummy_prefix": True}),
     "plain": (CODE, PLAIN),
     "without prefix": (LINES, {**PLAIN, "add_dummy_prefix": False, "vocab_size": 70}),
 }
@@ -154,12 +155,18 @@ def test_pieces_of_spaces_with_one_score_keep_their_ids():
     found = sentencepiece_json.convert(model).encode_batch(documents)
     assert [made.ids for made in found] == theirs.encode(documents)
     assert check(model) == 0
-    assert {f"a{' ' * n}" for n in range(1, 60)} <= {*_written(sentencepiece_json.meetings(model))}
-    assert not any(sentencepiece_json.meetings(trained(LINES, kind="bpe", **OWN)))
+    assert {f"a{' ' * n}" for n in range(1, 60)} <= {*probes.texts(model)}
 
 
-def _written(pieces):
-    return (piece.replace(SPACE, " ") for piece in pieces)
+@pytest.mark.parametrize("prefix", [False, True])
+def test_symbols_keep_their_ids_beside_each_other_and_beside_any_name(prefix):
+    model = trained(CODE, kind="bpe", **{**GEMMA, "add_dummy_prefix": prefix})
+    names = [piece.piece.replace(SPACE, " ") for piece in model.pieces if piece.type != NORMAL]
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    documents = [f"{one}{name}{two}" for name in names for one in SYMBOLS for two in ("", "<sep>", "<", "a")]
+    made = sentencepiece_json.convert(model)
+    made.encode_special_tokens = True
+    assert [found.ids for found in made.encode_batch(documents)] == theirs.encode(documents)
 
 
 def add(piece, kind):
@@ -192,7 +199,6 @@ def suffix(model):
         ("unigram", set_type, "its unused piece '.*' has no counterpart"),
         ("bpe", add("Ωa", NORMAL), "its piece 'Ωa' holds a character that is no piece"),
         ("bpe", add("Ω", CONTROL), "its special piece 'Ω' is a single character"),
-        ("bpe", rule(add_dummy_prefix=True), r"its user-defined symbol '\\n' has no counter"),
         ("bpe", rule(remove_extra_whitespaces=True), r"its user-defined symbol '\\n' has no counter"),
         ("unigram", spaced_symbol, "its user-defined symbol with a space has no counterpart"),
     ],
