@@ -10,7 +10,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relora_jax import hugging_face, tokenizer
+from relora_jax import hugging_face, sentencepiece_json, tokenizer
 from tests.documents import texts
 from tests.test_hugging_face import json_file
 
@@ -219,6 +219,16 @@ def test_bos_is_what_transformers_puts_before_a_text(tmp_path):
     assert tokenizer.begins(model_file(tmp_path / "none.model", bos_id=-1)) is None
     path = json_file(tmp_path / "json")
     assert tokenizer.begins(path) == hugging_face.begins(path, path.read_bytes()) == 2
+
+
+def test_control_pieces_at_the_end_are_in_no_row_but_as_the_ids_of_the_run(tmp_path):
+    path = model_file(tmp_path / "m.model")
+    model = sentencepiece_json.parse(path.read_bytes())
+    model.pieces.add(piece="<pad>", type=sentencepiece_json.CONTROL)
+    path.write_bytes(model.SerializeToString())
+    made = tokenizer.load(path, pad_id=2)
+    assert (made.pieces, made.highest, tokenizer.load(path, pad_id=110).highest) == (111, 109, 110)
+    assert made.model.name(110) == "<pad>" and made.encode_documents(["a<pad>"])[0].max() < 110
 
 
 @pytest.mark.parametrize(
