@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(
                 f"the checkpoint of {place} at {u} has no live factors: export it without --adapter"
             )
-        settings = _settings(config, tokenizer, dtype=words.dtype)  # which may refuse, before the tensors
+        facts = run.read_facts(place)
+        settings = _settings(config, tokenizer, facts, dtype=words.dtype)  # may refuse, before the tensors
         with disk.directory(output, OURS, overwrite=words.overwrite) as aside:
             write(weights, config, aside, dtype=DTYPES[words.dtype], adapter=words.adapter)
             for name, content in settings.items():
@@ -126,12 +127,14 @@ def write_adapter(weights: Weights, config: Config, folder: Path, *, dtype: np.d
     disk.write(folder / "adapter_config.json", _json(facts))
 
 
-def _settings(config: Config, tokenizer: Tokenizer | None, *, dtype: str) -> dict[str, bytes]:
-    """{name: content} beside the tensors. ValueError where transformers cannot hold the model."""
+def _settings(
+    config: Config, tokenizer: Tokenizer | None, told: dict[str, Any], *, dtype: str
+) -> dict[str, bytes]:
+    """{name: content} beside the tensors; `told`: run.json. ValueError where transformers cannot hold it."""
     length = config.model.max_positions or config.data.sequence_length
-    special = {f"{name}_token_id": getattr(tokenizer, name, None) for name in ("bos", "eos", "pad")}
+    special, pad = special_ids(config, tokenizer, told.get("special", {}))
     facts = llama_hf.to_config(config.model, length=length, dtype=dtype, special=special)
-    files = {"config.json": _json(facts), "generation_config.json": _json(special)}
+    files = {"config.json": _json(facts), "generation_config.json": _json(special | pad)}
     return files | (_tokenizer_files(tokenizer, length) if tokenizer else {})
 
 
@@ -142,6 +145,22 @@ def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, bytes]:
     except fast_tokenizer.NoFastFormError as error:
         print(f"warning: {error}", file=sys.stderr)
         return fast_tokenizer.as_it_is(tokenizer)
+
+
+def special_ids(
+    config: Config, tokenizer: Tokenizer | None, imported: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(special ids of config.json, the pad that generation alone has): the tokenizer's, else the model's.
+
+    transformers gives the embedding of config.json's pad no gradients: one that is eos is left out there.
+    """
+    own = {f"{name}_token_id": getattr(tokenizer, name, None) for name in ("bos", "eos", "pad")}
+    own = llama_hf.special_ids(own, config.model)
+    pad = {"pad_token_id": own.pop("pad_token_id")} if "pad_token_id" in own else {}
+    found = dict.fromkeys(llama_hf.SPECIAL) | llama_hf.special_ids(imported, config.model) | own
+    if tokenizer and tokenizer.pad != tokenizer.eos:
+        found |= pad
+    return found, {} if found["pad_token_id"] is not None else pad
 
 
 def _parts(weights: Weights, path: str, *, merged: bool) -> Iterator[tuple[int | None, np.ndarray]]:

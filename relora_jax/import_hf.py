@@ -75,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
         config = _as_run(model, flags.parse(["import_hf", f"--config={aside / 'config.py'}:full"])[0])
         validate(config, devices=1)
         rows = {"train": keys} if keys else {}
-        workdir.begin(aside, config, rows=rows, imported_from=str(source.absolute()))
+        facts = json_file.read(source / "config.json", most_bytes=CONFIG_BYTES)
+        special = llama_hf.special_ids(llama_hf.SPECIAL | facts, model)
+        workdir.begin(aside, config, rows=rows, imported_from=str(source.absolute()), special=special)
         _copy_tokenizer(source, aside / TOKENIZER)
         with Checkpoints(aside, config) as checkpoints:
             checkpoints.save(0, state_of(config, files))

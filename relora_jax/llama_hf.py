@@ -15,8 +15,10 @@ ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
 MODULES = {"attention": "self_attn", "mlp": "mlp"}  # of a block
 MOST = {"num_hidden_layers": 10_000}  # more is no model, and would be counted one by one
 _ORIGINAL = "original_max_position_embeddings"
-# What transformers takes where config.json is silent, and what alone can be represented here.
+# What transformers takes where config.json is silent (of special ids as well), and what alone can be
+# represented here.
 _DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
+SPECIAL: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 _ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -55,12 +57,10 @@ def tensors(model: ModelConfig) -> dict[str, Place]:
     return found
 
 
-def to_config(
-    model: ModelConfig, *, length: int, dtype: str, special: dict[str, int | None]
-) -> dict[str, Any]:
+def to_config(model: ModelConfig, *, length: int, dtype: str, special: dict[str, Any]) -> dict[str, Any]:
     """config.json of the model; `length` where it does not say how far its positions reach.
 
-    `special`: bos_token_id and so on. ValueError where transformers cannot hold the model.
+    `special`: what SPECIAL names. ValueError where transformers cannot hold the model.
     """
     if model.hidden % model.heads:
         raise ValueError(
@@ -139,6 +139,19 @@ def from_config(facts: Any, *, where: Any) -> ModelConfig:
             f"{model.head_dim} make no attention: the second must divide the first, the third be even"
         )
     return model
+
+
+def special_ids(facts: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Those of SPECIAL that are ids of the model; eos may be a list of them."""
+
+    def is_id(value: Any) -> bool:
+        return type(value) is int and 0 <= value < model.vocab_size
+
+    found: dict[str, Any] = {key: facts.get(key) for key in SPECIAL}
+    if isinstance(found["eos_token_id"], list):
+        ends = [i for i in found.pop("eos_token_id") if is_id(i)]
+        return special_ids(found, model) | ({"eos_token_id": ends} if ends else {})
+    return {key: value for key, value in found.items() if is_id(value)}
 
 
 def _rope(facts: dict[str, Any], positions: int, where: Any) -> tuple[float, Scaling]:

@@ -73,6 +73,8 @@ def read_facts(workdir: Path) -> dict[str, Any]:
         facts = json.loads(file.read_text(encoding="utf-8", errors="replace"))
         if not all(isinstance(keys, dict) for keys in facts.get("rows", {}).values()):
             raise TypeError("rows of another kind")
+        if not isinstance(facts.get("special", {}), dict):
+            raise TypeError("special ids of another kind")
     except (TypeError, AttributeError, RecursionError, ValueError) as error:
         raise ValueError(f"{file} is not as it was written ({error}): bring it back") from error
     return facts

@@ -91,7 +91,8 @@ def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Sign
     unigram = data.unigram_perplexity(prepared.train.counts, validation)
     restored = restore_newest(place, config, program.state_at)
     start, state = restored or begin(config, program)
-    workdir.begin(place, config, unigram_perplexity=unigram, rows=workdir.keys_of(prepared))
+    told = {"unigram_perplexity": unigram, **workdir.special(place, config)}
+    workdir.begin(place, config, rows=workdir.keys_of(prepared), **told)
 
     batch_of = data.stream(config, prepared.train, program.rows)
     told = {"restored_update": start, "anew": restored is None}

@@ -116,6 +116,17 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
+def special(workdir: Path, config: Config) -> dict[str, Any]:
+    """{"special": those ids of the imported model that the run began with}, for `begin`; else nothing.
+
+    A run that goes on has them from itself: that model may be gone.
+    """
+    if not config.train.init_from:
+        return {}
+    told = read_facts(workdir if updates_saved(workdir) else Path(config.train.init_from).expanduser())
+    return {"special": told["special"]} if "special" in told else {}
+
+
 def begin(workdir: Path, config: Config, *, rows: dict[str, Any], **more: Any) -> None:
     """Writes config.json and run.json: counts, `more` (the unigram's perplexity), the rows, versions."""
     count = shapes.count(config)

@@ -135,7 +135,8 @@ def test_factors_on_the_base_give_the_logits_of_the_run(
 def test_what_is_imported_and_not_trained_comes_out_bit_for_bit(
     tmp_path: pathlib.Path, kind: str, capsys: Any
 ) -> None:
-    made_there(tmp_path / "model", **{**MADE_THERE[kind], "num_key_value_heads": 2})
+    special = {"bos_token_id": 3, "eos_token_id": [2, 7], "pad_token_id": 5 if kind == "sharded" else None}
+    made_there(tmp_path / "model", **{**MADE_THERE[kind], "num_key_value_heads": 2}, **special)
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
     config = run.read_config(tmp_path / "run")
     config.arm, config.train = "relora", dataclasses.replace(config.train, init_from=str(tmp_path / "run"))
@@ -160,3 +161,7 @@ def test_what_is_imported_and_not_trained_comes_out_bit_for_bit(
         ]
         export.main(["export", *words])
         same(tensors(tmp_path / "out"), expected)
+        if place == tmp_path / "run":
+            model = loaded(tmp_path / "out")
+            assert {key: getattr(model.config, key) for key in special} == special
+            assert model.get_input_embeddings().padding_idx == special["pad_token_id"]

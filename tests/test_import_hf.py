@@ -268,17 +268,56 @@ def test_a_tokenizer_that_is_of_no_use_is_told_in_a_warning(
     assert not run.read_facts(tmp_path / "run")["rows"]
 
 
+def test_special_ids_are_the_tokenizers_else_the_models_and_none_beyond_it(
+    imported: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config, told = run.read_config(imported), {"bos_token_id": 7, "eos_token_id": [3, 5, 380, -1, True, "a"]}
+    own = tokenizer.load(imported / "tokenizer" / "tokenizer.json", bos_id=2)
+
+    def found(made: Any, **special: Any) -> tuple[list[Any], Any]:
+        """Of config.json bos, eos and pad, and the pad of generation_config.json."""
+        ids, more = export.special_ids(config, made, told | special)
+        return [*ids.values()], (ids | more)["pad_token_id"]
+
+    assert found(own) == ([2, own.eos, own.pad], own.pad) and own.pad != own.eos
+    assert found(dataclasses.replace(own, bos=None))[0] == [7, own.eos, own.pad]
+    assert found(None) == ([7, [3, 5], None], None)
+    assert found(None, eos_token_id=[380], pad_token_id=-1) == ([7, None, None], None)
+    assert found(dataclasses.replace(own, pad=own.eos)) == ([2, own.eos, None], own.eos)
+    assert found(dataclasses.replace(own, pad=own.eos), pad_token_id=9) == ([2, own.eos, 9], 9)
+    assert found(dataclasses.replace(own, pad=380), bos_token_id=380) == ([2, own.eos, None], None)
+    silent = {key: value for key, value in facts().items() if not key.endswith("_token_id")}
+    source = write(tmp_path / "model")
+    (source / "config.json").write_text(json.dumps(silent))
+    assert command(source, tmp_path / "run") == 0
+    assert run.read_facts(tmp_path / "run")["special"] == {"bos_token_id": 1, "eos_token_id": 2}
+    config.train.init_from = str(tmp_path / "run")
+    began = workdir.special(tmp_path / "begun", config)
+    assert began == {"special": {"bos_token_id": 1, "eos_token_id": 2}}
+    (tmp_path / "begun").mkdir()
+    workdir.begin(tmp_path / "begun", config, rows={}, **began)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "begun" / "checkpoints" / "0").mkdir(parents=True)
+    assert workdir.special(tmp_path / "begun", config) == began
+    config.train.init_from = ""
+    assert workdir.special(tmp_path / "begun", config) == {}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_a_tokenizer_a_model_still_comes_out_bit_for_bit(
     tmp_path: pathlib.Path, dtype: str, capsys: Any
 ) -> None:
     tensors = arrays(dtype=export.DTYPES[dtype])
     write(tmp_path / "model", tensors=tensors)
+    special = {"bos_token_id": 7, "eos_token_id": [3, 5], "pad_token_id": 1}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(facts(**special)))
     assert command(tmp_path / "model", tmp_path / "run") == 0
     capsys.readouterr()
     words = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}", f"--dtype={dtype}"]
     assert export.main(["export", *words]) == 0
     assert "was imported without a tokenizer, and is exported without one" in capsys.readouterr().err
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text()).items() >= special.items()
     found = TensorFiles.open(tmp_path / "out")
     assert found.kinds == {name: (array.shape, array.dtype) for name, array in tensors.items()}
     assert all(found.read(name).tobytes() == array.tobytes() for name, array in tensors.items())
