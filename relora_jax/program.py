@@ -29,6 +29,9 @@ class Program:
         (self.phase, full), low = _phases(config)
         self.full_rank = self.low_rank = _placed(full, mesh)
         self.init = jax.jit(lambda: steps.init_state(config)[1], out_shardings=shardings(full, mesh))
+        self.begin_with = jax.jit(
+            partial(steps.first_state, self.phase), donate_argnums=(0, 1), out_shardings=shardings(full, mesh)
+        )
         self._train = self._train_step(self.phase, full)
         if low is not None:
             start = partial(steps.start_low_rank, config, self.phase)

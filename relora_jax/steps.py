@@ -97,10 +97,14 @@ def init_state(config: Config) -> tuple[Phase, TrainState]:
     """The run at u = 0: full-rank, drawn from the seed."""
     model = Llama(config.model, rngs=nnx.Rngs(key(config, INIT, 0)))
     graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
-    tx = _optimizer(config, trained)
-    zero = jnp.zeros((), jnp.int32)
-    words = jnp.zeros(2, jnp.uint32)
-    return Phase(graph, tx), TrainState(zero, words, zero, zero, trained, frozen, tx.init(trained))
+    phase = Phase(graph, _optimizer(config, trained))
+    return phase, first_state(phase, trained, frozen)
+
+
+def first_state(phase: Phase, trained: Any, frozen: Any) -> TrainState:
+    """u = 0 with these variables: nothing seen, no moments."""
+    zero, words = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
+    return TrainState(zero, words, zero, zero, trained, frozen, phase.tx.init(trained))
 
 
 def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Phase, TrainState]:

@@ -7,7 +7,7 @@ start; a checkpoint without moments, of an imported model, gives weights alone a
 from pathlib import Path
 from typing import Any
 
-from relora_jax.checkpoint import directory, flatten, unflatten, updates_saved
+from relora_jax.checkpoint import directory, flatten, model_of, unflatten, updates_saved
 from relora_jax.config import RUN, Config
 from relora_jax.config import flatten as flatten_config
 from relora_jax.program import Program
@@ -76,8 +76,8 @@ def load(found: Saved, program: Program) -> TrainState:
     try:
         if any(path.startswith("opt_state/") for path in found.kinds()):
             return unflatten(found.read(flatten(like)), like)
-        trained = {path: leaf for path, leaf in flatten(like).items() if path.startswith("trained/")}
-        state = program.init()
-        return unflatten(flatten(state) | found.read(trained, whole=False), state)
+        model = model_of(like)
+        model = unflatten(found.read(flatten(model), whole=False), model)
+        return program.begin_with(model.trained, model.frozen)  # no weights are drawn beside them
     except DamagedError as error:
         raise ValueError(f"train.init_from cannot be used: {error}") from error

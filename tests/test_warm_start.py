@@ -1,5 +1,6 @@
 """A run that begins with another run's full-rank checkpoint is the run that had trained it itself."""
 
+import gc
 import json
 import pathlib
 import shutil
@@ -13,6 +14,7 @@ from relora_jax import saved, warm_start
 from relora_jax.checkpoint import Checkpoints, directory, flatten
 from relora_jax.config import Config
 from relora_jax.program import Program
+from relora_jax.saved import Saved
 from tests import small
 from tests.commands import Place
 
@@ -55,13 +57,34 @@ def test_arms_that_share_a_warm_start_are_the_runs_that_had_their_own(source: pa
     assert same(state, whole) and after == losses[W:]
 
 
-def test_checkpoint_without_moments_gives_weights_alone(source: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_checkpoint_without_moments_gives_weights_alone(
+    source: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     imported, other = tmp_path / "imported", small.config(train__seed=7)
     state = Program(other, small.mesh()).init()
     arrays = {path: leaf for path, leaf in flatten(state).items() if path.startswith("trained/")}
     with Checkpoints(imported, other) as checkpoints:
         checkpoints._write(0, arrays)
+    read = Saved.read
+
+    def bytes_there() -> int:
+        return sum(array.nbytes for array in jax.live_arrays())
+
+    def reading(*words: Any, **how: Any) -> Any:
+        before = bytes_there()
+        found = read(*words, **how)
+        read_and_drawn.append((before, bytes_there() - before))
+        return found
+
+    read_and_drawn: list[tuple[int, int]] = []
+    monkeypatch.setattr(Saved, "read", reading)
+    gc.collect()
+    before = bytes_there()
     _, program, begun_state = begun(imported, relora__warm_start_updates=0, optimizer__warm_up_updates=0)
+    weights = sum(leaf.nbytes for leaf in arrays.values())
+    [(drawn, there)] = read_and_drawn
+    assert drawn - before < weights / 4 and there == weights  # none were drawn beside those that are read
+    assert jax.tree.structure(begun_state) == jax.tree.structure(program.full_rank)
     expected = flatten(program.init()) | arrays
     assert all(np.array_equal(leaf, expected[path]) for path, leaf in flatten(begun_state).items())
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(begun_state.opt_state))
