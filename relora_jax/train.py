@@ -91,8 +91,8 @@ def train(config: Config, place: Path, prepared: prepare.Prepared, signals: Sign
     unigram = data.unigram_perplexity(prepared.train.counts, validation)
     restored = restore_newest(place, config, program.state_at)
     start, state = restored or begin(config, program)
-    told = {"unigram_perplexity": unigram, **workdir.special(place, config)}
-    workdir.begin(place, config, rows=workdir.keys_of(prepared), **told)
+    facts = {"unigram_perplexity": unigram, **workdir.special(place, config)}
+    workdir.begin(place, config, rows=workdir.keys_of(prepared), **facts)
 
     batch_of = data.stream(config, prepared.train, program.rows)
     told = {"restored_update": start, "anew": restored is None}
@@ -166,7 +166,7 @@ class Recorder:
         """
         settings, evaluated = self.config.train, self.metrics.evaluated
         due = evaluated < 0 or u % settings.evaluate_every_updates == 0 or u == settings.updates
-        if due and u > evaluated:
+        if due and u > evaluated and not self.signals.asked:
             with self.metrics.pause(state.update):
                 self._evaluate(u, state)
         stop = self.signals.asked

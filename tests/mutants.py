@@ -451,6 +451,20 @@ MUTANTS = [
         "_beside_symbols(model, pieces))",
         "tests/test_fast_tokenizer.py::test_pieces_of_one_score_that_texts_tell_apart_are_refused",
     ),
+    Mutant(
+        "a signal stops a run without a save",
+        "train.py",
+        "        if stop or self.checkpoints.due(u):",
+        "        if self.checkpoints.due(u):",
+        "tests/test_train.py::test_a_signal_puts_an_evaluation_off_and_what_is_due_is_done_once",
+    ),
+    Mutant(
+        "a signal waits for the end of an evaluation",
+        "train.py",
+        "            yield batch\n            if self.signals.asked:",
+        "            yield batch\n            if False:",
+        "tests/test_train.py::test_a_signal_puts_an_evaluation_off_and_what_is_due_is_done_once",
+    ),
 ]
 
 

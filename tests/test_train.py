@@ -1,0 +1,77 @@
+"""What a run does after an update, asked to stop or not: the evaluation, its rows, the checkpoint."""
+
+import contextlib
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+
+from relora_jax.checkpoint import Checkpoints
+from relora_jax.data import Batch
+from relora_jax.metrics import Metrics
+from relora_jax.openings import Openings
+from relora_jax.program import Program
+from relora_jax.signals import Signals
+from relora_jax.steps import TrainState
+from relora_jax.train import Recorder
+from tests import small
+
+BATCHES = 4
+EVERY = {"train__evaluate_every_updates": 5, "train__updates": 20}
+
+
+class Around:
+    """What a recorder has around it: writes down what it is told, and gets a signal in step `asked_at`."""
+
+    def __init__(self, *, evaluated: int, asked_at: int | None) -> None:
+        self.steps, self.told, self._asked_at = 0, list[str](), asked_at
+        self.signals = Mock(spec=Signals, asked=asked_at == 0)
+        program, checkpoints = Mock(spec=Program), Mock(spec=Checkpoints)
+        metrics, openings = Mock(spec=Metrics, evaluated=evaluated), Mock(spec=Openings)
+        program.eval_step.side_effect = lambda *_: self._step((np.float32(2.0), np.int32(1)))
+        openings.continued.side_effect = lambda *_: self._step([("a", "b")])
+        metrics.pause.side_effect = lambda _: contextlib.nullcontext()
+        metrics.eval.side_effect = lambda u, **_: self.told.append(f"eval {u}")
+        metrics.sample.side_effect = lambda u, **_: self.told.append(f"sample {u}")
+        metrics.flush.side_effect = lambda: self.told.append("flush")
+        checkpoints.due.side_effect = lambda u: u % 3 == 0
+        checkpoints.save.side_effect = lambda u, _: self.told.append(f"save {u}")
+        batches = [Mock(spec=Batch) for _ in range(BATCHES)]
+        parts: Any = (program, metrics, checkpoints, batches, openings, self.signals)
+        self.recorder = Recorder(small.config(**EVERY), *parts)
+
+    def _step(self, made: Any) -> Any:
+        self.steps += 1
+        self.signals.asked = self.signals.asked or self.steps == self._asked_at
+        return made
+
+
+ROWS, SAVED = ["eval {}", "sample {}"], ["flush", "save {}"]
+
+
+@pytest.mark.parametrize(
+    ("u", "evaluated", "asked_at", "steps", "told"),
+    [
+        (0, -1, None, BATCHES + 1, [*ROWS, *SAVED]),  # a run begins
+        (4, -1, None, BATCHES + 1, ROWS),  # with another run's checkpoint
+        (5, 0, None, BATCHES + 1, ROWS),
+        (5, 5, None, 0, []),  # a run goes on from an evaluation that was made
+        (7, 5, None, 0, []),
+        (9, 5, None, 0, SAVED),
+        (20, 15, None, BATCHES + 1, ROWS),  # the end
+        (7, 5, 0, 0, SAVED),  # a signal in an update
+        (10, 5, 0, 0, SAVED),  # whose evaluation would be due
+        (10, 5, 1, 1, SAVED),  # in the evaluation
+        (10, 5, BATCHES, BATCHES, SAVED),
+        (10, 5, BATCHES + 1, BATCHES + 1, SAVED),  # in the samples
+        (10, 5, BATCHES + 2, BATCHES + 1, ROWS),  # later: in the next update
+    ],
+)
+def test_a_signal_puts_an_evaluation_off_and_what_is_due_is_done_once(
+    u: int, evaluated: int, asked_at: int | None, steps: int, told: list[str]
+) -> None:
+    around = Around(evaluated=evaluated, asked_at=asked_at)
+    assert around.recorder.record(u, Mock(spec=TrainState, update=u)) == around.signals.asked
+    assert around.told == [line.format(u) for line in told]
+    assert around.steps == steps
