@@ -263,6 +263,20 @@ MUTANTS = [
         "tests/test_stores.py::test_blocks_are_whole_when_the_first_that_reach_the_budget_are_there",
     ),
     Mutant(
+        "a save competes with the updates for the cores",
+        "checkpoint.py",
+        "        os.nice(NICE)",
+        "        os.nice(0)",
+        "tests/test_checkpoint.py::test_threads_of_a_save_leave_the_cores_to_the_updates",
+    ),
+    Mutant(
+        "checkpoints are compressed",
+        "checkpoint.py",
+        "PyTreeCheckpointHandler(use_compression=False)",
+        "PyTreeCheckpointHandler()",
+        "tests/test_checkpoint.py::test_arrays_are_written_as_they_are",
+    ),
+    Mutant(
         "a resumed run restored into the wrong phase at W",
         "program.py",
         "self.low_rank if u > self.config",

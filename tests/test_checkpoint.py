@@ -1,10 +1,14 @@
 """What is saved is what is restored, bit for bit, in place on the devices; another model is refused."""
 
+import os
 import pathlib
+import sys
+import threading
 from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from relora_jax import checkpoint
@@ -70,3 +74,31 @@ def test_state_at_w_is_the_one_before_the_low_rank_phase() -> None:
     program = Program(small.config(), small.mesh())
     assert not jax.tree.leaves(program.state_at(4).frozen)
     assert jax.tree.leaves(program.state_at(5).frozen)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
+def test_threads_of_a_save_leave_the_cores_to_the_updates(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen, write = os.nice(0), [], ocp.CheckpointManager.save
+
+    def save(*args: Any, **kwargs: Any) -> Any:
+        inherits = threading.Thread(target=lambda: seen.append(os.nice(0)))
+        inherits.start()
+        inherits.join()
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
+    state = Program(small.config(), small.mesh()).init()
+    with Checkpoints(tmp_path, small.config()) as checkpoints:
+        for u in (0, 1):
+            checkpoints.save(u, state)
+    assert seen == [min(before + checkpoint.NICE, 19)] * 2 and os.nice(0) == before
+
+
+def test_arrays_are_written_as_they_are(tmp_path: pathlib.Path) -> None:
+    state = Program(small.config(), small.mesh()).init()  # with moments of zeros
+    with Checkpoints(tmp_path, small.config()) as checkpoints:
+        checkpoints.save(0, state)
+    written = sum(path.stat().st_size for path in checkpoint.directory(tmp_path).rglob("d/*"))
+    assert written >= sum(leaf.nbytes for leaf in flatten(state).values())
