@@ -596,10 +596,11 @@ def test_an_imported_model_trains_on_own_text_with_its_own_tokenizer_alone(
     words = [f"--config={imported / 'config.py'}", f"--text={text}", "--config.data.sequence_length=16"]
     words += [f"--config.train.{word}" for word in short] + [f"--config.relora.{word}" for word in phase]
     words += ["--config.data.validation_fraction=0.2"]
+    # of both commands: how it is compiled moves a loss by its last digit
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
     def train(*more: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "relora_jax.train", *words, f"--workdir={tmp_path / 'run'}", *more]
-        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     other = train(f"--config.data.tokenizer={tmp_path / 'other'}", "--config.data.eos_id=-1")
@@ -616,7 +617,6 @@ def test_an_imported_model_trains_on_own_text_with_its_own_tokenizer_alone(
     moved = text.rename(tmp_path / "elsewhere" / text.name)
     for place, where, expected in ((tmp_path / "run", moved, rows[1][1]), (imported, large, None)):
         command = [sys.executable, "-m", "relora_jax.evaluate", f"--workdir={place}", "--json"]
-        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
         lost = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert lost.returncode == 2 and "Traceback" not in lost.stderr, lost.stderr
         found = subprocess.run([*command, f"--text={where}"], capture_output=True, text=True, env=environment)
