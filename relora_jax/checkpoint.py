@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers as policies
 
 from relora_jax import saved
@@ -24,7 +25,7 @@ from relora_jax.program import abstract_state
 from relora_jax.saved import META, STATE, DamagedError, OtherModelError, Saved, system_code
 from relora_jax.steps import TrainState
 
-NICE = 15  # of the threads that write, above the run's: a thirtieth of a core where all of them compute
+NICE = 15  # of the threads that arrange a save, above the run's: a thirtieth of a core where all compute
 
 
 class Checkpoints:
@@ -57,16 +58,23 @@ class Checkpoints:
         by_cadence = u > 0 and u % config.train.save_every_updates == 0
         return by_cadence or u in (snapshot_update(config), config.train.updates)
 
-    def save(self, u: int, state: TrainState) -> None:
-        """Begins to save; the state may be donated once this returns. OSError, also of the save before."""
-        if u not in self._manager.all_steps():
-            self._write(u, flatten(state))
+    def save(self, u: int, state: TrainState, *, behind: bool = True) -> None:
+        """Begins to save; the state may be donated once this returns. OSError, also of the save before.
 
-    def _write(self, u: int, arrays: dict[str, jax.Array]) -> None:
+        `behind` the updates that follow: of lower priority than they. Not where the run waits for the save.
+        """
+        if u not in self._manager.all_steps():
+            self._write(u, flatten(state), behind=behind)
+
+    def _write(self, u: int, arrays: dict[str, jax.Array], *, behind: bool = False) -> None:
         meta = saved.meta_of(u, self._config, arrays)
         args = ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(arrays), META: ocp.args.JsonSave(meta)})
         with _as_os_error(self._manager.directory):
-            self._behind.submit(self._manager.save, u, args=args).result()
+            if behind:
+                _start_writers()
+                self._behind.submit(self._manager.save, u, args=args).result()
+            else:
+                self._manager.save(u, args=args)
 
     def wait(self) -> None:
         """Until the newest save is whole. OSError where it could not be written."""
@@ -87,7 +95,16 @@ class Checkpoints:
 def _step_behind() -> None:
     """This thread and those that it starts leave the cores to the updates; only Linux has that by thread."""
     if sys.platform == "linux":
-        os.nice(NICE)
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            os.nice(NICE)
+
+
+def _start_writers() -> None:
+    """tensorstore's threads, which copy and write the bytes, in the run's own priority.
+
+    They end when idle and begin in that of the thread that needs them; a save of gigabytes must not starve.
+    """
+    ts.array(np.zeros(1)).read().result()
 
 
 def restore_newest(

@@ -53,6 +53,8 @@ def write(workdirs: Sequence[Path], output: Path) -> Path:
     """`output`, a page in Markdown, and its picture beside it. ValueError for what is no run."""
     if output.suffix != ".md":
         raise ValueError(f"--output {str(output)!r} is a page in Markdown: let its name end in .md")
+    if output.resolve() in {(workdir / "report.md").resolve() for workdir in workdirs}:
+        raise ValueError(f"--output {str(output)!r} is the report of one of the runs: give it another name")
     runs = _named([read(workdir) for workdir in workdirs])
     output.parent.mkdir(parents=True, exist_ok=True)
     picture = output.with_suffix(".png")

@@ -8,6 +8,7 @@ field has no default, every config states it. `validate` (validate.py) judges th
 
 import dataclasses
 import json
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -180,6 +181,15 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclass
             yield from flatten(value, f"{key}.")
         else:
             yield key, value, field
+
+
+def check_types(config: Config) -> None:
+    """ValueError for the first value that has not the type of its field: a config file is Python."""
+    for key, value, field in flatten(config):
+        kind: Any = typing.get_origin(field.type) or field.type
+        wanted = (int, float) if kind is float else kind
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{key} = {value!r} must be of the type {kind.__name__}")
 
 
 def to_json(config: Config) -> str:

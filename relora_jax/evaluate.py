@@ -106,15 +106,22 @@ def _parse(words: Sequence[str]) -> Any:
     parser.add_argument("--split", default="validation")
     parser.add_argument("--tokens", type=_count)
     parser.add_argument("--microbatch", type=int)
-    parser.add_argument("--text", default="")
+    parser.add_argument("--text", type=_named)
     parser.add_argument("--tokenizer", default="")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
 
 
+def _named(text: str) -> str:
+    """A name that is not empty, as that of a variable of the shell that is not set would be."""
+    if not text:
+        raise ArgumentTypeError("it names nothing: write --text=PATTERN, or leave it out")
+    return text
+
+
 def _count(text: str) -> int:
     """A plain number, or one of k, M or B: "1.5M" is 1,500,000."""
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([kMB]?)", text)
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)([kMB]?)", text)
     number = Decimal(match[1]) * _UNITS[match[2]] if match else Decimal(0)
     if number < 1 or number % 1:
         raise ArgumentTypeError(f"{text!r} is no number of tokens: write 32768, 500k, 10M or 1B")

@@ -116,15 +116,19 @@ class Files:
                 yield from (t for t in documents if not self.part(t))
 
 
+class AbsentError(ValueError):
+    """No file is where the text should be."""
+
+
 def find(pattern: str, *, field: str, validation_fraction: float) -> Files:
     """The files that a glob pattern (** for any folders, ~ for home) matches, by path.
 
-    ValueError where there are none, or one is of an unknown kind.
+    AbsentError where there are none, ValueError where one is of an unknown kind.
     """
     found = {Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)}
     paths = sorted(path for path in found if path.is_file())
     if not paths:
-        raise ValueError(
+        raise AbsentError(
             f"data.text {pattern!r} matches no file (from {os.getcwd()}): quote it, write ** for any folders"
         )
     for path in paths:

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from relora_jax import prune
-from relora_jax.config import ARMS, Config
+from relora_jax.config import ARMS, Config, check_types
 
 _HERE = pathlib.Path(__file__).parent
 SHORTHANDS = ("text", "text_field")  # --text=X is --config.data.text=X
@@ -82,6 +82,7 @@ def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
         raise UsageError(f"unexpected argument {rest[0]!r}: every setting is written --name=value")
     if not isinstance(config, Config):
         raise UsageError("get_config(arm) of the config file must return a relora_jax.config.Config")
+    check_types(config)
     return config, {name: str(values[name].value) for name in strings}
 
 
@@ -141,12 +142,14 @@ def command(module: str, argv: Sequence[str]) -> str:
 
 
 def _written_out(argv: Sequence[str]) -> list[str]:
-    """The command line with --text=X as --config.data.text=X, and so on, at its end."""
+    """The command line with --text=X as --config.data.text=X, and so on, at its end; UsageError without X."""
     words, settings = list(argv), []
     for name in SHORTHANDS:
         for word in [w for w in words[1:] if w.startswith("-") and w.lstrip("-").partition("=")[0] == name]:
             at = words.index(word)
             value = word.partition("=")[2] if "=" in word else "".join(words[at + 1 : at + 2])
+            if not value or ("=" not in word and value.startswith("-")):
+                raise UsageError(f"--{name} names nothing: write --{name}=VALUE, or leave it out")
             del words[at : at + (1 if "=" in word else 2)]
             settings.append(f"--config.data.{name}={value}")
     return words + settings
@@ -197,5 +200,9 @@ def is_ours(error: BaseException) -> bool:
 
 def _text(error: BaseException) -> str:
     """The error as one line, of a length that can be read: what it quotes may come from anywhere."""
-    said = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
+    said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    before, trace, rest = said.partition(
+        "Traceback (most recent call last):"
+    )  # of a config file, by ml_collections
+    said = " ".join((f"{before}{rest.strip().splitlines()[-1]}" if trace and rest.strip() else said).split())
     return said if len(said) <= LONGEST_LINE else f"{said[:LONGEST_LINE]}..."

@@ -206,7 +206,7 @@ def locate(spec: str) -> Path | None:
 
 def _parse(spec: str) -> tuple[str, int]:
     match = _SPEC.fullmatch(spec)
-    if match is None or not re.fullmatch(r"[0-9]+", match[2]) or int(match[2]) == 0:
+    if match is None or not re.fullmatch(r"0*[1-9][0-9]{0,8}", match[2]):
         raise ValueError(f"tokenizer {spec!r} cannot be read: write a number of pieces, such as bpe(4096)")
     return match[1], int(match[2])
 

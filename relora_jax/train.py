@@ -18,6 +18,7 @@ from relora_jax import weights_and_biases as wandb
 from relora_jax.checkpoint import Checkpoints, restore_newest, updates_saved
 from relora_jax.config import Config, to_json
 from relora_jax.evaluate import evaluate
+from relora_jax.files import AbsentError
 from relora_jax.metrics import Diverged, Metrics, Sink
 from relora_jax.openings import Openings
 from relora_jax.program import Program, keep_compiled
@@ -33,10 +34,10 @@ DIVERGED = 70
 def main(argv: Sequence[str]) -> int:
     """Runs the command line; the exit code. ValueError, in one line, for what the user can mend."""
     config, strings = flags.parse(argv, workdir="")
-    validate(config, devices=len(start_devices()))
-    wandb.check(config.train.wandb)
     place = Path(strings["workdir"] or f"runs/{config.name}-{config.arm}").expanduser()
     with Signals() as signals:
+        validate(config, devices=len(start_devices()))
+        wandb.check(config.train.wandb)
         workdir.check(place, config)
         saved = updates_saved(place)
         if config.train.updates in saved and (place / "report.md").is_file():
@@ -45,7 +46,12 @@ def main(argv: Sequence[str]) -> int:
         if config.train.init_from and not saved:
             warm_start.find(config)
         how = How(command=flags.command("prepare", argv), progress=sys.stderr.isatty())
-        prepared = prepare.prepare(config.data, how)
+        try:
+            prepared = prepare.prepare(config.data, how)
+        except AbsentError as error:
+            if not saved:
+                raise
+            raise OSError(f"{place} goes on with its text alone: {error}") from error  # a mount that is late
         check_data(config, prepared)
         workdir.check_rows(place, workdir.keys_of(prepared))
         if config.train.init_from and not saved:
@@ -173,7 +179,7 @@ class Recorder:
         if stop or self.checkpoints.due(u):
             with self.metrics.pause(state.update):
                 self.metrics.flush()
-                self.checkpoints.save(u, state)
+                self.checkpoints.save(u, state, behind=not stop and u < settings.updates)
         return stop
 
     def _evaluate(self, u: int, state: Any) -> None:

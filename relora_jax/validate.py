@@ -4,19 +4,18 @@ The settings of `data` are judged where they are used first, by `prepare.check`.
 """
 
 import math
-import typing
 from typing import Any
 
 import jax
 
 from relora_jax import rope, shapes
-from relora_jax.config import ARMS, LOW_RANK_ARMS, Config, flatten
+from relora_jax.config import ARMS, LOW_RANK_ARMS, Config, check_types
 from relora_jax.model import ATTENTION, REMAT
 
 
 def validate(config: Config, *, devices: int) -> None:
     """ValueError for the first setting that is wrong, alone or beside the others, on so many devices."""
-    _types(config)
+    check_types(config)
     _one_of("arm", config.arm, ARMS)
     _model(config)
     _counts(config, devices)
@@ -24,14 +23,6 @@ def validate(config: Config, *, devices: int) -> None:
     _relora(config)
     if config.arm in LOW_RANK_ARMS:
         _phases(config)
-
-
-def _types(config: Config) -> None:
-    for key, value, field in flatten(config):
-        kind: Any = typing.get_origin(field.type) or field.type
-        wanted = (int, float) if kind is float else kind
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{key} = {value!r} must be of the type {kind.__name__}")
 
 
 def _model(config: Config) -> None:

@@ -35,7 +35,7 @@ class Watch:
         self.u = 0
         self._step, self._save = Program.train_step, Checkpoints.save
         setattr(Program, "train_step", lambda program, *args: self.step(program, *args))  # noqa: B010
-        setattr(Checkpoints, "save", lambda *args: self.save(*args))  # noqa: B010
+        setattr(Checkpoints, "save", lambda *args, **how: self.save(*args, **how))  # noqa: B010
         jax.monitoring.register_event_duration_secs_listener(self.hear)
 
     def step(self, program: Program, state: Any, batch: Any, rate: float) -> Any:
@@ -49,10 +49,10 @@ class Watch:
         self.rss_mb[self.u] = resident_mb()
         return made
 
-    def save(self, checkpoints: Checkpoints, u: int, state: Any) -> None:
+    def save(self, checkpoints: Checkpoints, u: int, state: Any, **how: Any) -> None:
         """A save, clocked until training may go on."""
         since = time.perf_counter()
-        self._save(checkpoints, u, state)
+        self._save(checkpoints, u, state, **how)
         self.save_s[u] = time.perf_counter() - since
 
     def hear(self, event: str, duration_secs: float, **_: Any) -> None:

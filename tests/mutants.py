@@ -265,9 +265,16 @@ MUTANTS = [
     Mutant(
         "a save competes with the updates for the cores",
         "checkpoint.py",
-        "        os.nice(NICE)",
-        "        os.nice(0)",
-        "tests/test_checkpoint.py::test_threads_of_a_save_leave_the_cores_to_the_updates",
+        "            os.nice(NICE)",
+        "            os.nice(0)",
+        "tests/test_checkpoint.py::test_a_save_leaves_the_cores_to_the_updates_where_some_follow",
+    ),
+    Mutant(
+        "all that a save needs competes at the lowest priority",
+        "checkpoint.py",
+        "                _start_writers()\n",
+        "",
+        "tests/test_checkpoint.py::test_a_save_leaves_the_cores_to_the_updates_where_some_follow",
     ),
     Mutant(
         "checkpoints are compressed",

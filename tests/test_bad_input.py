@@ -8,8 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from relora_jax import flags, tokenizer, train
+from relora_jax import flags, prepare, tokenizer, train
 from relora_jax.checkpoint import Checkpoints
+from relora_jax.config import to_json
 from tests.documents import texts, write_dataset
 from tests.test_hugging_face import json_file
 
@@ -110,6 +111,9 @@ SETTINGS = {
     "--config.data.validation_split=test": "toy:1.0.0 has no split 'test': there are train, validation",
     "--config.data.train_tokens=-1": "data.train_tokens -1",
     "--text=nothing/*.txt": "data.text 'nothing/*.txt' matches no file",
+    "--text=": "--text names nothing: write --text=VALUE, or leave it out",
+    "--text": "--text names nothing",
+    "--text --workdir=w": "--text names nothing",
     "--text=toy.py": "toy.py of data.text 'toy.py' is of no known kind",
     "--text latin.jsonl": "latin.jsonl, line 2 is not UTF-8",
     "--text=broken.jsonl": "broken.jsonl, line 2 is no JSON",
@@ -119,6 +123,7 @@ SETTINGS = {
     "--text=good.jsonl --config.data.validation_fraction=1e-9": "raise data.validation_fraction",
     "--text=good.jsonl --config.data.sequence_length=60000": "too little text for one row of data.seq",
     "--config.data.train_split=trian": "trian",
+    "--config.data.tokenizer=bpe(99999999999)": "'bpe(99999999999)' cannot be read: write a number of pieces",
     "--config.data.tokenizer=t5": "'t5' is no file, nor is there",
     "--config.data.tokenizer=thesis.model": "thesis.model is no SentencePiece model: name another file",
     "--config.data.tokenizer=thesis.json": "thesis.json is no tokenizer.json (",
@@ -139,6 +144,7 @@ WHOLE_LINES = {
     "--config=toy.py:full --config.relora.warm_start_updates=-1": "relora.warm_start_updates -1",
     "--config=wrong.py": "get_config",
     "--config=broken.py": "SyntaxError",
+    "--config=bare.py:full": "Error whilst parsing config file: TypeError: get_config() takes 0 positional",
     "--config=odd.py": "model.layers = 2.5 must be of the type int",
 }
 
@@ -149,6 +155,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("bad")
     (folder / "toy.py").write_text(CONFIG)
     (folder / "wrong.py").write_text("def get_config(arm=''):\n    return 3\n")
+    (folder / "bare.py").write_text("def get_config():\n    return 3\n")
     (folder / "broken.py").write_text("def get_config(:\n")
     (folder / "odd.py").write_text(CONFIG.replace("vocab_size = 380", "layers = 2.5"))
     for name in ("thesis.model", "thesis.json"):
@@ -206,6 +213,26 @@ def test_workdir_that_is_a_file_or_cannot_be_written_is_named(capsys: Any) -> No
     for workdir in ("file", "file/run", "/proc/run", "/dev/null", "dangling"):
         assert workdir in refused(["--config=toy.py", f"--workdir={workdir}"], capsys)
     assert pathlib.Path("file").read_text() == "mine"
+
+
+def test_preparing_judges_types_too(capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        flags.main(prepare.main, prepare.__doc__, ["prepare", "--config=odd.py"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: model.layers = 2.5 must be of the type int\n"
+
+
+def test_text_that_is_away_ends_a_run_that_has_begun_with_74(capsys: Any, tmp_path: pathlib.Path) -> None:
+    words = ["train", "--config=toy.py", "--text=away/*.jsonl", f"--workdir={tmp_path}"]
+    (tmp_path / "config.json").write_text(to_json(flags.parse(words, workdir="")[0]))
+    for begun in (False, True):
+        if begun:
+            (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+        with pytest.raises(SystemExit) as stop:
+            flags.main(train.main, train.__doc__, words)
+        assert stop.value.code == (flags.NO_DATA if begun else flags.BAD_CONFIG)
+        [line] = capsys.readouterr().err.splitlines()
+        assert "data.text 'away/*.jsonl' matches no file" in line and ("mend" in line) == begun
 
 
 def test_warm_start_of_another_tokenizer_is_refused_by_the_command(

@@ -169,6 +169,7 @@ def test_command_takes_patterns_and_compares_more_than_one(tmp_path: Path, monke
         (["run", "nothing"], "workdir 'nothing' holds no run"),
         (["run*"], "workdir 'run.txt' holds no run"),
         (["run", "--output=page.png"], "--output 'page.png' is a page in Markdown"),
+        (["run", "--output=run/report.md"], "is the report of one of the runs: give it another name"),
     ],
     ids=str,
 )
