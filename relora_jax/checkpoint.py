@@ -58,10 +58,10 @@ class Checkpoints:
         by_cadence = u > 0 and u % config.train.save_every_updates == 0
         return by_cadence or u in (snapshot_update(config), config.train.updates)
 
-    def save(self, u: int, state: TrainState, *, behind: bool = True) -> None:
+    def save(self, u: int, state: TrainState, *, behind: bool = False) -> None:
         """Begins to save; the state may be donated once this returns. OSError, also of the save before.
 
-        `behind` the updates that follow: of lower priority than they. Not where the run waits for the save.
+        `behind`: of lower priority than the updates that follow, where none waits for the save.
         """
         if u not in self._manager.all_steps():
             self._write(u, flatten(state), behind=behind)

@@ -104,10 +104,10 @@ def test_a_save_leaves_the_cores_to_the_updates_where_some_follow(
     state = Program(small.config(), small.mesh()).init()
     with Checkpoints(tmp_path, small.config()) as checkpoints:
         for u in (0, 1):
-            checkpoints.save(u, state)
+            checkpoints.save(u, state, behind=True)
         checkpoints.wait()
         assert writers() == {before}
-        checkpoints.save(2, state, behind=False)
+        checkpoints.save(2, state)
     assert seen == [min(before + checkpoint.NICE, 19)] * 2 + [before] and os.nice(0) == before
 
 
@@ -116,7 +116,7 @@ def test_a_save_needs_no_permission_to_be_of_lower_priority(
 ) -> None:
     monkeypatch.setattr(os, "nice", Mock(side_effect=PermissionError))
     with Checkpoints(tmp_path, small.config()) as checkpoints:
-        checkpoints.save(0, Program(small.config(), small.mesh()).init())
+        checkpoints.save(0, Program(small.config(), small.mesh()).init(), behind=True)
     assert checkpoint.updates_saved(tmp_path) == [0]
 
 
