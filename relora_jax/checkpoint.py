@@ -38,11 +38,11 @@ class Checkpoints:
         if train.keep_every:
             keep.append(policies.EveryNSteps(train.keep_every))
         self._config = config
-        self._behind = ThreadPoolExecutor(1, "save", _step_behind)
+        self._low_priority = ThreadPoolExecutor(1, "save", _lower_priority)
         self._manager = ocp.CheckpointManager(
             directory(workdir),
             item_handlers={
-                STATE: ocp.PyTreeCheckpointHandler(use_compression=False),  # it saves 8%
+                STATE: ocp.PyTreeCheckpointHandler(use_compression=False),  # which would leave 92%
                 META: ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
@@ -58,21 +58,21 @@ class Checkpoints:
         by_cadence = u > 0 and u % config.train.save_every_updates == 0
         return by_cadence or u in (snapshot_update(config), config.train.updates)
 
-    def save(self, u: int, state: TrainState, *, behind: bool = False) -> None:
+    def save(self, u: int, state: TrainState, *, low_priority: bool = False) -> None:
         """Begins to save; the state may be donated once this returns. OSError, also of the save before.
 
-        `behind`: of lower priority than the updates that follow, where none waits for the save.
+        `low_priority`: the updates that follow come first. Not where the run waits for the save.
         """
         if u not in self._manager.all_steps():
-            self._write(u, flatten(state), behind=behind)
+            self._write(u, flatten(state), low_priority=low_priority)
 
-    def _write(self, u: int, arrays: dict[str, jax.Array], *, behind: bool = False) -> None:
+    def _write(self, u: int, arrays: dict[str, jax.Array], *, low_priority: bool = False) -> None:
         meta = saved.meta_of(u, self._config, arrays)
         args = ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(arrays), META: ocp.args.JsonSave(meta)})
         with _as_os_error(self._manager.directory):
-            if behind:
+            if low_priority:
                 _start_writers()
-                self._behind.submit(self._manager.save, u, args=args).result()
+                self._low_priority.submit(self._manager.save, u, args=args).result()
             else:
                 self._manager.save(u, args=args)
 
@@ -88,11 +88,11 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._behind.shutdown()
+            self._low_priority.shutdown()
             self._manager.close()
 
 
-def _step_behind() -> None:
+def _lower_priority() -> None:
     """This thread and those that it starts leave the cores to the updates; only Linux has that by thread."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a sandbox may forbid it

@@ -201,8 +201,8 @@ def is_ours(error: BaseException) -> bool:
 def _text(error: BaseException) -> str:
     """The error as one line, of a length that can be read: what it quotes may come from anywhere."""
     said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    before, trace, rest = said.partition(
+    before, _, trace = said.partition(
         "Traceback (most recent call last):"
-    )  # of a config file, by ml_collections
-    said = " ".join((f"{before}{rest.strip().splitlines()[-1]}" if trace and rest.strip() else said).split())
+    )  # ml_collections', of a config file
+    said = " ".join((before + trace.strip().splitlines()[-1] if trace.strip() else said).split())
     return said if len(said) <= LONGEST_LINE else f"{said[:LONGEST_LINE]}..."

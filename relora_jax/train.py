@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         except AbsentError as error:
             if not saved:
                 raise
-            raise OSError(f"{place} goes on with its text alone: {error}") from error  # a mount that is late
+            raise OSError(f"the text of {place} is away: {error}") from error  # a mount may be late
         check_data(config, prepared)
         workdir.check_rows(place, workdir.keys_of(prepared))
         if config.train.init_from and not saved:
@@ -179,7 +179,7 @@ class Recorder:
         if stop or self.checkpoints.due(u):
             with self.metrics.pause(state.update):
                 self.metrics.flush()
-                self.checkpoints.save(u, state, behind=not stop and u < settings.updates)
+                self.checkpoints.save(u, state, low_priority=not stop and u < settings.updates)
         return stop
 
     def _evaluate(self, u: int, state: Any) -> None:

@@ -281,7 +281,7 @@ MUTANTS = [
         "checkpoint.py",
         "PyTreeCheckpointHandler(use_compression=False)",
         "PyTreeCheckpointHandler()",
-        "tests/test_checkpoint.py::test_arrays_are_written_as_they_are",
+        "tests/test_checkpoint.py::test_arrays_are_not_compressed",
     ),
     Mutant(
         "a resumed run restored into the wrong phase at W",

@@ -1,12 +1,15 @@
-"""What a run does after an update, asked to stop or not: the evaluation, its rows, the checkpoint."""
+"""What a run does before its first update, and after one: the evaluation, its rows, the checkpoint."""
 
 import contextlib
+import pathlib
+import signal
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from relora_jax import train
 from relora_jax.checkpoint import Checkpoints
 from relora_jax.data import Batch
 from relora_jax.metrics import Metrics
@@ -17,6 +20,7 @@ from relora_jax.steps import TrainState
 from relora_jax.train import Recorder
 from tests import small
 
+ROOT = pathlib.Path(__file__).parent.parent
 BATCHES = 4
 EVERY = {"train__evaluate_every_updates": 5, "train__updates": 20}
 
@@ -36,7 +40,7 @@ class Around:
         metrics.sample.side_effect = lambda u, **_: self.told.append(f"sample {u}")
         metrics.flush.side_effect = lambda: self.told.append("flush")
         checkpoints.due.side_effect = lambda u: u % 3 == 0 or u == 20
-        checkpoints.save.side_effect = lambda u, _, behind: self.told.append(f"save {u} {behind}")
+        checkpoints.save.side_effect = lambda u, _, low_priority: self.told.append(f"save {u} {low_priority}")
         batches = [Mock(spec=Batch) for _ in range(BATCHES)]
         parts: Any = (program, metrics, checkpoints, batches, openings, self.signals)
         self.recorder = Recorder(small.config(**EVERY), *parts)
@@ -48,7 +52,7 @@ class Around:
 
 
 ROWS, SAVED = ["eval {}", "sample {}"], ["flush", "save {} True"]
-WAITED_FOR = ["flush", "save {} False"]  # not behind updates: none follow
+WAITED_FOR = ["flush", "save {} False"]  # at the run's own priority: no update follows
 
 
 @pytest.mark.parametrize(
@@ -76,3 +80,16 @@ def test_a_signal_puts_an_evaluation_off_and_what_is_due_is_done_once(
     assert around.recorder.record(u, Mock(spec=TrainState, update=u)) == around.signals.asked
     assert around.told == [line.format(u) for line in told]
     assert around.steps == steps
+
+
+def test_signals_are_heard_while_devices_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Any] = []
+
+    def start() -> list[Any]:
+        heard.append(signal.getsignal(signal.SIGTERM))
+        raise ValueError("no device")
+
+    monkeypatch.setattr(train, "start_devices", start)
+    with pytest.raises(ValueError, match="no device"):
+        train.main(["train", f"--config={ROOT / 'configs' / 'quickstart.py'}"])
+    assert isinstance(getattr(heard[0], "__self__", None), Signals)
