@@ -16,9 +16,8 @@ Needs C4 as a TFDS dataset (scripts/c4_from_json.py) and T5's tokenizer (scripts
 Rows are made of the first 12B tokens of C4: about 72 of its 1,024 train files.
 """
 
-from relora_jax import shapes
+from relora_jax import magnitude, shapes
 from relora_jax.config import Config, DataConfig, OptimizerConfig, ReloraConfig, TrainConfig
-from relora_jax.prune import magnitude
 
 
 def get_config(arm: str = "relora") -> Config:

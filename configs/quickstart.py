@@ -8,15 +8,8 @@ update of rank 96 = 6 r. One seed each: full 224, control 211, lora 714, lora_wa
 were only roughly tuned, so their order says little (benchmarks/quickstart_cpu.json has what was tried).
 """
 
-from relora_jax.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ReloraConfig,
-    TrainConfig,
-)
-from relora_jax.prune import magnitude
+from relora_jax import magnitude
+from relora_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, ReloraConfig, TrainConfig
 
 PIECES = 4096
 

@@ -12,11 +12,14 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from relora_jax.prune import Prune, parse
+from relora_jax.core.grammar import Choice
+from relora_jax.core.prune import Prune, parse
+from relora_jax.errors import UserError
 
 ARMS = ("full", "control", "lora", "lora_warm", "relora")
 LOW_RANK_ARMS = ("lora", "lora_warm", "relora")
 SKIPS_IN_ROW = 20  # so many skipped updates, one after another, stop a run
+SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 1.0, 0.95  # of what a run writes at each evaluation
 RUN: dict[str, Any] = {"decides": "run"}
 CONTENT: dict[str, Any] = {"decides": "result, by what lies there"}  # compared by workdir.py
 
@@ -54,7 +57,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class ReloraConfig:
-    """The low-rank phase: its shape, its restarts and its rates."""
+    """The low-rank phase: its shape, its restarts and its rates.
+
+    `base_dtype` and `restart` are written as core/base.py and core/restart.py have them.
+    """
 
     product: str = run_field()
     base_dtype: str
@@ -70,6 +76,7 @@ class ReloraConfig:
     dropout: float = 0.0
     base_init: str = "keep"
     merges_per_cycle: int = 1
+    restart: str = "merge_and_reinit"
     jagged: bool = True
     factor_lr_ratio: float = 1.0
     reset_count: bool = False
@@ -177,19 +184,19 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclass
     """(dotted key, value, field) of every leaf, in the order of the dataclasses."""
     for field in dataclasses.fields(config):
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
-        if dataclasses.is_dataclass(value) and not isinstance(value, Prune):
+        if dataclasses.is_dataclass(value) and not isinstance(value, Choice):
             yield from flatten(value, f"{key}.")
         else:
             yield key, value, field
 
 
 def check_types(config: Config) -> None:
-    """ValueError for the first value that has not the type of its field: a config file is Python."""
+    """UserError for the first value that has not the type of its field: a config file is Python."""
     for key, value, field in flatten(config):
         kind: Any = typing.get_origin(field.type) or field.type
         wanted = (int, float) if kind is float else kind
         if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-            raise ValueError(f"{key} = {value!r} must be of the type {kind.__name__}")
+            raise UserError(f"{key} = {value!r} must be of the type {kind.__name__}")
 
 
 def to_json(config: Config) -> str:
@@ -200,7 +207,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote. ValueError where the text holds other fields."""
+    """The config that `to_json` wrote. UserError where the text holds other fields."""
     try:
         groups = json.loads(text)
         groups["relora"]["prune"] = parse(str(groups["relora"]["prune"]))
@@ -216,7 +223,7 @@ def from_json(text: str) -> Config:
             mesh=MeshConfig(**groups["mesh"]),
         )
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        raise ValueError(f"a saved config that this version cannot read: {error}") from error
+        raise UserError(f"a saved config that this version cannot read: {error}") from error
 
 
 def changed_results(before: Config, now: Config) -> list[str]:

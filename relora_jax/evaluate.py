@@ -15,48 +15,25 @@ import dataclasses
 import json
 import math
 import re
-import sys
 from argparse import ArgumentTypeError
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from relora_jax import data, flags, prepare, restored, workdir
-from relora_jax.config import Config, DataConfig
-from relora_jax.data import Batch, RowStore
-from relora_jax.program import Program, keep_compiled
-from relora_jax.steps import TrainState
-from relora_jax.stores import How
+from relora_jax import cli
+from relora_jax.config import Config
+from relora_jax.data import batches
+from relora_jax.errors import UserError
+from relora_jax.run import restored
+from relora_jax.run.restored import OWN_SPLITS
+from relora_jax.training.evaluation import evaluate
+from relora_jax.training.program import Program, keep_compiled
 
-OWN = ("train", "validation")
 _UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
-_AHEAD = 8  # batches whose sums are not waited for: all of a large split would not fit on the devices
-
-
-class Evaluation(NamedTuple):
-    """Mean nats per counted target, exp of it, and how many targets were counted."""
-
-    loss: float
-    perplexity: float
-    tokens: int
-
-
-def evaluate(program: Program, state: TrainState, batches: Iterable[Batch]) -> Evaluation:
-    """Summed nats / counted targets over all batches: a short or padded batch weighs what it holds.
-
-    Of the state only trained and frozen are looked at.
-    """
-    sums = []
-    for batch in batches:
-        sums.append(program.eval_step(state, batch))
-        jax.block_until_ready(sums[-_AHEAD:][0])  # the one so many before, or the first
-    tokens = sum(int(count) for _, count in sums)
-    loss = math.fsum(float(nats) for nats, _ in sums) / tokens
-    return Evaluation(loss, math.exp(min(loss, 700.0)) if loss == loss else math.nan, tokens)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,8 +42,9 @@ def main(argv: Sequence[str]) -> int:
     place, split = words.workdir.expanduser(), words.split
     config = restored.config_of(place)
     config.data = dataclasses.replace(config.data, text=words.text or config.data.text)
-    if config.data.text and split not in OWN:
-        raise ValueError(f"--split={split}: data.text of {place} has the splits {' and '.join(OWN)} alone")
+    if config.data.text and split not in OWN_SPLITS:
+        own = " and ".join(OWN_SPLITS)
+        raise UserError(f"--split={split}: data.text of {place} has the splits {own} alone")
     u = restored.update_of(place, words.update)
     microbatch = _microbatch(config, words.microbatch)
     tokenizer = restored.tokenizer_of(place, config, words.tokenizer)
@@ -74,10 +52,10 @@ def main(argv: Sequence[str]) -> int:
     program = Program(config, restored.mesh_of(config))
     # before rows are made: a run that goes on deletes old checkpoints
     state = restored.model_of(place, u, config, program)
-    store = _rows(place, dataclasses.replace(config.data, tokenizer=str(tokenizer.path)), split)
+    store = restored.rows_of(place, config.data, tokenizer, split)
     size = {"eval_tokens": words.tokens or config.train.eval_tokens}
-    rows = data.validation_rows(store, **size)
-    batches = data.validation_batches(
+    rows = batches.validation_rows(store, **size)
+    found = batches.validation_batches(
         store,
         **size,
         microbatch=microbatch,
@@ -85,22 +63,22 @@ def main(argv: Sequence[str]) -> int:
         across_documents=config.data.attend_across_documents,
     )
     bar = {"desc": split, "unit": " batches", "total": -(-rows // microbatch), "leave": False}
-    found = evaluate(program, state, iter(tqdm(batches, **bar, disable=None)))
+    result = evaluate(program, state, iter(tqdm(found, **bar, disable=None)))
     if words.json:
-        values = {key: value if math.isfinite(value) else None for key, value in found._asdict().items()}
+        values = {key: value if math.isfinite(value) else None for key, value in result._asdict().items()}
         about = {"workdir": str(place), "arm": config.arm, "update": u, "split": split}
         print(json.dumps(about | values | {"rows": rows, "rows_of_split": store.rows}))
     else:
         part = "the whole split" if rows == store.rows else f"{rows:,} of the split's {store.rows:,} rows"
         print(
-            f"update {u} of {place}: {split} loss {found.loss:.4f} nats, perplexity {found.perplexity:,.1f} "
-            f"over {found.tokens:,} tokens, {part}"
+            f"update {u} of {place}: {split} loss {result.loss:.4f} nats, "
+            f"perplexity {result.perplexity:,.1f} over {result.tokens:,} tokens, {part}"
         )
     return 0
 
 
 def _parse(words: Sequence[str]) -> Any:
-    parser = flags.Words()
+    parser = cli.Words()
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--update", type=int)
     parser.add_argument("--split", default="validation")
@@ -134,22 +112,9 @@ def _microbatch(config: Config, asked: int | None) -> int:
     if asked is None:
         return -(-config.train.microbatch // devices) * devices
     if asked < 1 or asked % devices:
-        raise ValueError(f"--microbatch={asked} must be a multiple of the number of devices here, {devices}")
+        raise UserError(f"--microbatch={asked} must be a multiple of the number of devices here, {devices}")
     return asked
 
 
-def _rows(place: Path, settings: DataConfig, split: str) -> RowStore:
-    """The rows of a split, with the tokenizer that the run was trained with."""
-    # the version that it was trained on, whatever is newer now
-    settings = dataclasses.replace(settings, dataset=workdir.dataset_of(place) or settings.dataset)
-    prepared = prepare.prepare(settings)
-    workdir.check_rows(place, workdir.keys_of(prepared))
-    if split in OWN:
-        return prepared.train if split == "train" else prepared.validation
-    # however large: it was asked for by name, and no other command makes it
-    how = How(build_limit_bytes=math.inf, progress=sys.stderr.isatty())
-    return prepare.rows_of_split(settings, split, prepared.tokenizer, how)
-
-
 if __name__ == "__main__":
-    flags.main(main, __doc__)
+    cli.main(main, __doc__)

@@ -21,11 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from relora_jax import flags, restored
+from relora_jax import cli
 from relora_jax.config import DataConfig
-from relora_jax.program import Program, keep_compiled
-from relora_jax.sampling import Request, in_text, windows
-from relora_jax.tokenizer import Tokenizer
+from relora_jax.errors import UserError
+from relora_jax.model.sampling import Request, in_text, windows
+from relora_jax.run import restored
+from relora_jax.tokenizer.tokenizer import Tokenizer
+from relora_jax.training.program import Program, keep_compiled
 
 MAX_TOKENS = 128  # where nothing is said
 HOTTEST = 1e6  # all pieces are alike long before
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = restored.tokenizer_of(place, config, words.tokenizer)
     prompt = opening(words.prompt, tokenizer, config.data)
     if len(prompt) > length:
-        raise ValueError(f"--prompt has {len(prompt)} tokens and the model's length is {length}: shorten it")
+        raise UserError(f"--prompt has {len(prompt)} tokens and the model's length is {length}: shorten it")
     room = length + 1 - len(prompt)  # the last position guesses one id more
     if words.max_tokens is None:
         words.max_tokens = min(MAX_TOKENS, room)
@@ -73,7 +75,7 @@ def opening(prompt: str, tokenizer: Tokenizer, data: DataConfig) -> list[int]:
     """The ids that a prompt is to the model; those of an empty one are bos, or the end of a document before.
 
     Where documents do not see each other, what follows an end begins anew, and what begins one was never
-    learnt: ValueError for a prompt that leaves nothing else.
+    learnt: UserError for a prompt that leaves nothing else.
     """
     begin = [] if tokenizer.bos is None else [tokenizer.bos]
     ids = begin + tokenizer.encode_documents([prompt])[0].tolist()
@@ -82,7 +84,7 @@ def opening(prompt: str, tokenizer: Tokenizer, data: DataConfig) -> list[int]:
     last = max((place for place, i in enumerate(ids) if i == tokenizer.eos), default=-1)
     if ids[last + 1 :]:
         return ids[last + 1 :]
-    raise ValueError(
+    raise UserError(
         "this run's documents do not see each other, so that its model never learnt what one begins with: "
         "give the beginning as --prompt"
     )
@@ -108,7 +110,7 @@ def requests(prompt: list[int], words: Any, tokenizer: Tokenizer, *, length: int
 
 
 def _parse(words: Sequence[str]) -> Any:
-    parser = flags.Words()
+    parser = cli.Words()
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--prompt", default="", type=_utf8)
     parser.add_argument("--n", type=int, default=4)
@@ -122,13 +124,13 @@ def _parse(words: Sequence[str]) -> Any:
     given = parser.parse_args(words)
     for name in ("n", "max_tokens"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise ValueError(f"--{name}={getattr(given, name)} must be at least 1")
+            raise UserError(f"--{name}={getattr(given, name)} must be at least 1")
     if not 0 <= given.seed < 2**31:
-        raise ValueError(f"--seed={given.seed} must lie in [0, {2**31})")
+        raise UserError(f"--seed={given.seed} must lie in [0, {2**31})")
     if not 0 <= given.temperature <= HOTTEST:
-        raise ValueError(f"--temperature={given.temperature} must lie in [0, {HOTTEST:g}], 0 the likeliest")
+        raise UserError(f"--temperature={given.temperature} must lie in [0, {HOTTEST:g}], 0 the likeliest")
     if not 0 < given.top_p <= 1:
-        raise ValueError(f"--top_p={given.top_p} must lie in (0, 1]")
+        raise UserError(f"--top_p={given.top_p} must lie in (0, 1]")
     return given
 
 
@@ -146,4 +148,4 @@ def _utf8(text: str) -> str:
 
 
 if __name__ == "__main__":
-    flags.main(main, __doc__)
+    cli.main(main, __doc__)

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from relora_jax.config import LOW_RANK_ARMS, Config, ModelConfig
+from relora_jax.errors import UserError
 
 #             hidden   mlp  layers heads
 SHAPES = {
@@ -44,9 +45,9 @@ def llama(name: str, **settings: Any) -> ModelConfig:
 
 
 def control(name: str) -> str:
-    """The size of the control of `name`. ValueError where the paper has none."""
+    """The size of the control of `name`. UserError where the paper has none."""
     if name not in CONTROL:
-        raise ValueError(
+        raise UserError(
             f"no control is known for {name}: the arm exists for {', '.join(CONTROL)} and quickstart"
         )
     return CONTROL[name]
@@ -61,9 +62,9 @@ def kernels(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def target_kernels(config: Config) -> dict[str, tuple[int, int]]:
-    """(in, out) of each kind of kernel that the low-rank phase freezes."""
+    """(in, out) of each kind of kernel that relora.targets names, by itself or by its group."""
     chosen = set(config.relora.targets)
-    names = [n for kind, members in KERNELS.items() for n in members if {kind, n} & chosen]
+    names = [n for group, members in KERNELS.items() for n in members if {group, n} & chosen]
     return {name: kernels(config.model)[name] for name in names}
 
 

@@ -11,11 +11,13 @@ import time
 
 import jax
 
-from relora_jax import data, flags, prepare
+from relora_jax import cli
 from relora_jax.config import Config
-from relora_jax.rows import RowStore
-from relora_jax.sharding import make_mesh, row_sharding, start_devices
-from relora_jax.stores import How
+from relora_jax.data import batches, prepared
+from relora_jax.data.rows import RowStore
+from relora_jax.data.stores import How
+from relora_jax.errors import UserError
+from relora_jax.training.sharding import make_mesh, row_sharding, start_devices
 from relora_jax.validate import validate
 
 
@@ -29,7 +31,7 @@ def rows_per_s(config: Config, store: RowStore, *, seconds: float) -> float:
     batch = config.train.batch
     epoch = max(1, store.rows // batch)
     began, done = time.perf_counter(), 0
-    for ready in data.prefetch(data.stream(config, store, layout), 0, epoch):
+    for ready in batches.prefetch(batches.stream(config, store, layout), 0, epoch):
         jax.block_until_ready(ready)
         done += batch
         if time.perf_counter() - began > seconds:
@@ -50,13 +52,13 @@ def forget(store: RowStore) -> bool:
 
 def main(argv: list[str]) -> int:
     """Prints both speeds; the exit code."""
-    config, strings = flags.parse(argv, seconds="5")
+    config, strings = cli.parse(argv, seconds="5")
     validate(config, devices=len(start_devices()))
     try:
         seconds = float(strings["seconds"])
     except ValueError:
-        raise ValueError(f"--seconds={strings['seconds']} is no number of seconds") from None
-    store = prepare.prepare(config.data, How(command=flags.command("prepare", argv))).train
+        raise UserError(f"--seconds={strings['seconds']} is no number of seconds") from None
+    store = prepared.prepare(config.data, How(command=cli.command("prepare", argv))).train
     cold = "cold" if forget(store) else "first reading"
     for what in (cold, "warm"):
         speed = rows_per_s(config, store, seconds=seconds)
@@ -65,4 +67,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    flags.main(main, __doc__)
+    cli.main(main, __doc__)

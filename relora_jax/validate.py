@@ -1,20 +1,25 @@
-"""Whether a run makes sense, judged before anything is allocated: one ValueError that names the remedy.
+"""Whether a run makes sense, judged before anything is allocated: one UserError that names the remedy.
 
 The settings of `data` are judged where they are used first, by `prepare.check`.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from relora_jax import rope, shapes
+from relora_jax import shapes
 from relora_jax.config import ARMS, LOW_RANK_ARMS, Config, check_types
-from relora_jax.model import ATTENTION, REMAT
+from relora_jax.core import base, low_rank, reset, restart
+from relora_jax.errors import UserError
+from relora_jax.model import llama, rope
+from relora_jax.training.sharding import mesh_shape
 
 
 def validate(config: Config, *, devices: int) -> None:
-    """ValueError for the first setting that is wrong, alone or beside the others, on so many devices."""
+    """UserError for the first setting that is wrong, alone or beside the others, on so many devices."""
     check_types(config)
     _one_of("arm", config.arm, ARMS)
     _model(config)
@@ -31,26 +36,22 @@ def _model(config: Config) -> None:
         _positive(f"model.{name}", getattr(model, name))
     for name in ("rope_theta", "rms_eps", "init_std"):
         _rate(f"model.{name}", getattr(model, name))
-    _one_of("model.remat", model.remat, REMAT)
-    _one_of("model.attention", model.attention, ATTENTION)
+    _one_of("model.remat", model.remat, llama.REMAT)
+    _one_of("model.attention", model.attention, llama.ATTENTION)
     _dtype("model.compute_dtype", model.compute_dtype)
-    try:
+    with _named("model.rope_scaling: "):
         rope.parse(model.rope_scaling)
-    except ValueError as error:
-        raise ValueError(f"model.rope_scaling: {error}") from None
     _between("model.max_positions", model.max_positions, 0, 2**31 - 1)
     length = config.data.sequence_length
     if 0 < model.max_positions < length:
-        raise ValueError(
+        raise UserError(
             f"data.sequence_length {length} is longer than the model's positions reach "
             f"(model.max_positions {model.max_positions}): shorten the rows"
         )
-    if model.heads % model.kv_heads:
-        raise ValueError(f"model.kv_heads {model.kv_heads} must divide model.heads {model.heads}")
-    if model.head_dim % 2:
-        raise ValueError(f"model.head_dim {model.head_dim} must be even: positions turn it in two halves")
+    with _named("model."):
+        llama.check_heads(model.heads, model.kv_heads, model.head_dim)
     if model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"model.attention cudnn needs a GPU and this is a {jax.default_backend()}: use xla")
+        raise UserError(f"model.attention cudnn needs a GPU and this is a {jax.default_backend()}: use xla")
 
 
 def _optimizer(config: Config) -> None:
@@ -83,16 +84,12 @@ def _counts(config: Config, devices: int) -> None:
         if name != "data" or mesh.data != -1:
             _positive(f"mesh.{name}", getattr(mesh, name))
     if mesh.tensor != 1:
-        raise ValueError(f"mesh.tensor {mesh.tensor}: tensor parallelism does not exist yet, set it to 1")
-    across = devices // mesh.fsdp if mesh.data == -1 else mesh.data
-    if across * mesh.fsdp != devices:
-        raise ValueError(
-            f"mesh.data {mesh.data} x mesh.fsdp {mesh.fsdp} must be the {devices} devices there are"
-        )
+        raise UserError(f"mesh.tensor {mesh.tensor}: tensor parallelism does not exist yet, set it to 1")
+    mesh_shape(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
     if train.batch % train.microbatch:
-        raise ValueError(f"train.microbatch {train.microbatch} must divide train.batch {train.batch}")
+        raise UserError(f"train.microbatch {train.microbatch} must divide train.batch {train.batch}")
     if train.microbatch % devices:
-        raise ValueError(
+        raise UserError(
             f"train.microbatch {train.microbatch} must be a multiple of the {devices} devices that share it"
         )
 
@@ -100,32 +97,27 @@ def _counts(config: Config, devices: int) -> None:
 def _relora(config: Config) -> None:
     relora = config.relora
     _rate("relora.peak_lr", relora.peak_lr)
-    _rate("relora.alpha", relora.alpha)
     _rate("relora.factor_lr_ratio", relora.factor_lr_ratio)
-    _between("relora.dropout", relora.dropout, 0, 1, below=True)
-    _one_of("relora.product", relora.product, ("apart", "folded"))
-    _one_of("relora.base_init", relora.base_init, ("keep", "zero"))
-    _dtype("relora.base_dtype", relora.base_dtype)
-    for name in ("rank", "cycle_updates", "merges_per_cycle"):
+    with _named("relora."):
+        base.parse(relora.base_dtype)
+        restart.parse(relora.restart)
+        reset.check(relora.prune, reset_count=relora.reset_count)
+    for name in ("cycle_updates", "merges_per_cycle"):
         _positive(f"relora.{name}", getattr(relora, name))
     for name in ("warm_start_updates", "warm_up_updates", "restart_warm_up_updates"):
         _between(f"relora.{name}", getattr(relora, name), 0, 2**31 - 1)
     if not relora.targets:
-        raise ValueError("relora.targets is empty: name attention, mlp or single kernels such as q")
+        raise UserError("relora.targets is empty: name attention, mlp or single kernels such as q")
     known = (*shapes.KERNELS, *(name for names in shapes.KERNELS.values() for name in names))
     for target in relora.targets:
         _one_of("relora.targets", target, known)
-    for name, (m, n) in shapes.target_kernels(config).items():
-        if relora.rank > min(m, n):
-            raise ValueError(f"relora.rank {relora.rank} is above the smaller side of {name} ({m} x {n})")
-    if relora.product == "folded" and relora.dropout > 0:
-        raise ValueError(
-            f"relora.product folded has no branch for relora.dropout {relora.dropout}: use apart"
-        )
-    if relora.reset_count and relora.prune.kind != "zero":
-        raise ValueError(f"relora.reset_count needs relora.prune=zero, not {relora.prune}")
+    layer = {"rank": relora.rank, "alpha": relora.alpha, "dropout": relora.dropout}
+    layer |= {"product": relora.product, "base_init": relora.base_init}
+    for kernel in shapes.target_kernels(config).values():
+        with _named("relora."):
+            low_rank.check(kernel, **layer)
     if relora.base_init == "zero" and relora.warm_start_updates:
-        raise ValueError(
+        raise UserError(
             "relora.base_init zero would throw the warm start away: set relora.warm_start_updates=0"
         )
 
@@ -137,9 +129,9 @@ def _phases(config: Config) -> None:
     why = f": the run has {updates} updates"
     _between("relora.warm_start_updates", start, 0, updates, below=True, why=why)
     if config.arm == "lora" and start:
-        raise ValueError(f"the arm lora has no warm start (relora.warm_start_updates {start}): use lora_warm")
+        raise UserError(f"the arm lora has no warm start (relora.warm_start_updates {start}): use lora_warm")
     if config.optimizer.warm_up_updates > start > 0:
-        raise ValueError(
+        raise UserError(
             f"optimizer.warm_up_updates {config.optimizer.warm_up_updates} is longer than the warm start of "
             f"{start} updates (relora.warm_start_updates)"
         )
@@ -150,45 +142,54 @@ def _phases(config: Config) -> None:
         return
     cycle, rewarm = relora.cycle_updates, relora.restart_warm_up_updates
     if cycle >= phase:
-        raise ValueError(
+        raise UserError(
             f"relora.cycle_updates {cycle} leaves no restart in the low-rank phase of {phase} updates: "
             "shorten it, or take the arm lora_warm"
         )
     if cycle % relora.merges_per_cycle:
-        raise ValueError(
-            f"relora.merges_per_cycle {relora.merges_per_cycle} must divide the cycle of {cycle}"
-        )
+        raise UserError(f"relora.merges_per_cycle {relora.merges_per_cycle} must divide the cycle of {cycle}")
     why = f": a cycle has {cycle} updates (relora.cycle_updates)"
     _between("relora.warm_up_updates", relora.warm_up_updates, 0, cycle, why=why)
     _between("relora.restart_warm_up_updates", rewarm, 0, cycle, why=why)
     last = phase - (phase - 1) // cycle * cycle
     if relora.jagged and last <= rewarm:
-        raise ValueError(
+        raise UserError(
             f"train.updates {updates} ends inside a re-warm-up: the last cycle has {last} updates and "
             f"relora.restart_warm_up_updates is {rewarm}; run {rewarm - last + 1} more, or {last} fewer"
         )
 
 
+@contextlib.contextmanager
+def _named(prefix: str) -> Iterator[None]:
+    """What the core refuses, in words that begin with an argument's name, as a setting that is refused."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{prefix}{error}") from None
+
+
 def _one_of(name: str, value: Any, known: Any) -> None:
     if value not in known:
-        raise ValueError(f"{name} {value!r} is not known: one of {', '.join(known)}")
+        raise UserError(f"{name} {value!r} is not known: one of {', '.join(known)}")
 
 
 def _positive(name: str, value: int) -> None:
     if value < 1:
-        raise ValueError(f"{name} {value} must be at least 1")
+        raise UserError(f"{name} {value} must be at least 1")
     if value >= 2**31:
-        raise ValueError(f"{name} {value} is more than is counted here: stay below {2**31}")
+        raise UserError(f"{name} {value} is more than is counted here: stay below {2**31}")
 
 
 def _rate(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} {value} must be finite and above 0")
+        raise UserError(f"{name} {value} must be finite and above 0")
 
 
 def _between(name: str, value: float, low: float, high: float, *, below: bool = False, why: str = "") -> None:
     if not (math.isfinite(value) and low <= value and (value < high if below else value <= high)):
-        raise ValueError(f"{name} {value} must lie in [{low}, {high}{')' if below else ']'}{why}")
+        raise UserError(f"{name} {value} must lie in [{low}, {high}{')' if below else ']'}{why}")
 
 
 def _dtype(name: str, value: str) -> None:

@@ -9,13 +9,14 @@ broken line or file ends it with its name, or is left out and counted with --ski
 import sys
 from collections.abc import Sequence
 
-from relora_jax import c4, flags, workers
+from relora_jax import cli
+from relora_jax.data import c4, workers
 
 
 def main(argv: Sequence[str]) -> int:
     """Makes the dataset and says what it holds; the exit code."""
-    told = flags.options(argv, input="", workers="0", version=c4.VERSION, skip_broken=False)
-    processes = flags.count("workers", told["workers"], at_least=0) or workers.cpus()
+    told = cli.options(argv, input="", workers="0", version=c4.VERSION, skip_broken=False)
+    processes = cli.count("workers", told["workers"], at_least=0) or workers.cpus()
     files = c4.find(told["input"])
     path, shards = c4.build(
         files, version=told["version"], processes=processes, skip_broken=told["skip_broken"]
@@ -34,4 +35,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    flags.main(main, __doc__)
+    cli.main(main, __doc__)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from relora_jax import metrics
-from relora_jax.checkpoint import directory as checkpoints_of
-from relora_jax.checkpoint import updates_saved
+from relora_jax.checkpoint.saved import directory as checkpoints_of
+from relora_jax.checkpoint.saved import updates_saved
+from relora_jax.run import metrics_file
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "quickstart.py"
@@ -33,7 +33,7 @@ SETTINGS = f"""
 # embedding is NaN.
 WITH_NAN = """
 import runpy
-from relora_jax import data
+from relora_jax.data import batches as data
 whole = data.train_batch
 def train_batch(store, u, **shape):
     batch = whole(store, u, **shape)
@@ -98,7 +98,7 @@ class Run:
 
     def done(self) -> int:
         """Updates of which metrics.jsonl has a row; the newest few may still be queued."""
-        return max((row["update"] for row in metrics.read(self.workdir)), default=0)
+        return max((row["update"] for row in metrics_file.read(self.workdir)), default=0)
 
     def wait(self, process: subprocess.Popen[str], *, times: float = 1.0) -> str:
         """Until a moment uniform in the (processor) time of a whole run, or the end; the moment in words."""
@@ -165,7 +165,7 @@ def outcome(workdir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
         state = reader.restore(checkpoints_of(workdir) / str(UPDATES) / "state")
     arrays = {path: np.asarray(value) for path, value in state.items()}
     times = ("tokens_per_s", "elapsed_s")
-    rows = [{k: v for k, v in row.items() if k not in times} for row in metrics.read(workdir)]
+    rows = [{k: v for k, v in row.items() if k not in times} for row in metrics_file.read(workdir)]
     return {path: value.dtype.name.encode() + value.tobytes() for path, value in arrays.items()}, rows
 
 

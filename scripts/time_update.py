@@ -16,16 +16,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from relora_jax import flags
+from relora_jax import cli
 from relora_jax.config import Config
-from relora_jax.data import Batch
-from relora_jax.program import Program
-from relora_jax.sharding import make_mesh
+from relora_jax.data.batches import Batch
+from relora_jax.training.program import Program
+from relora_jax.training.sharding import make_mesh
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table of the command line's config."""
-    config, strings = flags.parse(argv, rounds="20")
+    config, strings = cli.parse(argv, rounds="20")
     variants = {
         "full": dataclasses.replace(config, arm="full"),
         "relora apart": _with(config, product="apart"),
@@ -73,4 +73,4 @@ def _update(config: Config) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
-    flags.main(main, __doc__)
+    cli.main(main, __doc__)

@@ -10,7 +10,8 @@ import glob
 import sys
 from pathlib import Path
 
-from relora_jax import flags
+from relora_jax import cli
+from relora_jax.errors import UserError
 
 PIECES = 2048
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -18,10 +19,10 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 def main(argv: list[str]) -> int:
     """Writes the model and its tokenizer; the exit code."""
-    words = flags.options(argv, text="", output="")
+    words = cli.options(argv, text="", output="")
     texts = sorted(glob.glob(words["text"], recursive=True))
     if not texts or not words["output"]:
-        raise flags.UsageError(f"--text={words['text']} names no file: --text='texts/*.txt' --output=DIR")
+        raise UserError(f"--text={words['text']} names no file: --text='texts/*.txt' --output=DIR")
     save_model(Path(words["output"]))
     save_tokenizer(Path(words["output"]), texts)
     print(words["output"])
@@ -73,4 +74,4 @@ def save_tokenizer(folder: Path, texts: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.main(main, __doc__, sys.argv)
+    cli.main(main, __doc__, sys.argv)

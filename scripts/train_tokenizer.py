@@ -9,8 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from relora_jax import flags, prepare, tokenizer
+from relora_jax import cli
 from relora_jax.config import DataConfig
+from relora_jax.data import prepared
+from relora_jax.errors import UserError
+from relora_jax.tokenizer import tokenizer
 
 FLAGS = {"kind": "bpe", "pieces": "32000", "output": ""}
 
@@ -18,23 +21,21 @@ FLAGS = {"kind": "bpe", "pieces": "32000", "output": ""}
 def main(argv: Sequence[str]) -> int:
     """Trains the model and says what it is; the exit code."""
     if any(word.startswith(("-config", "--config")) for word in argv):
-        config, told = flags.parse(argv, **FLAGS)
+        config, told = cli.parse(argv, **FLAGS)
         data = config.data
     else:
-        told = flags.options(argv, text="", text_field="text", **FLAGS)
+        told = cli.options(argv, text="", text_field="text", **FLAGS)
         if not told["text"]:
-            raise flags.UsageError(
-                "say what to train on: --config=configs/350m.py or --text='data/*.jsonl.gz'"
-            )
+            raise UserError("say what to train on: --config=configs/350m.py or --text='data/*.jsonl.gz'")
         data = DataConfig(text=told["text"], text_field=told["text_field"], tokenizer="", sequence_length=1)
-    pieces, output = flags.count("pieces", told["pieces"], at_least=1), Path(told["output"]).expanduser()
+    pieces, output = cli.count("pieces", told["pieces"], at_least=1), Path(told["output"]).expanduser()
     if told["kind"] not in ("bpe", "unigram"):
-        raise flags.UsageError(f"--kind={told['kind']} is not known: bpe or unigram")
+        raise UserError(f"--kind={told['kind']} is not known: bpe or unigram")
     if output.suffix != ".model":
-        raise flags.UsageError(f"--output={told['output']} is no name of a model: write FILE.model")
+        raise UserError(f"--output={told['output']} is no name of a model: write FILE.model")
     if output.exists():
-        raise flags.UsageError(f"--output={output} is there already: remove it, or name another file")
-    documents = prepare.train_texts(data)
+        raise UserError(f"--output={output} is there already: remove it, or name another file")
+    documents = prepared.train_texts(data)
     print(f"reading text and training {pieces:,} pieces", file=sys.stderr)
     made = tokenizer.train(documents, kind=told["kind"], pieces=pieces, path=output)
     print(f"{told['kind']} model of {made.pieces:,} pieces: {output} (sha256 {made.sha256})")
@@ -42,4 +43,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    flags.main(main, __doc__)
+    cli.main(main, __doc__)

@@ -6,7 +6,7 @@ import pathlib
 import jax
 from jaxtyping import install_import_hook
 
-import tests.checked  # noqa: F401 (the hook finds it by name)
+import tests.support.checked  # noqa: F401 (the hook finds it by name)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -18,4 +18,5 @@ jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
 
-install_import_hook("relora_jax", "tests.checked.check")
+install_import_hook("relora_jax", "tests.support.checked.check")
+pytest_plugins = ["tests.support.own_text", "tests.support.reports"]  # their fixtures

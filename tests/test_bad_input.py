@@ -8,29 +8,19 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from relora_jax import flags, prepare, tokenizer, train
-from relora_jax.checkpoint import Checkpoints
+from relora_jax import cli, errors, prepare, train
+from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.config import to_json
-from tests.documents import texts, write_dataset
-from tests.test_hugging_face import json_file
-
-CONFIG = """
-from relora_jax.prune import magnitude
-from tests import small
-
-def get_config(arm="relora"):
-    made = small.config(arm)
-    made.model.vocab_size = 380
-    made.train.batch, made.train.microbatch = 16, 8  # on the suite's 8 devices
-    made.data.dataset, made.data.tokenizer = "toy", "bpe(380)"
-    return made
-"""
+from relora_jax.tokenizer import tokenizer
+from tests.support.commands import TOY
+from tests.support.documents import texts, write_dataset
+from tests.support.tokenizers import json_file
 
 # command line after --config=toy.py (or all of it, where it says so) -> what the line must say
 SETTINGS = {
-    "--config.relora.rank=0": "relora.rank 0 must be at least 1",
-    "--config.relora.rank=-3": "relora.rank -3 must be at least 1",
-    "--config.relora.rank=9": "relora.rank 9 is above the smaller side of k (16 x 8)",
+    "--config.relora.rank=0": "relora.rank 0 does not fit a 16 x 16 kernel: choose 1 to 16",
+    "--config.relora.rank=-3": "relora.rank -3 does not fit",
+    "--config.relora.rank=9": "relora.rank 9 does not fit a 16 x 8 kernel: choose 1 to 8",
     "--config.relora.rank=two": "relora.rank=two",
     "--config.relora.rank=1.5": "relora.rank=1.5",
     "--config.relora.rnk=3": "relora.rnk",
@@ -63,7 +53,7 @@ SETTINGS = {
     "--config.mesh.data=4": "must be the 8 devices",
     "--config.data.sequence_length=0": "data.sequence_length 0",
     "--config.data.packing=sorted": "data.packing 'sorted'",
-    "--config.model.rope_scaling=fast": "model.rope_scaling: rope scaling fast is not known: write none",
+    "--config.model.rope_scaling=fast": "model.rope_scaling: rope scaling 'fast' cannot be read: write none",
     "--config.model.rope_scaling=linear(0)": "its numbers must be finite and above 0",
     "--config.model.max_positions=11": "data.sequence_length 12 is longer than the model's positions reach",
     "--config.model.max_positions=-1": "model.max_positions -1",
@@ -153,11 +143,11 @@ WHOLE_LINES = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A folder with configs and a dataset of toy size."""
     folder = tmp_path_factory.mktemp("bad")
-    (folder / "toy.py").write_text(CONFIG)
+    (folder / "toy.py").write_text(TOY)
     (folder / "wrong.py").write_text("def get_config(arm=''):\n    return 3\n")
     (folder / "bare.py").write_text("def get_config():\n    return 3\n")
     (folder / "broken.py").write_text("def get_config(:\n")
-    (folder / "odd.py").write_text(CONFIG.replace("vocab_size = 380", "layers = 2.5"))
+    (folder / "odd.py").write_text(TOY.replace("vocab_size = 380", "layers = 2.5"))
     for name in ("thesis.model", "thesis.json"):
         (folder / name).write_text("On the rank of updates")
     json_file(folder, special=["<unk>"], name="endless.json")
@@ -187,7 +177,7 @@ def inside(place: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that the command line ends in."""
     with pytest.raises(SystemExit) as stop:
-        flags.main(train.main, train.__doc__, ["train", *words])
+        cli.main(train.main, train.__doc__, ["train", *words])
     captured = capsys.readouterr()
     assert stop.value.code == 2
     lines = captured.err.strip().splitlines()
@@ -217,20 +207,20 @@ def test_workdir_that_is_a_file_or_cannot_be_written_is_named(capsys: Any) -> No
 
 def test_preparing_judges_types_too(capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:
-        flags.main(prepare.main, prepare.__doc__, ["prepare", "--config=odd.py"])
+        cli.main(prepare.main, prepare.__doc__, ["prepare", "--config=odd.py"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: model.layers = 2.5 must be of the type int\n"
 
 
 def test_text_that_is_away_ends_a_run_that_has_begun_with_74(capsys: Any, tmp_path: pathlib.Path) -> None:
     words = ["train", "--config=toy.py", "--text=away/*.jsonl", f"--workdir={tmp_path}"]
-    (tmp_path / "config.json").write_text(to_json(flags.parse(words, workdir="")[0]))
+    (tmp_path / "config.json").write_text(to_json(cli.parse(words, workdir="")[0]))
     for begun in (False, True):
         if begun:
             (tmp_path / "checkpoints" / "4").mkdir(parents=True)
         with pytest.raises(SystemExit) as stop:
-            flags.main(train.main, train.__doc__, words)
-        assert stop.value.code == (flags.NO_DATA if begun else flags.BAD_CONFIG)
+            cli.main(train.main, train.__doc__, words)
+        assert stop.value.code == (errors.NO_DATA if begun else errors.BAD_SETTING)
         [line] = capsys.readouterr().err.splitlines()
         assert "data.text 'away/*.jsonl' matches no file" in line and ("mend" in line) == begun
 
@@ -238,7 +228,7 @@ def test_text_that_is_away_ends_a_run_that_has_begun_with_74(capsys: Any, tmp_pa
 def test_warm_start_of_another_tokenizer_is_refused_by_the_command(
     capsys: Any, tmp_path: pathlib.Path
 ) -> None:
-    source = flags.parse(["train", "--config=toy.py:full"])[0]
+    source = cli.parse(["train", "--config=toy.py:full"])[0]
     with Checkpoints(tmp_path, source) as checkpoints:
         checkpoints._write(4, {"opt_state/x": jnp.zeros(2), "trained/x": jnp.zeros(2)})
     (tmp_path / "run.json").write_text('{"rows": {"train": {"tokenizer": "mine"}}}')

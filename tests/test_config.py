@@ -7,9 +7,10 @@ import pathlib
 
 import pytest
 
-from relora_jax import config, flags, prune, shapes
+from relora_jax import cli, config, shapes
+from relora_jax.core import prune
 from relora_jax.validate import validate
-from tests import small
+from tests.support import small
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 RUN = {
@@ -33,7 +34,7 @@ def test_every_config_and_arm_is_valid_and_survives_its_file(
     name: str, arm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
-    made, _ = flags.parse(["train", f"--config=configs/{name}.py:{arm}"])
+    made, _ = cli.parse(["train", f"--config=configs/{name}.py:{arm}"])
     validate(made, devices=8)
     assert (made.name, made.arm) == (name, arm)
     assert config.from_json(config.to_json(made)) == made
@@ -48,7 +49,7 @@ def test_control_has_about_as_many_parameters_as_relora_trains(
 ) -> None:
     monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
     control, relora = (
-        flags.parse(["train", f"--config=configs/{name}.py:{arm}"])[0] for arm in ("control", "relora")
+        cli.parse(["train", f"--config=configs/{name}.py:{arm}"])[0] for arm in ("control", "relora")
     )
     total, trained = shapes.count(control).full_rank_total, shapes.count(relora).trained
     assert abs(total / trained - 1) < 0.07, (total, trained)

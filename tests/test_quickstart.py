@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from relora_jax import metrics, samples
+from relora_jax.reporting import samples
+from relora_jax.run import metrics_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = {
@@ -37,7 +38,7 @@ def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
     assert f"trains {facts['trained']:,} parameters and freezes {facts['frozen']:,}" in opening
     assert "reduction" in opening and ending.startswith("perplexity ")
     assert "unigram distribution" in ending
-    rows = metrics.read(tmp_path / "run")
+    rows = metrics_file.read(tmp_path / "run")
     assert [r["update"] for r in rows if r["kind"] == "eval"] == [0, 10, 20]
     assert [r["update"] for r in rows if r["kind"] == "restart"] == [11, 16]
     assert [r["update"] for r in rows if r["kind"] == "train"] == list(range(1, 21))

@@ -2,21 +2,21 @@ import re
 
 import pytest
 
-from relora_jax import data, throughput
-from tests.test_stores import folder  # noqa: F401 (a fixture)
+from relora_jax import throughput
+from relora_jax.data import batches
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
-def test_command_reads_the_rows_twice_and_tells_both_speeds(folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_command_reads_the_rows_twice_and_tells_both_speeds(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "c.py").write_text(
-        "import pathlib\nfrom tests import small, test_stores\n"
+        "import pathlib\nfrom tests.support import own_text, small\n"
         "def get_config(arm='relora'):\n    made = small.config(train__batch=16, train__microbatch=8)\n"
-        f"    made.data = test_stores.config(pathlib.Path({str(folder)!r}))\n    return made\n"
+        f"    made.data = own_text.config(pathlib.Path({str(folder)!r}))\n    return made\n"
     )
-    read, train_batch = [], data.train_batch
+    read, train_batch = [], batches.train_batch
     spy = lambda store, u, **shape: read.append(u) or train_batch(store, u, **shape)  # noqa: E731
-    monkeypatch.setattr(data, "train_batch", spy)
+    monkeypatch.setattr(batches, "train_batch", spy)
     assert throughput.main(["throughput", f"--config={tmp_path}/c.py"]) == 0
     said = capsys.readouterr().out
     (cold, cold_tokens), (warm, warm_tokens) = (

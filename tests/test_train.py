@@ -9,16 +9,16 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from relora_jax import train
-from relora_jax.checkpoint import Checkpoints
-from relora_jax.data import Batch
-from relora_jax.metrics import Metrics
-from relora_jax.openings import Openings
-from relora_jax.program import Program
-from relora_jax.signals import Signals
-from relora_jax.steps import TrainState
-from relora_jax.train import Recorder
-from tests import small
+from relora_jax import loop, train
+from relora_jax.checkpoint.manager import Checkpoints
+from relora_jax.data.batches import Batch
+from relora_jax.loop import Recorder
+from relora_jax.run.metrics import Metrics
+from relora_jax.run.signals import Signals
+from relora_jax.training.eval_prompts import EvalPrompts
+from relora_jax.training.program import Program
+from relora_jax.training.state import TrainState
+from tests.support import small
 
 ROOT = pathlib.Path(__file__).parent.parent
 BATCHES = 4
@@ -32,7 +32,7 @@ class Around:
         self.steps, self.told, self._asked_at = 0, list[str](), asked_at
         self.signals = Mock(spec=Signals, asked=asked_at == 0)
         program, checkpoints = Mock(spec=Program), Mock(spec=Checkpoints)
-        metrics, openings = Mock(spec=Metrics, evaluated=evaluated), Mock(spec=Openings)
+        metrics, openings = Mock(spec=Metrics, evaluated=evaluated), Mock(spec=EvalPrompts)
         program.eval_step.side_effect = lambda *_: self._step((np.float32(2.0), np.int32(1)))
         openings.continued.side_effect = lambda *_: self._step([("a", "b")])
         metrics.pause.side_effect = lambda _: contextlib.nullcontext()
@@ -89,7 +89,7 @@ def test_signals_are_heard_while_devices_start(monkeypatch: pytest.MonkeyPatch) 
         heard.append(signal.getsignal(signal.SIGTERM))
         raise ValueError("no device")
 
-    monkeypatch.setattr(train, "start_devices", start)
+    monkeypatch.setattr(loop, "start_devices", start)
     with pytest.raises(ValueError, match="no device"):
         train.main(["train", f"--config={ROOT / 'configs' / 'quickstart.py'}"])
     assert isinstance(getattr(heard[0], "__self__", None), Signals)

@@ -2,10 +2,11 @@ import pathlib
 
 import pytest
 
-from relora_jax import flags, tokenizer
+from relora_jax import cli
+from relora_jax.tokenizer import tokenizer
 from scripts import train_tokenizer
-from tests.documents import texts, write_dataset
-from tests.test_bad_input import CONFIG
+from tests.support.commands import TOY
+from tests.support.documents import texts, write_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -13,12 +14,12 @@ def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (tmp_path / "toy.py").write_text(CONFIG)
+    (tmp_path / "toy.py").write_text(TOY)
     write_dataset("toy:1.0.0", {"train": texts(60), "validation": ["\u65e5"]})
 
 
 def run(*words):
-    flags.main(train_tokenizer.main, train_tokenizer.__doc__, ["train_tokenizer", *words])
+    cli.main(train_tokenizer.main, train_tokenizer.__doc__, ["train_tokenizer", *words])
 
 
 @pytest.mark.parametrize(("kind", "pieces"), [("bpe", 350), ("unigram", 310)])

@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from relora_jax import sotu
+from relora_jax.data import sotu
 
 HERE = Path(__file__).parent
 PARAGRAPHS, WORDS = 100, 12

@@ -1,0 +1,264 @@
+"""y = x @ W + (alpha / rank) * (x @ A) @ B: linear layers with a frozen base kernel and trainable factors.
+
+`wrap` turns the `nnx.Linear`s of any NNX model into `LowRankDense`, `merge_and_reinit` is the
+weights' half of a restart, `unwrap` gives plain `nnx.Linear`s back (ReLoRA, arXiv 2307.05695).
+
+Shapes: `in`, `out` sides of the kernel; `r` rank; `*layers` leading axes of a stacked model.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Key
+
+from relora_jax.core import base
+from relora_jax.core.merge import delta, merge_layers
+from relora_jax.core.paths import Path, holders, modules, path_key, replace_modules, said
+from relora_jax.core.product import check as check_product
+from relora_jax.core.product import product as low_rank_product
+
+BASE_INITS = ("keep", "zero")
+
+
+class BaseKernel(nnx.Variable):
+    """W [*layers, in, out], or a part of what it is stored as: frozen, so without gradient and moments.
+
+    Merges alone change it.
+    """
+
+
+class BranchKey(nnx.Variable):
+    """Dropout keys [*layers] of one layer's branch, placed for one pass by `with_dropout_keys`."""
+
+
+class LowRankDense(nnx.Module):
+    """y = x @ W + (alpha / rank) * (x @ A) @ B (+ bias): W frozen, A, B and bias trained.
+
+    Starts as the function of `linear`: A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that B has a
+    gradient from the first update. `base_init="zero"` drops the kernel's value instead and draws both
+    factors from U(-1/sqrt(r), 1/sqrt(r)). The kernel may be stacked: [*layers, in, out].
+    """
+
+    kernel: BaseKernel
+
+    def __init__(
+        self,
+        linear: nnx.Linear,
+        *,
+        rank: int,
+        alpha: float,
+        key: Key[Array, ""],
+        dropout: float = 0.0,
+        product: str = "apart",
+        base_dtype: Any = jnp.float32,
+        base_init: str = "keep",
+    ) -> None:
+        _check_plain(linear)
+        kernel = linear.kernel[...]
+        check(kernel.shape, rank=rank, alpha=alpha, dropout=dropout, product=product, base_init=base_init)
+        metadata = dict(linear.kernel.get_metadata())
+        *layers, fan_in, fan_out = kernel.shape
+        keep = base_init == "keep"
+        self.base = base.parse(base_dtype)
+        stored = self.base.store(kernel if keep else jnp.zeros_like(kernel))
+        self.stored_as = tuple(stored)
+        for name, part in stored.items():
+            setattr(self, name, BaseKernel(part, **metadata))
+        bound = 1 / math.sqrt(fan_in if keep else rank)
+        names = metadata.pop("axes", (*("layers",) * len(layers), "in", "out"))
+        a = _uniform_layers(key, (*layers, fan_in, rank), bound, linear.param_dtype)
+        b = jnp.zeros((*layers, rank, fan_out), linear.param_dtype)
+        if not keep:
+            b = _uniform_layers(jax.random.fold_in(key, 1), b.shape, bound, linear.param_dtype)
+        self.lora_a = nnx.LoRAParam(a, axes=(*names[:-1], "rank"))
+        self.lora_b = nnx.LoRAParam(b, axes=(*names[:-2], "rank", names[-1]))
+        self.bias = linear.bias
+        self.dropout_key: Any = nnx.data(None)
+        self.rank, self.alpha, self.dropout, self.product = rank, alpha, dropout, product
+        self.dtype, self.param_dtype, self.precision = linear.dtype, linear.param_dtype, linear.precision
+
+    @property
+    def scale(self) -> float:
+        """Alpha / rank, the weight of the branch."""
+        return self.alpha / self.rank
+
+    @property
+    def stored(self) -> base.Stored:
+        """The arrays that W is stored as."""
+        return {name: getattr(self, name)[...] for name in self.stored_as}
+
+    def __call__(self, x: Float[Array, "*tokens in"], *, key: Any = None) -> Float[Array, "*tokens out"]:
+        """x @ W + scale * (dropout(x) @ A) @ B (+ bias); dropout is drawn only where a key is given.
+
+        The key is `key`, or what `with_dropout_keys` placed in the layer.
+        """
+        bias = None if self.bias is None else self.bias[...]
+        a, b, w = self.lora_a[...], self.lora_b[...], self.stored
+        dtype = self.dtype or jnp.result_type(x, self.param_dtype)
+        key = self.dropout_key[...] if key is None and self.dropout_key is not None else key
+        y = low_rank_product(
+            x.astype(dtype),
+            self.base,
+            lax.stop_gradient(w),
+            a,
+            b,
+            scale=self.scale,
+            form=self.product,
+            dropout=self.dropout,
+            key=key,
+            precision=self.precision,
+        )
+        return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+    def delta(self) -> Float[Array, "*layers in out"]:
+        """scale * (A @ B), in at least float32 at highest precision."""
+        return delta(self.lora_a[...], self.lora_b[...], self.scale)
+
+
+def wrap(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Callable[[Path, nnx.Linear], bool],
+    rngs: nnx.Rngs,
+    dropout: float = 0.0,
+    product: str = "apart",
+    base_dtype: Any = jnp.float32,
+    base_init: str = "keep",
+) -> Any:
+    """The same function, its targeted `nnx.Linear`s turned into `LowRankDense` in place.
+
+    `targets(path, module)` picks among the model's `nnx.Linear`s, by the tuple of attribute names and
+    indices that leads to one. Kernel and bias keep their values (the kernel as `base_dtype` stores it: a
+    dtype, its name or a `core.base.Base`); one key is taken from `rngs.params()` and folded with each layer's
+    path. ValueError where nothing is picked, or a picked layer does more than x @ W + bias.
+    """
+    key = rngs.params()
+    options: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "product": product}
+    options |= {"base_dtype": base_dtype, "base_init": base_init}
+    picked = [(p, m) for p, m in modules(model, nnx.Linear) if targets(p, m)]
+    if not picked:
+        seen = [said(p) for p, _ in modules(model, nnx.Linear)]
+        raise ValueError(
+            f"targets picks none of the model's nnx.Linear layers: {', '.join(seen) or 'it has none'}"
+        )
+    low_rank = {}
+    for path, linear in picked:
+        if holders(model, linear.kernel) > 1:
+            raise ValueError(f"{said(path)} shares its kernel with another layer: leave both out of targets")
+        try:
+            low_rank[id(linear)] = LowRankDense(linear, key=path_key(key, path), **options)
+        except ValueError as error:
+            raise ValueError(f"{said(path)}: {error}") from None
+    return replace_modules(model, low_rank)
+
+
+def unwrap(model: Any) -> Any:
+    """The same function in plain `nnx.Linear`s, in place: W + scale * (A @ B) becomes the trained kernel.
+
+    Biases stay the Variables they were. ValueError where the model holds no `LowRankDense`.
+    """
+    return replace_modules(model, {id(dense): _linear(dense) for _, dense in low_rank_layers(model)})
+
+
+def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
+    """W += scale * (A @ B); A ~ U(-1/sqrt(in), 1/sqrt(in)) afresh; B = 0: the function stays, in place.
+
+    Layer by layer in at least float32 at highest precision; how the sum is rounded is the base type's:
+    into a bfloat16 kernel stochastically, so that merges smaller than its spacing are not lost in the mean.
+    `key` is folded with each layer's path and index.
+    """
+    for path, dense in low_rank_layers(model):
+        a, b = dense.lora_a[...], dense.lora_b[...]
+        merged, a = merge_layers(dense.base, dense.stored, a, b, dense.scale, path_key(key, path))
+        for name, part in merged.items():
+            getattr(dense, name)[...] = part
+        dense.lora_a[...], dense.lora_b[...] = a, jnp.zeros_like(b)
+    return model
+
+
+def with_dropout_keys(model: Any, *, key: Key[Array, ""]) -> Any:
+    """The model with a dropout key of its own in every low-rank layer that has dropout, in place.
+
+    For models whose calls hand no key on. Place keys for one pass only: they are state like any other.
+    """
+    for path, dense in low_rank_layers(model):
+        if dense.dropout > 0:
+            layers = dense.kernel[...].shape[:-2]
+            keys = jax.random.split(path_key(key, path), layers) if layers else path_key(key, path)
+            dense.dropout_key = nnx.data(BranchKey(keys, axes=("layers",) * len(layers)))
+    return model
+
+
+def low_rank_layers(model: Any) -> list[tuple[Path, LowRankDense]]:
+    """Every (path, layer) that `wrap` made; ValueError where there is none."""
+    layers = list(modules(model, LowRankDense))
+    if not layers:
+        raise ValueError("the model holds no LowRankDense: call wrap first")
+    return layers
+
+
+def _uniform_layers(key: Any, shape: tuple[int, ...], bound: float, dtype: Any) -> Any:
+    """U(-bound, bound) of the shape [*layers, m, n], each layer drawn from a key of its own."""
+    *layers, m, n = shape
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(math.prod(layers)))
+    draw = jax.vmap(lambda k: jax.random.uniform(k, (m, n), dtype, -bound, bound))
+    return draw(keys).reshape(shape)
+
+
+def _linear(dense: LowRankDense) -> nnx.Linear:
+    """The plain layer of the merged kernel."""
+    *_, fan_in, fan_out = dense.kernel[...].shape
+    types = {"dtype": dense.dtype, "param_dtype": dense.param_dtype, "precision": dense.precision}
+    linear = nnx.eval_shape(
+        lambda: nnx.Linear(fan_in, fan_out, use_bias=dense.bias is not None, rngs=nnx.Rngs(0), **types)
+    )
+    merged = dense.base.read(dense.stored).astype(dense.delta().dtype) + dense.delta()
+    linear.kernel = nnx.Param(merged.astype(dense.param_dtype), **dense.kernel.get_metadata())
+    linear.bias = dense.bias
+    return linear
+
+
+def check(
+    shape: tuple[int, ...],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    product: str = "apart",
+    base_init: str = "keep",
+) -> None:
+    """ValueError, which begins with the argument's name, where no `LowRankDense` can be made of the kernel.
+
+    `shape` is the kernel's, [*layers, in, out].
+    """
+    fan_in, fan_out = shape[-2:]
+    if not 1 <= rank <= min(fan_in, fan_out):
+        raise ValueError(
+            f"rank {rank} does not fit a {fan_in} x {fan_out} kernel: choose 1 to {min(fan_in, fan_out)}"
+        )
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha {alpha} must be finite and above 0, such as 32")
+    check_product(product, dropout)
+    if base_init not in BASE_INITS:
+        raise ValueError(f"base_init {base_init!r} is not known: one of {', '.join(BASE_INITS)}")
+
+
+def _check_plain(linear: Any) -> None:
+    """ValueError for a layer that does more than x @ W + bias."""
+    plain = nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+    own = [n for n in ("dot_general", "promote_dtype") if getattr(linear, n) is not getattr(plain, n)]
+    if getattr(linear, "preferred_element_type", None) is not None:
+        own.append("preferred_element_type")
+    if type(linear) is not nnx.Linear or own:
+        what = f"its own {', '.join(own)}" if own else f"the class {type(linear).__name__}"
+        raise ValueError(
+            f"only a plain nnx.Linear becomes low-rank, not one with {what}: leave it out of targets"
+        )

@@ -1,0 +1,46 @@
+"""What a restart does to a model and to its optimizer's state: a value, so that another method is one class.
+
+merge_and_reinit    ReLoRA (arXiv 2307.05695): W += scale * (A @ B), A redrawn, B = 0, moments pruned
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+from relora_jax.core import grammar
+from relora_jax.core.low_rank import merge_and_reinit
+from relora_jax.core.reset import reset
+
+
+@dataclasses.dataclass(frozen=True)
+class Restart(grammar.Choice):
+    """One method."""
+
+    def model(self, model: Any, *, key: Any) -> Any:
+        """The same function with its low-rank layers ready for a new cycle, in place; `key` draws."""
+        raise NotImplementedError
+
+    def opt_state(self, opt_state: Any, *, key: Any) -> Any:
+        """The optimizer's state where the cycle ends with a reset: its factors' statistics pruned."""
+        raise NotImplementedError
+
+
+class MergeAndReinit(Restart):
+    """The factors are merged into their kernel and begin anew."""
+
+    kind: ClassVar[str] = "merge_and_reinit"
+
+    def model(self, model: Any, *, key: Any) -> Any:
+        """`merge_and_reinit` of low_rank.py."""
+        return merge_and_reinit(model, key=key)
+
+    def opt_state(self, opt_state: Any, *, key: Any) -> Any:
+        """`reset` of reset.py."""
+        return reset(opt_state, key)
+
+
+CHOICES: dict[str, type[Restart]] = {choice.kind: choice for choice in (MergeAndReinit,)}
+
+
+def parse(text: object) -> Restart:
+    """The method that `text` names. ValueError, with those that are known, otherwise."""
+    return grammar.parse(text, CHOICES, what="restart")

@@ -1,0 +1,153 @@
+"""Rows of token ids on the disk: what a record is, and the store that reads them.
+
+A store is a directory: manifest.json, counts.npy (the count of each piece), and ArrayRecord shards. A row
+is S ids and their true length; S = sequence_length + 1.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import itertools
+import json
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from jaxtyping import Int32, Int64
+
+from relora_jax.errors import UserError
+from relora_jax.storage.records import RecordWriter
+
+FORMAT = 2  # of a row store: raise it with any change of the records, the packing or the manifest
+MANIFEST, COUNTS = "manifest.json", "counts.npy"
+SPARE_FILES = 512  # open files for everything else
+
+
+def record_type(*, sequence_length: int, pieces: int) -> np.dtype:
+    """One record: true length (uint32), then S ids (uint16 where they fit, else uint32); little-endian."""
+    ids = "<u2" if pieces <= 2**16 else "<u4"
+    return np.dtype([("length", "<u4"), ("ids", ids, (sequence_length + 1,))])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowStore:
+    """The rows that `prepare` wrote: `rows` of them, `tokens` ids in all, `counts` of each piece."""
+
+    path: Path
+    rows: int
+    sequence_length: int
+    tokens: int
+    pieces: int
+    eos: int
+    manifest: dict[str, Any]
+    counts: Int64[np.ndarray, " pieces"]
+    _source: ArrayRecordDataSource
+
+    @classmethod
+    def open(cls, path: Path) -> "RowStore":
+        """The store in a directory; OSError where it is not whole, UserError if its shards are too many."""
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            if manifest["format"] != FORMAT:
+                raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+            counts = np.load(path / COUNTS)
+            shards = [str(path / shard["file"]) for shard in manifest["shards"] if shard["rows"]]
+            facts = {name: manifest[name] for name in ("rows", "sequence_length", "tokens", "pieces", "eos")}
+            allow_open_files(len(shards))
+            source = ArrayRecordDataSource(shards)
+            if not len(source) == facts["rows"] == sum(shard["rows"] for shard in manifest["shards"]):
+                raise ValueError(f"{len(source)} rows of {facts['rows']} are there")
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise OSError(
+                f"{path} is no whole row store ({error}): delete it, and it is made again"
+            ) from error
+        check_open_files(len(shards), path)
+        return cls(path=path, manifest=manifest, counts=counts, _source=source, **facts)
+
+    def read(self, indices: Sequence[int]) -> tuple[Int32[np.ndarray, "n S"], Int32[np.ndarray, " n"]]:
+        """ids and true lengths of the rows at `indices`, in that order, by one call.
+
+        OSError, which names the shard, where one is gone or damaged.
+        """
+        record = record_type(sequence_length=self.sequence_length, pieces=self.pieces)
+        try:
+            records = self._source.__getitems__(indices) if len(indices) else []
+        except (RuntimeError, OSError, IndexError) as error:
+            raise self._unreadable(indices, str(error)) from error
+        for i, each in zip(indices, records, strict=True):
+            if len(each) != record.itemsize:
+                raise self._unreadable([i], f"a record has {len(each)} bytes, not {record.itemsize}")
+        table = np.frombuffer(b"".join(records), record)
+        return table["ids"].astype(np.int32), table["length"].astype(np.int32)
+
+    def _unreadable(self, indices: Sequence[int], reason: str) -> OSError:
+        """An error that names the first shard that fails; the library's own names none, or not always."""
+        ends = list(itertools.accumulate(shard["rows"] for shard in self.manifest["shards"]))
+        for i in indices:
+            try:
+                self._source.__getitems__([i])
+            except (RuntimeError, OSError, IndexError):
+                break
+        else:
+            i = indices[0]
+        file = self.path / self.manifest["shards"][bisect.bisect_right(ends, i)]["file"]
+        line = reason.partition("\n")[0].partition(";")[0]
+        return OSError(f"rows in {file} cannot be read ({line}): bring the file back, and start again")
+
+
+class RowWriter:
+    """A shard of rows in the making; under its name, whole, where its `with` ends well. No rows, no file.
+
+    `rows` and `counts` of each piece tell what it holds. OSError where the disk does not take it.
+    """
+
+    def __init__(self, path: Path, *, sequence_length: int, pieces: int) -> None:
+        self._path, self._writer = path, None
+        self._type = record_type(sequence_length=sequence_length, pieces=pieces)
+        self.rows, self.counts = 0, np.zeros(pieces, np.int64)
+
+    def write(self, ids: Int32[np.ndarray, "n S"], lengths: Int32[np.ndarray, " n"]) -> None:
+        """Adds rows."""
+        records = np.zeros(len(ids), self._type)
+        records["length"], records["ids"] = lengths, ids
+        if self._writer is None and len(ids):
+            # one record a group, or a row costs the reading of its group; ids hardly compress
+            self._writer = RecordWriter(self._path, "group_size:1,uncompressed")
+        for record in records:
+            self._writer.write(record.tobytes())  # pyright: ignore
+        self.rows += len(ids)
+        true = np.arange(ids.shape[1]) < lengths[:, None]
+        self.counts += np.bincount(ids[true], minlength=len(self.counts))
+
+    def __enter__(self) -> "RowWriter":
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(*ended)
+
+
+def check_open_files(shards: int, of: object) -> None:
+    """UserError where a process may not have so many shards open at once."""
+    allowed, wanted = allow_open_files(shards), shards + SPARE_FILES
+    if allowed < wanted:
+        raise UserError(
+            f"{of}: {shards:,} shards, and a process may have {allowed:,} files open: raise the hard limit "
+            f"(ulimit -Hn) to {wanted}, or join small files into one .jsonl"
+        )
+
+
+def allow_open_files(shards: int) -> int:
+    """The limit, the soft one raised as far as it must and may: every shard stays open once it was read."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limits = [number if number != resource.RLIM_INFINITY else 2**31 for number in (soft, hard)]
+    wanted = min(limits[1], 2 * shards + SPARE_FILES)  # train and validation may have as many each
+    if limits[0] >= wanted:
+        return limits[0]
+    with contextlib.suppress(OSError, ValueError):  # some systems allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return limits[0]

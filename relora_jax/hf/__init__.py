@@ -1,0 +1,1 @@
+"""transformers' formats, both ways."""

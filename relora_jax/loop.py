@@ -1,0 +1,160 @@
+"""One run, read top to bottom: it is opened; each update begins with what is due, steps and is recorded."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from relora_jax.checkpoint.manager import Checkpoints
+from relora_jax.config import Config, to_json
+from relora_jax.data import batches
+from relora_jax.data.batches import Batch
+from relora_jax.data.stores import How
+from relora_jax.errors import DIVERGED, STOPPED
+from relora_jax.reporting import page
+from relora_jax.run import directory, record, wandb_sink
+from relora_jax.run.metrics import Diverged, Metrics, Sink
+from relora_jax.run.opening import OpenRun, open_run
+from relora_jax.run.signals import Signals
+from relora_jax.run.tensorboard_sink import Board
+from relora_jax.training import steps
+from relora_jax.training.eval_prompts import EvalPrompts
+from relora_jax.training.evaluation import evaluate
+from relora_jax.training.program import Program
+from relora_jax.training.sharding import start_devices
+from relora_jax.training.state import TrainState
+from relora_jax.validate import validate
+
+
+def run(config: Config, workdir: Path, how: How, signals: Signals) -> int:
+    """Opens the run, trains it to its end or a signal, and reports; the exit code."""
+    validate(config, devices=len(start_devices()))
+    wandb_sink.check(config.train.wandb)
+    with open_run(config, workdir, how) as opened:
+        if opened is None:
+            return 0
+        writer = opened.writer
+        try:
+            stopped_at = train(opened, signals)
+        except Diverged as error:
+            writer.say(f"error: {error}", warning=True)
+            return DIVERGED
+        if stopped_at is not None:
+            writer.say(
+                f"stopped after update {stopped_at}, which is saved: the same command goes on from there"
+            )
+            return STOPPED
+        if writer.active:
+            page.write(workdir)
+            writer.say(record.summary(workdir))
+        return 0
+
+
+def train(run: OpenRun, signals: Signals) -> int | None:
+    """Trains to the end, None, or to a signal: the updates done then, which are saved."""
+    config, program, updates = run.config, run.program, run.config.train.updates
+    validation = list(
+        batches.validation_batches(
+            run.prepared.validation,
+            eval_tokens=config.train.eval_tokens,
+            microbatch=config.train.microbatch,
+            sharding=program.eval_rows,
+            across_documents=config.data.attend_across_documents,
+        )
+    )
+    unigram = batches.unigram_perplexity(run.prepared.train.counts, validation)
+    facts = {"unigram_perplexity": unigram, **directory.special(run.workdir, config)}
+    directory.begin(run.writer, config, rows=directory.keys_of(run.prepared), **facts)
+    prompts = EvalPrompts(run.prepared.validation, run.prepared.tokenizer)
+    stream = batches.prefetch(batches.stream(config, run.prepared.train, program.rows), run.update, updates)
+    start = {"restored_update": run.update, "anew": not run.resumed}
+    with (
+        Checkpoints(run.workdir, config) as checkpoints,
+        Metrics(run.writer, updates=updates, sinks=_sinks(run), **start) as metrics,
+        closing(stream),
+    ):
+        signals.at_once, state = False, run.state
+        recorder = Recorder(config, program, metrics, checkpoints, validation, prompts, signals)
+        if run.resumed:
+            run.writer.say(f"goes on after update {run.update}")
+        if recorder.record(run.update, state):
+            return run.update
+        for u, batch in enumerate(stream, run.update):
+            if any(due := steps.due(config, u)):
+                with metrics.pause(state.update):
+                    state = program.begin_update(u, state)
+                if due.merge:
+                    metrics.restart(u, merged=due.merge, reset=due.reset)
+            learning_rate = steps.rate(config, u)
+            state, values = program.train_step(state, batch, learning_rate)
+            recorder.log(u + 1, learning_rate, values)
+            if recorder.record(u + 1, state):
+                return u + 1
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """What follows an update: its row, its evaluation and samples, its checkpoint. No state is changed."""
+
+    config: Config
+    program: Program
+    metrics: Metrics
+    checkpoints: Checkpoints
+    validation: Sequence[Batch]
+    prompts: EvalPrompts
+    signals: Signals
+
+    def log(self, u: int, learning_rate: float, values: dict[str, Any]) -> None:
+        """The train row of u updates done, where due."""
+        if u % self.config.train.log_every_updates == 0 or u == self.config.train.updates:
+            self.metrics.train(u, lr=learning_rate, restarts=steps.restarts_done(self.config, u), **values)
+
+    def record(self, u: int, state: TrainState) -> bool:
+        """Evaluates and saves the state after u updates, where due; rows are on the disk first.
+
+        True where a signal asked to stop: then it is saved in any case, and the next start evaluates it.
+        """
+        settings, evaluated = self.config.train, self.metrics.evaluated
+        due = evaluated < 0 or u % settings.evaluate_every_updates == 0 or u == settings.updates
+        if due and u > evaluated and not self.signals.asked:
+            with self.metrics.pause(state.update):
+                self._evaluate(u, state)
+        stop = self.signals.asked
+        if stop or self.checkpoints.due(u):
+            with self.metrics.pause(state.update):
+                self.metrics.flush()
+                self.checkpoints.save(u, state, low_priority=not stop and u < settings.updates)
+        return stop
+
+    def _evaluate(self, u: int, state: TrainState) -> None:
+        """The rows of eval and sample; none where a signal came before all of them were there."""
+        result = evaluate(self.program, state, self._until_asked())
+        continued = [] if self.signals.asked else self.prompts.continued(self.program, state)
+        if not self.signals.asked:
+            self.metrics.eval(u, **result._asdict())
+            for prompt, text in continued:
+                self.metrics.sample(u, prompt=prompt, text=text)
+
+    def _until_asked(self) -> Iterator[Batch]:
+        """The batches of the evaluation; at least one."""
+        for batch in self.validation:
+            yield batch
+            if self.signals.asked:
+                return
+
+
+def _sinks(run: OpenRun) -> list[Sink]:
+    """Where rows go besides metrics.jsonl."""
+    if not run.writer.active:
+        return []
+    purge_step = run.update + 1 if run.resumed else 0
+    sinks: list[Sink] = [Board(run.workdir / "tensorboard", purge_step=purge_step)]
+    if project := run.config.train.wandb:
+        config = json.loads(to_json(run.config))
+        sinks.append(
+            wandb_sink.WeightsAndBiases(run.writer, project=project, config=config, resumed=run.resumed)
+        )
+    return sinks

@@ -1,0 +1,1 @@
+"""The LLaMA decoder: rotary positions, attention, the loss, sampling."""

@@ -1,0 +1,236 @@
+"""The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+
+Plain `nnx.Linear`s in blocks that are stacked on a leading axis and scanned; it knows nothing of low rank.
+Shapes: B rows, L positions, D hidden, H query heads, K key-value heads, h head dimension, V vocabulary.
+Every variable names its `axes`, from which sharding follows.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from relora_jax.config import ModelConfig
+from relora_jax.model import rope
+
+REMAT = ("none", "dots", "full")
+ATTENTION = ("xla", "einsum", "cudnn")
+
+
+def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
+    """ValueError, which begins with the argument's name, where they make no attention."""
+    if heads % kv_heads:
+        raise ValueError(f"kv_heads {kv_heads} must divide heads {heads}")
+    if head_dim % 2:
+        raise ValueError(f"head_dim {head_dim} must be even: positions turn it in two halves")
+
+
+class Llama(nnx.Module):
+    """Logits [B, L, V] of ids [B, L]; each depends on the ids up to its own position.
+
+    With `documents` [B, L], the number of each id's document in its row, on those of its document alone:
+    the logits are those of the documents run apart.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        dtype, param_dtype = types(config)
+        normal = nnx.initializers.normal(config.init_std)
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.hidden,
+            embedding_init=normal,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+            embedding_metadata={"axes": ("vocab", "embed")},
+        )
+        keys = jax.random.split(rngs.params(), config.layers)
+        blocks = jax.vmap(lambda key: nnx.split(Block(config, rngs=nnx.Rngs(key)))[1])(keys)
+        graph = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
+        self.blocks = nnx.merge(graph, blocks)
+        self.norm = _norm(config, axes=("norm",), rngs=rngs)
+        head = (config.hidden, config.vocab_size, ("embed", "vocab"), rngs)
+        self.head = None if config.tied_embeddings else _linear(config, *head)
+        self.remat = config.remat
+
+    def __call__(
+        self,
+        ids: Int[Array, "B L"],
+        documents: Int[Array, "B L"] | None = None,
+        *,
+        at: Int[Array, " B"] | None = None,
+    ) -> Float[Array, "B out V"]:
+        """Logits in at least float32: at every position, or `at` one of each row alone."""
+        graph, layers = nnx.split(self.blocks)
+        positions, mask = jnp.arange(ids.shape[1])[None], None
+        if documents is not None:
+            positions, mask = apart(documents)
+
+        def block(x: Array, layer: Any) -> tuple[Array, None]:
+            return nnx.merge(graph, layer)(x, positions, mask), None
+
+        x, _ = lax.scan(_remat(block, self.remat), self.embed(ids), layers)
+        x = self.norm(x if at is None else jnp.take_along_axis(x, at[:, None, None], axis=1))
+        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = _norm(config, axes=("layers", "norm"), rngs=rngs)
+        self.attention = Attention(config, rngs=rngs)
+        self.mlp_norm = _norm(config, axes=("layers", "norm"), rngs=rngs)
+        self.mlp = Mlp(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B L D"], positions: Int[Array, "#B L"], mask: Bool[Array, "B L L"] | None
+    ) -> Float[Array, "B L D"]:
+        """One layer of the residual stream."""
+        x = x + self.attention(self.attention_norm(x), positions, mask)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nnx.Module):
+    """softmax(q k^T / sqrt(h)) v over the past; each key-value head serves H / K query heads."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        query, value = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        axes = ("layers", "in", "out")
+        self.q = _linear(config, config.hidden, query, axes, rngs)
+        self.k = _linear(config, config.hidden, value, axes, rngs)
+        self.v = _linear(config, config.hidden, value, axes, rngs)
+        self.o = _linear(config, query, config.hidden, axes, rngs)
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.theta, self.scaling = config.rope_theta, rope.parse(config.rope_scaling)
+        self.kernel = config.attention
+
+    def __call__(
+        self, x: Float[Array, "B L D"], positions: Int[Array, "#B L"], mask: Bool[Array, "B L L"] | None
+    ) -> Float[Array, "B L D"]:
+        """Causal self-attention, within `mask` where there is one."""
+        rows, length, _ = x.shape
+        q = self.q(x).reshape(rows, length, self.heads, self.head_dim)
+        k = self.k(x).reshape(rows, length, self.kv_heads, self.head_dim)
+        v = self.v(x).reshape(rows, length, self.kv_heads, self.head_dim)
+        frequencies = self.scaling.frequencies(self.head_dim, theta=self.theta, length=length)
+        turn = frequencies, self.scaling.amplitude()
+        y = attend(rotate(q, positions, *turn), rotate(k, positions, *turn), v, mask, kernel=self.kernel)
+        return self.o(y.reshape(rows, length, -1))
+
+
+class Mlp(nnx.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        axes = ("layers", "in", "out")
+        self.gate = _linear(config, config.hidden, config.mlp, axes, rngs)
+        self.up = _linear(config, config.hidden, config.mlp, axes, rngs)
+        self.down = _linear(config, config.mlp, config.hidden, axes, rngs)
+
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """The position-wise half of a block."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def apart(documents: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L L"]]:
+    """(place of each id within its document, whether two ids are of one document)."""
+    places = jnp.broadcast_to(jnp.arange(documents.shape[1])[None], documents.shape)
+    begins = jnp.diff(documents, axis=1, prepend=documents[:, :1]) != 0
+    starts = lax.cummax(jnp.where(begins, places, 0), axis=1)
+    return places - starts, documents[:, :, None] == documents[:, None, :]
+
+
+def rotate(
+    x: Float[Array, "B L heads h"], positions: Int[Array, "#B L"], frequencies: Any, factor: float
+) -> Float[Array, "B L heads h"]:
+    """(x1 cos - x2 sin, x2 cos + x1 sin) of the head's halves, at angles position * frequencies [h/2].
+
+    Computed in at least float32; the halves are those of the published LLaMA checkpoints. `factor` is on
+    cos and sin (1 but for yarn).
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    angle = jnp.multiply.outer(positions.astype(wide), jnp.asarray(frequencies, wide))[:, :, None, :]
+    cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
+    x1, x2 = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B L H h"],
+    k: Float[Array, "B L K h"],
+    v: Float[Array, "B L K h"],
+    mask: Bool[Array, "B L L"] | None = None,
+    *,
+    kernel: str,
+) -> Float[Array, "B L H h"]:
+    """Causal attention within `mask`, a query's keys in its last axis (None: all that is past).
+
+    By jax's own kernels, or written out ("einsum") where those round to float32.
+    """
+    if kernel != "einsum":
+        heads_alike = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=heads_alike,
+            is_causal=True,
+            implementation=kernel,  # pyright: ignore
+        )
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    rows, length, heads, dim = q.shape
+    q = q.reshape(rows, length, k.shape[2], heads // k.shape[2], dim)
+    logits = jnp.einsum("blkgh,bmkh->bkglm", q, k, preferred_element_type=wide) * dim**-0.5
+    seen = jnp.tril(jnp.ones((1, length, length), bool))
+    seen = seen if mask is None else seen & mask
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkglm,bmkh->blkgh", weights, v).reshape(rows, length, heads, dim)
+
+
+def types(config: ModelConfig) -> tuple[Any, Any]:
+    """(compute type, type of trained variables and moments: at least float32)."""
+    dtype = jnp.dtype(config.compute_dtype)
+    return dtype, jnp.promote_types(dtype, jnp.float32)
+
+
+def _linear(
+    config: ModelConfig, fan_in: int, fan_out: int, axes: tuple[str, ...], rngs: nnx.Rngs
+) -> nnx.Linear:
+    dtype, param_dtype = types(config)
+    return nnx.Linear(
+        fan_in,
+        fan_out,
+        use_bias=False,
+        kernel_init=nnx.initializers.normal(config.init_std),
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+        kernel_metadata={"axes": axes},
+    )
+
+
+def _norm(config: ModelConfig, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.RMSNorm:
+    dtype, param_dtype = types(config)
+    return nnx.RMSNorm(
+        config.hidden,
+        epsilon=config.rms_eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+        scale_metadata={"axes": axes},
+    )
+
+
+def _remat(block: Any, remat: str) -> Any:
+    """The block with nothing, its products without batch axes ("dots") or its input alone ("full") saved."""
+    if remat == "none":
+        return block
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    return partial(jax.checkpoint, prevent_cse=False, policy=policy)(block)

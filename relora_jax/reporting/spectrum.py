@@ -1,0 +1,89 @@
+"""How many directions the low-rank phase has moved the kernels in: singular values of the summed update.
+
+    summed update = base now + scale * (lora_a @ lora_b) - base at the start of the low-rank phase
+
+per kind of kernel and per layer, in float64, from the {path: array} that a checkpoint holds. Where
+nothing was frozen (the arms full and control) it is kernel now - kernel then.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from relora_jax.training import names
+
+Model = Mapping[str, Any]  # {path: array}
+Values = Float[np.ndarray, "layers side"]
+
+
+def is_low_rank(model: Model, kind: str) -> bool:
+    """Whether the kernels of this kind are frozen bases with factors."""
+    return names.factors(names.LAYERS[kind])[0] in model
+
+
+def summed_updates(
+    now: Model, then: Model, kind: str, *, scale: float, base_dtype: str, base_init: str = "keep"
+) -> Iterator[Float[np.ndarray, "in out"]]:
+    """base now + scale * (A @ B) - base then, layer by layer; base then is 0 where `base_init` is "zero".
+
+    `then` holds the trained kernel that the base began as: what its type made of it is what moved since.
+    """
+    layer = names.LAYERS[kind]
+    kernel, start = now[names.kernel_of(layer)], then[names.kernel_of(layer)]
+    if not is_low_rank(now, kind):
+        yield from (w.astype(np.float64) - s.astype(np.float64) for w, s in zip(kernel, start, strict=True))
+        return
+    a, b = (now[path] for path in names.factors(layer))
+    for n, w in enumerate(kernel):
+        moved = w.astype(np.float64)
+        moved += scale * np.matmul(a[n].astype(np.float64), b[n].astype(np.float64))
+        yield moved if base_init == "zero" else moved - _as_base(start[n], base_dtype).astype(np.float64)
+
+
+def spectra(
+    now: Model, then: Model, *, scale: float, base_dtype: str, base_init: str = "keep"
+) -> dict[str, Values]:
+    """Singular values of the summed update, largest first, of each kind and layer; one kind in memory."""
+    options = {"scale": scale, "base_dtype": base_dtype, "base_init": base_init}
+    return {
+        kind: np.stack(
+            [np.linalg.svd(w, compute_uv=False) for w in summed_updates(now, then, kind, **options)]
+        )
+        for kind in names.LAYERS
+    }
+
+
+def _as_base(kernel: np.ndarray, base_dtype: str) -> np.ndarray:
+    """The kernel as its base type reads what it stored of it."""
+    import jax.numpy as jnp  # here: two reports beside each other need no JAX
+
+    from relora_jax.core import base
+
+    kind = base.parse(base_dtype)
+    return np.asarray(kind.read(kind.store(jnp.asarray(kernel))))
+
+
+def rank(values: Values, tolerance: float) -> Int[np.ndarray, " layers"]:
+    """Numerical rank per layer: singular values above `tolerance` and above the decomposition's own error."""
+    own_error = values.max(axis=-1, keepdims=True) * values.shape[-1] * np.finfo(np.float64).eps
+    return np.sum(values > np.maximum(tolerance, own_error), axis=-1)
+
+
+def below(values: Values, threshold: float = 0.1) -> int:
+    """How many singular values lie below `threshold`, summed over layers, as the paper tabulates."""
+    return int(np.sum(values < threshold))
+
+
+def rounding(kernels: np.ndarray, *, writes: int) -> float:
+    """eps rms(W) (sqrt(in) + sqrt(out)) sqrt(writes): a largest singular value that rounding alone can make.
+
+    `writes` counts how often the kernels were rounded to their dtype since the start (merges, or updates
+    where they are trained). Each leaves an error of at most eps |W| / 2 in every entry, independent of the
+    others; a matrix of such errors has half this largest singular value. Smaller values tell nothing.
+    """
+    eps = float(np.spacing(np.ones((), kernels.dtype)))
+    rms = float(np.sqrt(np.mean(np.square(kernels.astype(np.float32)))))
+    rows, columns = kernels.shape[-2:]
+    return eps * rms * float(np.sqrt(rows) + np.sqrt(columns)) * float(np.sqrt(writes))

@@ -1,0 +1,1 @@
+"""A run's directory: opening it, its rows and where they go, signals."""

@@ -1,0 +1,37 @@
+"""Numbers and times as people read them."""
+
+import math
+from typing import Any
+
+
+def describe(row: dict[str, Any], *, left_s: float) -> list[str]:
+    """A train row in words: loss, perplexity, learning rate, tokens/s, time left."""
+    loss, rate, speed = row["loss"], row["lr"], row["tokens_per_s"]
+    parts = [
+        f"loss {number(loss, '.3f')}",
+        f"perplexity {number(perplexity(loss), ',.1f')}",
+        f"lr {number(rate, '.1e')}",
+        f"{number(speed, ',.0f')} tokens/s",
+    ]
+    if math.isfinite(left_s):
+        parts.append(f"{duration(left_s)} left")
+    return parts
+
+
+def perplexity(loss: float | int | None) -> float | None:
+    """exp(loss), loss in nats; None where that is no finite number."""
+    return math.exp(loss) if loss is not None and loss < 700 else None
+
+
+def number(value: float | int | None, form: str) -> str:
+    """`value` as `form` writes it; "-" where there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def duration(seconds: float | int) -> str:
+    """Seconds as m:ss, h:mm:ss, or days and hours."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

@@ -1,0 +1,48 @@
+"""metrics.jsonl: a row a line in strict JSON, the last one perhaps torn by a kill."""
+
+import contextlib
+import json
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from relora_jax.storage.writer import Writer
+
+NAME = "metrics.jsonl"
+
+Row = dict[str, Any]
+
+
+def read(workdir: Path) -> list[Row]:
+    """The rows of a run, in order; a torn last line is left out, and no file gives no rows."""
+    return [row for _, row in _whole(Path(workdir) / NAME)]
+
+
+def cut(writer: Writer, restored_update: int) -> list[Row]:
+    """Keeps rows with update <= u, restart rows with update < u: the resumed run does that restart again."""
+    end = {"restart": restored_update}
+    kept = [
+        (line, row)
+        for line, row in _whole(writer.folder / NAME)
+        if row["update"] < end.get(row["kind"], restored_update + 1)
+    ]
+    writer.write(NAME, "".join(f"{line}\n" for line, _ in kept))
+    return [row for _, row in kept]
+
+
+def tokens_per_s(rows: Iterable[Row]) -> float | None:
+    """The median of the train rows' tokens per second; None where no row has one."""
+    speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train" and row["tokens_per_s"]]
+    return statistics.median(speeds) if speeds else None
+
+
+def _whole(file: Path) -> Iterator[tuple[str, Row]]:
+    """(line, row) of every line that is whole."""
+    if not file.exists():
+        return
+    for line in file.read_bytes().decode("utf-8", errors="replace").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and "kind" in row and "update" in row:
+                yield line, row

@@ -1,0 +1,17 @@
+"""Where things lie: what is made once, under the user's cache; datasets, where TFDS looks.
+
+Nothing is created at import, and the environment is read at each call.
+"""
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """$XDG_CACHE_HOME/relora_jax, else ~/.cache/relora_jax: tokenizers, rows, compiled programs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "relora_jax"
+
+
+def datasets_dir() -> Path:
+    """$TFDS_DATA_DIR, else ~/tensorflow_datasets: where TFDS itself looks."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()

@@ -1,0 +1,1 @@
+"""Ids of a text: SentencePiece models, tokenizer.json."""

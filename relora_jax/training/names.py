@@ -1,0 +1,65 @@
+"""The names of a run's arrays, spelled here alone: paths in the model, and in a checkpoint.
+
+    embed/embedding  norm/scale  head/kernel                 the model's ends
+    blocks/attention/q/kernel  blocks/mlp_norm/scale  ...    its blocks, stacked on the axis of layers
+    .../lora_a  .../lora_b                                   the factors beside a frozen kernel
+
+A checkpoint holds trained/PATH, frozen/PATH and opt_state/...: the fields of `TrainState`.
+"""
+
+from relora_jax.shapes import KERNELS
+
+BLOCKS = "blocks"
+EMBEDDING, FINAL_NORM, HEAD = "embed/embedding", "norm/scale", "head/kernel"
+# {q: blocks/attention/q, ...}: the layers whose kernels can become low-rank
+LAYERS = {name: f"{BLOCKS}/{group}/{name}" for group, names in KERNELS.items() for name in names}
+
+
+def kernel_of(layer: str) -> str:
+    """The path of a layer's kernel: blocks/attention/q -> blocks/attention/q/kernel."""
+    return f"{layer}/kernel"
+
+
+def norm(name: str) -> str:
+    """The path of a block's norm: mlp_norm -> blocks/mlp_norm/scale."""
+    return f"{BLOCKS}/{name}/scale"
+
+
+def is_stacked(path: str) -> bool:
+    """Whether a variable of the model has an axis of layers."""
+    return path.startswith(f"{BLOCKS}/")
+
+
+def layer_of(path: str) -> str:
+    """The layer that a variable belongs to: blocks/attention/q/kernel -> blocks/attention/q."""
+    return path.rpartition("/")[0]
+
+
+def factors(layer: str) -> tuple[str, str]:
+    """The paths of a layer's A and B."""
+    return f"{layer}/lora_a", f"{layer}/lora_b"
+
+
+def trained(path: str) -> str:
+    """Where a checkpoint holds a variable of the model that is trained."""
+    return f"trained/{path}"
+
+
+def frozen(path: str) -> str:
+    """Where a checkpoint holds a variable of the model that is frozen."""
+    return f"frozen/{path}"
+
+
+def in_model(path: str) -> str:
+    """The path in the model of what a checkpoint holds at trained/ or frozen/."""
+    return path.partition("/")[2]
+
+
+def is_frozen(path: str) -> bool:
+    """Whether a checkpoint's path is that of a frozen variable."""
+    return path.startswith("frozen/")
+
+
+def is_moment(path: str) -> bool:
+    """Whether a checkpoint's path is that of a part of the optimizer's state."""
+    return path.startswith("opt_state/")

@@ -1,0 +1,63 @@
+"""AdamW in two groups, factors and rest, its rate an argument of each update."""
+
+import itertools
+from typing import Any
+
+import jax
+import optax
+
+from relora_jax.core.paths import is_variable, leaves, names
+from relora_jax.core.prune import Prune, none
+from relora_jax.core.reset import group_labels, with_reset
+
+
+def make_optimizer(
+    params: Any,
+    *,
+    prune: Prune = none(),  # noqa: B008 (a frozen value)
+    reset_count: bool = False,
+    factor_lr_ratio: float = 1.0,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    clip_norm: float,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW of `params`, clipped by the global norm of all, in the groups "factors" and "rest".
+
+    `update(grads, state, params, rate=...)` takes the update's rate; factors take factor_lr_ratio times it.
+    Decay is decoupled, times the leaf's rate, on matrices only. clip_norm 0 means no clipping.
+    """
+
+    def adamw(ratio: float) -> optax.GradientTransformation:
+        decay = [optax.add_decayed_weights(weight_decay, mask=_decays)] if weight_decay else []
+        return optax.chain(optax.scale_by_adam(b1, b2, eps), *decay, scale_by_rate(-ratio))
+
+    groups = optax.partition({"factors": adamw(factor_lr_ratio), "rest": adamw(1.0)}, group_labels(params))
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    return with_reset(optax.chain(*clip, groups), prune=prune, reset_count=reset_count)
+
+
+def scale_by_rate(factor: float) -> optax.GradientTransformationExtraArgs:
+    """Updates times `factor` times the argument `rate` of `update`: no schedule keeps a count of its own."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u: (factor * rate) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # pyright: ignore
+
+
+def keep_rest(new: Any, old: Any) -> Any:
+    """`new` with what the group "rest" of `old` knows: moments by their paths, and the count."""
+    rest = ("inner_states", "rest")
+    known = {path: leaf for path, leaf in leaves(old) if rest in itertools.pairwise(path)}
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: known.get(names(path), leaf), new, is_leaf=is_variable
+    )
+
+
+def _decays(params: Any) -> Any:
+    def is_matrix(leaf: Any) -> bool:
+        return leaf.ndim - getattr(leaf, "axes", ()).count("layers") >= 2
+
+    return jax.tree.map(is_matrix, params, is_leaf=is_variable)

@@ -1,0 +1,230 @@
+"""What happens to a run's state, as pure functions: init, start of the low-rank phase, restart, update.
+
+They know nothing of devices; program.py compiles them. u counts the updates done, W of them the warm start,
+and s = u - W. Shapes: A microbatches of an update, M rows of one, L positions.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+
+from relora_jax import shapes
+from relora_jax.config import LOW_RANK_ARMS, SKIPS_IN_ROW, Config
+from relora_jax.core import low_rank, schedule
+from relora_jax.core import restart as restarts
+from relora_jax.core.paths import Path
+from relora_jax.data.batches import Batch
+from relora_jax.model.llama import Llama
+from relora_jax.model.loss import token_loss
+from relora_jax.training import names, optimizer
+from relora_jax.training.state import TrainState
+
+# Purposes of random keys: folded in first, so that no two uses at one update share a key.
+INIT, FACTORS, DROPOUT, REINIT, PRUNE = range(5)
+
+
+class Due(NamedTuple):
+    """What an update begins with: the start of the low-rank phase, a merge, and with it perhaps a reset."""
+
+    start_low_rank: bool = False
+    merge: bool = False
+    reset: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Phase:
+    """What is static in a phase: the model's graph and the optimizer. Two a run: before and after W."""
+
+    graph: Any
+    tx: Any
+
+    def model(self, trained: Any, frozen: Any) -> Llama:
+        """The model of these variables."""
+        return nnx.merge(self.graph, trained, frozen)
+
+
+def key(config: Config, purpose: int, update: Any) -> jax.Array:
+    """The random key of one purpose at one update."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), purpose), update)
+
+
+def rate(config: Config, u: int) -> float:
+    """The learning rate of update u: before W the full-rank cosine over all N, after it the phase's own."""
+    start, relora, floor = config.low_rank_start, config.relora, config.optimizer.floor
+    if u < start:
+        warm_up = config.optimizer.warm_up_updates
+        return config.optimizer.peak_lr * schedule.multiplier(
+            u, total=config.train.updates, warm_up=warm_up, floor=floor
+        )
+    dips = config.arm == "relora" and relora.jagged
+    return relora.peak_lr * schedule.multiplier(
+        u - start,
+        total=config.train.updates - start,
+        warm_up=relora.warm_up_updates,
+        floor=floor,
+        cycle=relora.cycle_updates if dips else 0,
+        restart_warm_up=relora.restart_warm_up_updates,
+    )
+
+
+def due(config: Config, u: int) -> Due:
+    """What update u begins with."""
+    s, relora = u - config.low_rank_start, config.relora
+    if config.arm != "relora" or s <= 0:
+        return Due(start_low_rank=s == 0 and config.arm in LOW_RANK_ARMS)
+    merge = schedule.is_merge(s, cycle=relora.cycle_updates, merges_per_cycle=relora.merges_per_cycle)
+    return Due(merge=merge, reset=schedule.is_reset(s, cycle=relora.cycle_updates))
+
+
+def restarts_done(config: Config, u: int) -> int:
+    """Resets among the first u updates."""
+    s = u - 1 - config.low_rank_start
+    return max(s, 0) // config.relora.cycle_updates if config.arm == "relora" else 0
+
+
+def is_target(config: Config, path: Path, _: nnx.Linear) -> bool:
+    """Whether the low-rank phase freezes a linear layer's kernel."""
+    return "/".join(map(str, path)) in {names.LAYERS[name] for name in shapes.target_kernels(config)}
+
+
+def init_state(config: Config) -> tuple[Phase, TrainState]:
+    """The run at u = 0: full-rank, drawn from the seed."""
+    model = Llama(config.model, rngs=nnx.Rngs(key(config, INIT, 0)))
+    graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
+    phase = Phase(graph, _optimizer(config, trained))
+    return phase, first_state(phase, trained, frozen)
+
+
+def first_state(phase: Phase, trained: Any, frozen: Any) -> TrainState:
+    """u = 0 with these variables: nothing seen, no moments."""
+    zero, words = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
+    return TrainState(zero, words, zero, zero, trained, frozen, phase.tx.init(trained))
+
+
+def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Phase, TrainState]:
+    """The same function with frozen base kernels and new factors.
+
+    Embeddings, norms and head keep values, moments and count; the factors' begin at 0; the moments of
+    what is frozen now are gone.
+    """
+    relora = config.relora
+    model = low_rank.wrap(
+        phase.model(state.trained, state.frozen),
+        rank=relora.rank,
+        alpha=relora.alpha,
+        targets=partial(is_target, config),
+        rngs=nnx.Rngs(params=key(config, FACTORS, state.update)),
+        dropout=relora.dropout,
+        product=relora.product,
+        base_dtype=relora.base_dtype,
+        base_init=relora.base_init,
+    )
+    graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
+    tx = _optimizer(config, trained)
+    opt_state = optimizer.keep_rest(tx.init(trained), state.opt_state)
+    return Phase(graph, tx), dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state)
+
+
+def restart(config: Config, phase: Phase, state: TrainState, *, reset: bool) -> TrainState:
+    """The same function at the beginning of a cycle, as `relora.restart` has it; `reset` prunes moments."""
+    method = restarts.parse(config.relora.restart)
+    model = phase.model(state.trained, state.frozen)
+    model = method.model(model, key=key(config, REINIT, state.update))
+    _, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
+    opt_state = state.opt_state
+    if reset:
+        opt_state = method.opt_state(opt_state, key=key(config, PRUNE, state.update))
+    return dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state)
+
+
+def train_step(
+    config: Config, phase: Phase, state: TrainState, batch: Batch, rate: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update at this rate, and its loss (mean nats per counted target), gradient norm and counters.
+
+    A loss or gradient norm that is not finite, or no target at all, skips the update whole: counters go on,
+    weights, moments and the optimizer's counts stay.
+    """
+    loss, grads, targets = _gradients(config, phase, state, batch)
+    norm = optax.tree.norm(grads)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm) & (targets > 0)
+    updates, opt_state = phase.tx.update(grads, state.opt_state, state.trained, rate=rate)
+    trained, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(good, new, old),
+        (optax.apply_updates(state.trained, updates), opt_state),
+        (state.trained, state.opt_state),
+    )
+    bad = (~good).astype(jnp.int32)
+    streak = state.skipped_in_row  # one that is long enough to stop the run stays, for whoever looks later
+    streak = jnp.where(streak >= SKIPS_IN_ROW, streak, (streak + 1) * bad)
+    state = dataclasses.replace(
+        state,
+        update=state.update + 1,
+        tokens_seen=_add(state.tokens_seen, targets),
+        skipped=state.skipped + bad,
+        skipped_in_row=streak,
+        trained=trained,
+        opt_state=opt_state,
+    )
+    metrics = {"loss": loss, "grad_norm": norm, "tokens_seen": state.tokens_seen + 0}
+    return state, metrics | {"skipped": state.skipped + 0, "skipped_in_row": state.skipped_in_row + 0}
+
+
+def eval_step(phase: Phase, trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(summed nats, number) of the counted targets of rows [M, L+1]; no dropout."""
+    return _summed_nats(phase.model(trained, frozen), batch)
+
+
+def _summed_nats(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    documents = None if batch.documents is None else batch.documents[:, :-1]
+    return token_loss(model(batch.ids[:, :-1], documents), *batch)
+
+
+def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
+    """(mean loss, its gradient, targets): sums over the microbatches, divided once by all their targets."""
+    dropout_key = key(config, DROPOUT, state.update)
+
+    def summed_loss(trained: Any, index: Any, rows: Batch) -> tuple[Any, Any]:
+        model = phase.model(trained, state.frozen)
+        if config.relora.dropout and jax.tree.leaves(state.frozen):
+            low_rank.with_dropout_keys(model, key=jax.random.fold_in(dropout_key, index))
+        return _summed_nats(model, rows)
+
+    def accumulate(sums: Any, micro: Any) -> tuple[Any, None]:
+        (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.trained, *micro)
+        return jax.tree.map(jnp.add, sums, (loss, targets, grads)), None
+
+    first = (
+        jnp.zeros((), jnp.promote_types(config.model.compute_dtype, jnp.float32)),
+        jnp.zeros((), jnp.int32),
+    )
+    zeros = (*first, jax.tree.map(jnp.zeros_like, state.trained))
+    micros = (jnp.arange(batch.ids.shape[0]), batch)
+    (loss, targets, grads), _ = lax.scan(accumulate, zeros, micros)
+    count = jnp.maximum(targets, 1)
+    return loss / count, jax.tree.map(lambda g: g / count, grads), targets
+
+
+def _optimizer(config: Config, params: Any) -> Any:
+    settings = dataclasses.asdict(config.optimizer)
+    del settings["peak_lr"], settings["warm_up_updates"], settings["floor"]
+    relora = config.relora
+    return optimizer.make_optimizer(
+        params,
+        prune=relora.prune,
+        reset_count=relora.reset_count,
+        factor_lr_ratio=relora.factor_lr_ratio,
+        **settings,
+    )
+
+
+def _add(words: jax.Array, count: jax.Array) -> jax.Array:
+    """The (low, high) words of a count plus `count`: exact beyond 2^32 where jax has no 64-bit integers."""
+    low = words[0] + count.astype(jnp.uint32)
+    return jnp.stack([low, words[1] + (low < words[0]).astype(jnp.uint32)])

@@ -1,0 +1,131 @@
+import os
+import resource
+
+import numpy as np
+import pytest
+
+from relora_jax.data import rows
+from relora_jax.data.rows import RowStore, RowWriter, record_type
+from tests.support.documents import write_store
+
+LENGTH, PIECES = 6, 50
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Three shards of 600, 10 and 300 rows; row k begins with k % PIECES."""
+    ids = np.random.default_rng(0).integers(0, PIECES, (910, LENGTH + 1))
+    ids[:, 0] = np.arange(910) % PIECES
+    lengths = np.random.default_rng(1).integers(0, LENGTH + 2, 910)
+    return write_store(tmp_path / "s", [ids[:600], ids[600:610], ids[610:]], lengths, pieces=PIECES)
+
+
+def test_rows_are_read_in_the_order_asked_for(store):
+    asked = [36, 0, 620, 620, 5, 909, 605, 19]
+    ids, lengths = store.read(asked)
+    assert ids[:, 0].tolist() == [k % PIECES for k in asked] and ids.dtype == lengths.dtype == np.int32
+    every, every_length = store.read(range(910))
+    assert (every[asked] == ids).all() and (every_length[asked] == lengths).all()
+    assert store.counts.tolist() == np.bincount(every.ravel(), minlength=PIECES).tolist()
+    assert store.read([])[0].shape == (0, LENGTH + 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("00001.array_record", lambda content: content[:-70_000]),
+        ("00001.array_record", None),
+        ("counts.npy", None),
+        ("manifest.json", None),
+        ("manifest.json", lambda content: b""),
+        ("manifest.json", lambda content: content.replace(b'"format": 2', b'"format": 1')),
+        ("manifest.json", lambda content: content.replace(b'"rows": 910', b'"rows": 909')),
+    ],
+)
+def test_store_that_is_not_whole_is_refused_by_name(store, file, damage):
+    damaged = store.path / file
+    content = damaged.read_bytes()
+    damaged.unlink() if damage is None else damaged.write_bytes(damage(content))
+    with pytest.raises(OSError, match=f"^{store.path} is no whole row store .*: delete it"):
+        RowStore.open(store.path)
+
+
+def gone(file):
+    file.unlink()
+
+
+def altered(file):
+    with file.open("r+b") as opened:
+        opened.seek(5_000)
+        opened.write(b"\xff" * 50)
+
+
+def emptied(file):
+    os.truncate(file, 0)
+
+
+def shorter(file):
+    with RowWriter(file, sequence_length=LENGTH, pieces=PIECES) as writer:
+        writer.write(np.zeros((2, LENGTH + 1), np.int32), np.full(2, LENGTH + 1, np.int32))
+
+
+def wider(file):
+    with RowWriter(file, sequence_length=LENGTH + 1, pieces=PIECES) as writer:
+        writer.write(np.zeros((300, LENGTH + 2), np.int32), np.full(300, LENGTH, np.int32))
+
+
+@pytest.mark.parametrize("damage", [gone, altered, emptied, shorter, wider])
+def test_shard_lost_in_mid_run_is_an_error_of_the_disk_that_names_it(store, damage):
+    file = store.path / "00002.array_record"
+    damage(file)
+    with pytest.raises(OSError, match=f"rows in {file} cannot be read .*start again") as raised:
+        store.read([3, 605, *range(610, 910)])
+    assert "\n" not in str(raised.value)
+    assert len(store.read([3, 605])[0]) == 2  # the others are read as before
+
+
+def test_soft_limit_of_open_files_rises_with_the_shards_and_no_further_than_the_hard_one(store, monkeypatch):
+    limits = {"now": (600, 4000)}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits["now"])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.update(now=pair))
+    RowStore.open(store.path)
+    assert limits["now"] == (600, 4000)  # three shards have room
+    monkeypatch.setattr(rows, "SPARE_FILES", 1000)
+    RowStore.open(store.path)
+    assert limits["now"] == (1006, 4000)
+    limits["now"] = (100, 800)
+    with pytest.raises(ValueError, match=r"3 shards, and a process may have 800 files open: .* to 1003"):
+        RowStore.open(store.path)
+
+
+def test_shard_has_its_name_only_when_it_is_whole(tmp_path):
+    file = tmp_path / "a"
+    ids, lengths = np.full((3, 7), 4, np.int32), np.array([7, 2, 1], np.int32)
+    with pytest.raises(KeyError), RowWriter(file, sequence_length=6, pieces=9) as writer:
+        writer.write(ids, lengths)
+        raise KeyError
+    assert not file.exists()
+    with RowWriter(file, sequence_length=6, pieces=9) as writer:
+        writer.write(ids[:1], lengths[:1])
+        writer.write(ids[:0], lengths[:0])
+        writer.write(ids[1:], lengths[1:])
+        assert not file.exists()
+    assert file.exists() and writer.rows == 3 and writer.counts.tolist() == [0, 0, 0, 0, 10, 0, 0, 0, 0]
+    with RowWriter(tmp_path / "none", sequence_length=6, pieces=9):
+        pass
+    assert not (tmp_path / "none").exists()
+
+
+def test_disk_that_takes_no_rows_is_an_error_of_the_disk(tmp_path):
+    writer = RowWriter(tmp_path / "nowhere" / "a", sequence_length=6, pieces=9)
+    with pytest.raises(OSError, match="nowhere/a cannot be written"), writer:
+        writer.write(np.zeros((3, 7), np.int32), np.full(3, 7, np.int32))
+
+
+@pytest.mark.parametrize(("pieces", "width"), [(65_536, 2), (65_537, 4)])
+def test_record_holds_the_largest_id(tmp_path, pieces, width):
+    record = record_type(sequence_length=30, pieces=pieces)
+    assert record.itemsize == 4 + 31 * width and record["ids"].base == np.dtype(f"<u{width}")
+    with RowWriter(tmp_path / "a", sequence_length=30, pieces=pieces) as writer:
+        writer.write(np.full((2, 31), pieces - 1, np.int32), np.full(2, 31, np.int32))
+    assert writer.counts[pieces - 1] == 62

@@ -1,0 +1,418 @@
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relora_jax.data import file_source
+from relora_jax.data.packing import Packer
+from relora_jax.data.prepared import find_tokenizer, prepare, train_texts
+from relora_jax.data.shards import Block, End, Job
+from relora_jax.data.stores import How, InOrder
+from relora_jax.storage import places
+from relora_jax.tokenizer import tokenizer as tokenizers
+from tests.support.documents import texts
+from tests.support.own_text import BLOCK, LENGTH, SIZES, config
+
+FIND = file_source.find
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = lambda *words, **named: dataclasses.replace(FIND(*words, **named), block_documents=BLOCK)  # noqa: E731
+    monkeypatch.setattr(file_source, "find", found)
+
+
+def made_in(cache, monkeypatch, data, how=How()):  # noqa: B008
+    """{file of the store: its bytes} of a preparation in a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    path = prepare(data, how).train.path.parent
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+def blocks_of(folder):
+    """(train, validation) documents of each block."""
+    for k in range(len(SIZES)):
+        content = gzip.decompress((folder / f"{k}.jsonl.gz").read_bytes()).decode()
+        documents = [json.loads(line)["text"] for line in content.splitlines()]
+        for start in range(0, len(documents), BLOCK):
+            parts = [], []
+            for text in documents[start : start + BLOCK]:
+                hashed = hashlib.sha256(text.encode()).digest()[:8]
+                parts[int.from_bytes(hashed, "big") / 2**64 < 0.3].append(text)
+            yield parts
+
+
+def packed(documents, tokenizer):
+    packer = Packer("concatenate", length=LENGTH, eos=tokenizer.eos, pad=tokenizer.pad)
+    return packer.add(tokenizer.encode_documents(documents)).ids
+
+
+def test_one_reading_gives_both_stores_each_document_in_its_own_part_of_its_block(folder):
+    prepared = prepare(config(folder))
+    for at, store in enumerate((prepared.train, prepared.validation)):
+        rows = np.concatenate([packed(parts[at], prepared.tokenizer) for parts in blocks_of(folder)])
+        assert (store.read(range(store.rows))[0] == rows).all()
+        assert store.manifest["documents"] == sum(len(parts[at]) for parts in blocks_of(folder))
+        assert store.counts.tolist() == np.bincount(rows.ravel(), minlength=380).tolist()
+    assert prepared.train.manifest["text"] == {"files": 5, "of_files": 5, "of_documents": None}
+    assert prepared.train.path.parent == prepared.validation.path.parent
+
+
+def test_store_does_not_depend_on_the_workers(folder, tmp_path, monkeypatch):
+    for k in (1, 4):
+        content = gzip.decompress((folder / f"{k}.jsonl.gz").read_bytes())
+        (tmp_path / f"{k}.jsonl").write_bytes(content)
+    data = config(folder, text=f"{tmp_path}/*.jsonl")
+    alone = made_in(tmp_path / "1", monkeypatch, data)
+    assert len(alone) > 14 and not any(name.startswith("blocks") for name in alone)
+    for workers in (2, 3):  # more of them than files: they share these
+        assert made_in(tmp_path / f"{workers}", monkeypatch, data, How(workers=workers)) == alone
+
+
+def test_more_files_leave_the_rows_of_the_others_as_they_are(folder, tmp_path, monkeypatch):
+    before = made_in(tmp_path / "1", monkeypatch, config(folder))
+    (more := tmp_path / "more").mkdir()
+    for file in folder.glob("*.gz"):
+        (more / file.name).write_bytes(file.read_bytes())
+    (more / "9.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "new " * 900}).encode()))
+    data = config(folder, text=str(more / "*.gz"))
+    after = made_in(tmp_path / "2", monkeypatch, data)
+    shards = {name for name in before if name.endswith("array_record")}
+    assert {name: after[name] for name in shards} == {name: before[name] for name in shards}
+    assert [name for name in after if name not in before] == ["train/00005-00000.array_record"]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_train_tokens_end_the_store_with_the_first_block_that_reaches_them(
+    folder, tmp_path, monkeypatch, workers
+):
+    everything = prepare(config(folder))
+    shards = everything.train.manifest["shards"]
+    tokens = np.cumsum([shard["tokens"] for shard in shards]).tolist()
+    for budget, blocks in ((tokens[4], 5), (tokens[4] + 1, 6), (1, 1)):
+        data = config(folder, train_tokens=budget)
+        made = made_in(tmp_path / f"{budget}", monkeypatch, data, How(workers=workers))
+        train, validation = (json.loads(made[f"{part}/manifest.json"]) for part in file_source.PARTS)
+        assert train["shards"] == shards[:blocks] and train["tokens"] == tokens[blocks - 1] >= budget
+        assert validation["shards"] == everything.validation.manifest["shards"][:blocks]
+        on_disk = [name for name in made if name.startswith("train/") and name.endswith("record")]
+        assert len(on_disk) == sum(shard["rows"] > 0 for shard in train["shards"])
+        if workers == 3:
+            break
+
+
+def test_nothing_is_read_behind_the_train_tokens(folder, monkeypatch):
+    opened, blocks = [], file_source.Files.blocks
+    spy = lambda self, file: opened.append(file) or blocks(self, file)  # noqa: E731
+    monkeypatch.setattr(file_source.Files, "blocks", spy)
+    prepare(config(folder, train_tokens=600))
+    assert opened == [0, 1]
+
+
+def test_more_train_tokens_than_there_are_give_everything_and_say_so(folder, capsys):
+    everything = prepare(config(folder)).train
+    capsys.readouterr()
+    store = prepare(config(folder, train_tokens=10**6)).train
+    assert store.manifest["shards"] == everything.manifest["shards"]
+    assert f"gives {store.tokens:,} tokens, of data.train_tokens=1,000,000" in capsys.readouterr().err
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=5),
+    budget=st.integers(0, 40),
+    order=st.randoms(use_true_random=False),
+)
+def test_blocks_are_whole_when_the_first_that_reach_the_budget_are_there(sizes, budget, order):
+    every = [Block(f, n, 1, [{"tokens": t}]) for f, tokens in enumerate(sizes) for n, t in enumerate(tokens)]
+    reached = [sum(b.parts[0]["tokens"] for b in every[: k + 1]) >= budget > 0 for k in range(len(every))]
+    taken = every[: reached.index(True) + 1] if any(reached) else every
+    messages = [*every, *(End(f, len(tokens)) for f, tokens in enumerate(sizes))]
+    order.shuffle(messages)
+    found = InOrder(len(sizes), budget)
+    for k in range(len(messages) + 1):
+        if k:
+            found.add(messages[k - 1])
+        blocks = [m for m in messages[:k] if isinstance(m, Block)]
+        ends = [m for m in messages[:k] if isinstance(m, End)]
+        last = taken[-1].file if any(reached) else len(sizes)
+        needed = {*range(last)} <= {end.file for end in ends} and all(block in blocks for block in taken)
+        assert found.whole == needed and (found.taken == taken or not needed)
+
+
+def test_blocks_of_many_files_are_put_in_order_as_fast_as_they_come():
+    found, began = InOrder(10_000, 0), time.process_time()
+    for file in range(9_999, -1, -1):
+        found.add(Block(file, 0, 1, [{"tokens": 1}]))
+        found.add(End(file, 1))
+    assert found.whole and len(found.taken) == 10_000 and time.process_time() - began < 2
+
+
+def test_more_files_than_may_be_open_are_refused_before_anything_is_made_of_them(
+    folder, tmp_path, monkeypatch
+):
+    for k, text in enumerate(texts(9)):
+        (tmp_path / f"{k}.txt").write_text(text * 9)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (520, 520))
+    monkeypatch.setattr(Job, "_make", lambda *_: pytest.fail("made"))
+    data = config(folder, text=f"{tmp_path}/*.txt")
+    refused = r"0\.txt and 8 more: 9 shards, .* 520 files open: .* to 521, or join small files into"
+    with pytest.raises(ValueError, match=refused):
+        prepare(data)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (600, 600))
+    assert prepare(data).train.rows > 8
+
+
+KILLED = """
+import dataclasses, os, pathlib, signal, sys
+from relora_jax.data import file_source as files, shards
+from relora_jax.data.prepared import prepare
+from tests.support.own_text import config, BLOCK
+find = files.find
+files.find = lambda *a, **k: dataclasses.replace(find(*a, **k), block_documents=BLOCK)
+if __name__ == "__main__":
+    left = [int(sys.argv[2])]
+    make = shards.Job._make
+    def counted(self, *words):
+        for message in make(self, *words):
+            yield message
+            left[0] -= isinstance(message, shards.Block)
+            if left[0] < 0 or not left[0] and isinstance(message, shards.Advance):
+                os.kill(os.getpid(), signal.SIGKILL)  # in the middle of a block
+    shards.Job._make = counted
+    prepare(config(pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_killed_preparation_goes_on_with_the_blocks_that_are_missing(folder, tmp_path, monkeypatch):
+    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), "4"])
+    assert killed.returncode == -9
+    [partial] = (places.cache_dir() / "rows").glob("*.partial")
+    kept = sorted((partial / "blocks").glob("*.json"))
+    assert len(kept) == 4
+    made, make = [], Job._make
+    spy = lambda self, file, number, chunks: made.append((file, number)) or make(self, file, number, chunks)  # noqa: E731
+    monkeypatch.setattr(Job, "_make", spy)
+    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+    everything = [(f, n) for f, size in enumerate(SIZES) for n in range(-(-size // BLOCK))]
+    assert made == everything[4:] and not partial.exists()
+
+
+def test_block_whose_shard_was_deleted_is_made_again(folder, tmp_path, monkeypatch):
+    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    assert subprocess.run([sys.executable, "-c", KILLED, str(folder), "5"]).returncode == -9
+    [partial] = (places.cache_dir() / "rows").glob("*.partial")
+    (partial / "train" / "00001-00000.array_record").unlink()
+    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+
+
+@pytest.mark.parametrize("left", [0, 9, None])
+@pytest.mark.parametrize("name", ["00001-00000.json", "00000.end", "00001-00001.counts.npy"])
+def test_record_that_is_empty_cut_or_gone_is_made_again(folder, tmp_path, monkeypatch, name, left):
+    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            made_in(tmp_path / "2", patch, config(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    [file] = (places.cache_dir() / "rows").glob(f"*.partial/blocks/{name}")
+    file.unlink() if left is None else os.truncate(file, min(left, file.stat().st_size - 1))
+    (file.parent / "00004.end").write_text("4")  # no such record
+    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+
+
+def test_short_files_leave_little_on_the_disk_until_all_are_read_and_are_read_once(
+    folder, tmp_path, monkeypatch
+):
+    for k, text in enumerate(["too short for a row", *texts(9)]):
+        (tmp_path / f"{k}.txt").write_text(text)
+    data = config(folder, text=f"{tmp_path}/*.txt", validation_fraction=0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(data)
+    sizes = [file.stat().st_size for file in places.cache_dir().glob("rows/*.partial/blocks/*.npy")]
+    assert len(sizes) == 10 and max(sizes) < 380 * 8  # half of 8 bytes for each piece of each part
+    monkeypatch.setattr(Job, "_make", lambda *_: pytest.fail("made again"))
+    for store in prepare(data)[1:]:
+        ids = store.read(range(store.rows))[0]
+        assert store.counts.tolist() == np.bincount(ids.ravel(), minlength=380).tolist() and sum(store.counts)
+
+
+def test_every_file_of_a_store_is_on_the_disk_before_it_has_its_name(folder, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    spy = lambda file: synced.add(os.fstat(file).st_ino) or fsync(file)  # noqa: E731
+    monkeypatch.setattr(os, "fsync", spy)
+    replace, named = pathlib.Path.replace, []
+
+    def renamed(self, target):
+        assert self.stat().st_ino in synced, target
+        named.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", renamed)
+    made = made_in(tmp_path / "1", monkeypatch, config(folder))
+    assert {pathlib.Path(name).name for name in made} <= set(named)
+    assert {"00000.end", "00001-00000.json", "00001-00000.counts.npy"} <= set(named)
+
+
+def test_files_that_are_read_to_their_end_are_not_opened_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    assert subprocess.run([sys.executable, "-c", KILLED, str(folder), "6"]).returncode == -9
+    opened, blocks = [], file_source.Files.blocks
+    spy = lambda self, file: opened.append(file) or blocks(self, file)  # noqa: E731
+    monkeypatch.setattr(file_source.Files, "blocks", spy)
+    prepare(config(folder))
+    assert opened == [2, 3, 4]  # 2 + 3 blocks, and one of the third file
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_document_is_named_and_what_was_made_of_its_files_goes(folder, tmp_path, workers):
+    (bad := tmp_path / "bad").mkdir()
+    for file in sorted(folder.glob("*.gz")):
+        (bad / file.name).write_bytes(file.read_bytes())
+    (bad / "3.jsonl.gz").write_bytes(gzip.compress(b'{"text": "caf\xe9 "}\n'))
+    with pytest.raises(ValueError) as raised:
+        prepare(config(folder, text=f"{bad}/*"), How(workers=workers))
+    assert str(raised.value).startswith(f"{bad}/3.jsonl.gz, line 1 is not UTF-8")
+    assert not list((places.cache_dir() / "rows").glob("*.partial"))
+
+
+def test_nothing_held_out_is_said_with_the_remedy(folder):
+    with pytest.raises(ValueError, match=r"validation part .* raise data\.validation_fraction"):
+        prepare(config(folder, validation_fraction=1e-9))
+    with pytest.raises(ValueError, match=r"train part has too little text for one row of data\.seq.*=200000"):
+        prepare(config(folder, sequence_length=200_000))
+
+
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.gz"])
+def test_text_file_alone_is_one_document_which_is_said_before_it_is_read(folder, tmp_path, monkeypatch, name):
+    book = "\n".join(texts(900)).encode()
+    (tmp_path / name).write_bytes(gzip.compress(book) if name.endswith(".gz") else book)
+    monkeypatch.setattr(file_source.Files, "blocks", lambda *_: pytest.fail("read"))
+    for tokenizer in ("bpe(330)", str(folder / "t.model")):
+        data = config(folder, text=f"{tmp_path}/book*", tokenizer=tokenizer)
+        for refused in (prepare, find_tokenizer):
+            with pytest.raises(ValueError, match=rf"{name} is one document, .*: split it .*\.jsonl with a"):
+                refused(data)
+
+
+def test_one_document_is_said_to_be_one_and_a_tokenizer_may_be_trained_on_it(folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "\n".join(texts(99))}))
+    (tmp_path / "b.txt").write_text("\n".join(texts(99)))
+    for fraction in (1e-9, 1 - 1e-9):  # whichever part it is of
+        data = config(folder, text=f"{tmp_path}/a*", validation_fraction=fraction)
+        with pytest.raises(ValueError, match=r"a\.jsonl is one document, and nothing of it can be held out"):
+            prepare(data)
+    [text] = train_texts(config(folder, text=f"{tmp_path}/b*", validation_fraction=1e-9))
+    assert text.startswith("Number 0")
+
+
+def test_many_small_files_are_told_of(folder, tmp_path, capsys):
+    prepare(config(folder))
+    assert "fell off" in (said := capsys.readouterr().err) and said.count("\n") <= 2
+    for k, text in enumerate(texts(50)):
+        (tmp_path / f"{k}.txt").write_text(text)
+    train = prepare(config(folder, text=f"{tmp_path}/*.txt")).train
+    share = f"{100 * train.manifest['dropped']:.0f}% of the train tokens of {tmp_path}/0.txt and 49 more"
+    assert f"{share} fell off where blocks and files end: join small files" in capsys.readouterr().err
+
+
+def test_tokenizer_is_trained_on_what_is_not_held_out(folder, tmp_path):
+    trained = prepare(config(folder, tokenizer="bpe(330)")).tokenizer
+    train = [text for parts in blocks_of(folder) for text in parts[0]]
+    lines = tokenizers._lines(train)
+    assert trained.sha256 == tokenizers.train(lines, kind="bpe", pieces=330, path=tmp_path / "o").sha256
+
+
+def command(folder, place, count, size):
+    """`prepare` in a process of its own, by two workers, of `count` files with `size` documents each."""
+    (place / "c.py").write_text(
+        "import pathlib\nfrom tests.support import own_text, small\n"
+        "def get_config(arm='relora'):\n    made = small.config()\n    made.model.vocab_size = 380\n"
+        f"    made.data = own_text.config(pathlib.Path({str(folder)!r}))\n    return made\n"
+    )
+    for k in range(count):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts(200, seed=k))
+        (place / f"{k}.jsonl").write_text(lines * (size // 200))
+    words = [f"--config={place}/c.py", f"--text={place}/*.jsonl", "--workers=2"]
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # ignored where a shell's `&` started us
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "relora_jax.prepare", *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # as at a terminal, where Ctrl-C reaches the workers as well
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def in_group(number):
+    """The processes of a group that run; nobody may have asked yet how the others ended."""
+    found = []
+    for file in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = file.read_text().rpartition(")")[2].split()[:3]
+            found += [file.parent.name] if int(group) == number and state != "Z" else []
+    return found
+
+
+def until_rows_are_written(process):
+    """It is in the middle of a block, or has ended."""
+    while process.poll() is None and not list(places.cache_dir().glob("rows/*.partial/train/*.new")):
+        time.sleep(0.01)
+
+
+def test_interrupted_command_ends_in_one_line_without_its_workers(folder, tmp_path):
+    with command(folder, tmp_path, 2, 20_000) as process:
+        until_rows_are_written(process)
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.stderr.read()  # pyright: ignore
+        assert process.wait(20) == 130 and "Traceback" not in said
+    assert said.splitlines()[-1] == "interrupted: the same command goes on"
+    waited_until = time.monotonic() + 20
+    while running := in_group(process.pid):
+        assert time.monotonic() < waited_until, running
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_command_killed_again_and_again_gives_the_same_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_source, "find", FIND)  # blocks as they are
+    kept = lambda: len(list((places.cache_dir() / "rows").glob("*.partial/blocks/*.json")))  # noqa: E731
+    for blocks in (0, 2, 6):
+        with command(folder, tmp_path, 10, 6_000) as process:
+            until_rows_are_written(process)
+            while kept() < blocks and process.poll() is None:
+                time.sleep(0.01)
+            process.kill()
+        assert blocks <= kept() < 10
+    with command(folder, tmp_path, 10, 6_000) as process:
+        process.communicate()
+    assert process.returncode == 0
+    [resumed] = (places.cache_dir() / "rows").glob("*/train")
+    data = config(folder, text=f"{tmp_path}/*.jsonl")
+    alone = made_in(tmp_path / "alone", monkeypatch, data)
+    assert alone == {str(f.relative_to(resumed.parent)): f.read_bytes() for f in resumed.parent.rglob("*.*")}

@@ -1,0 +1,161 @@
+"""config.json and the names of tensors, both ways; what cannot be represented is refused by name."""
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import pytest
+from flax import nnx
+
+from relora_jax.config import ModelConfig
+from relora_jax.core.paths import leaves, value_of
+from relora_jax.hf import llama as llama_hf
+from relora_jax.model.llama import Llama
+from tests.support import small
+
+MODELS: dict[str, dict[str, Any]] = {
+    "multi-head": {"kv_heads": 4},
+    "grouped-query": {},
+    "one key-value head": {"kv_heads": 1},
+    "own head dimension": {"head_dim": 6},
+    "tied": {"tied_embeddings": True},
+    "numbers": {"rope_theta": 5e5, "rms_eps": 1e-5, "init_std": 0.01, "max_positions": 4096},
+    "linear": {"rope_scaling": "linear(4.0)"},
+    "dynamic": {"rope_scaling": "dynamic(2.0, 4096.0)", "max_positions": 4096},
+    "llama3": {"rope_scaling": "llama3(8.0, 1.0, 4.0, 8192.0)"},
+    "yarn": {"rope_scaling": "yarn(4.0, 4096.0, 32.0, 1.0, 1.14)"},
+}
+SPECIAL = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def model(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(small.config().model, **{"max_positions": 2048, **changes})
+
+
+def config(**changes: Any) -> dict[str, Any]:
+    """The config.json of the toy model; a value of `...` takes its key away."""
+    facts = llama_hf.to_config(model(), length=12, dtype="float32", special=SPECIAL) | changes
+    return {key: value for key, value in facts.items() if value is not ...}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_config_read_back_is_the_model(name: str) -> None:
+    made = model(**MODELS[name])
+    facts = json.loads(json.dumps(llama_hf.to_config(made, length=12, dtype="float32", special=SPECIAL)))
+    assert llama_hf.from_config(facts, where="config.json") == made
+
+
+def test_rope_is_read_as_transformers_5_writes_it_too() -> None:
+    for scaling in ("linear(4.0)", "llama3(8.0, 1.0, 4.0, 8192.0)", "none"):
+        facts = config()
+        there = llama_hf.to_config(model(rope_scaling=scaling), length=1, dtype="", special={})[
+            "rope_scaling"
+        ]
+        facts["rope_parameters"] = {"rope_type": "default", **(there or {}), "rope_theta": 500.0}
+        del facts["rope_theta"], facts["rope_scaling"]
+        found = llama_hf.from_config(facts, where="config.json")
+        assert (found.rope_theta, found.rope_scaling) == (500.0, scaling)
+
+
+def test_what_a_config_does_not_say_is_the_default_of_transformers() -> None:
+    names = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "tie_word_embeddings")
+    names += ("max_position_embeddings", "rms_norm_eps", "initializer_range", "hidden_act", "attention_bias")
+    found = llama_hf.from_config(config(**dict.fromkeys(names, ...)), where="config.json")
+    assert (found.kv_heads, found.head_dim, found.tied_embeddings) == (4, 4, False)
+    assert (found.rope_theta, found.rope_scaling, found.max_positions) == (1e4, "none", 2048)
+    assert (found.rms_eps, found.init_std) == (1e-6, 0.02)
+
+
+def test_yarn_takes_the_attention_factor_that_its_paper_gives() -> None:
+    there = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    found = llama_hf.from_config(config(rope_scaling=there), where="config.json")
+    assert found.rope_scaling == "yarn(4.0, 64.0, 32.0, 1.0, 1.138629436111989)"
+
+
+def test_of_two_rope_settings_the_older_name_counts() -> None:
+    """As in transformers 5, and those before know no other."""
+    linear, other = ({"rope_type": "linear", "factor": factor} for factor in (2.0, 4.0))
+    found = llama_hf.from_config(config(rope_scaling=linear, rope_parameters=other), where="config.json")
+    assert found.rope_scaling == "linear(2.0)"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "type": ({"model_type": "qwen2"}, "is of a 'qwen2': only llama"),
+    "no type": ({"model_type": ...}, "is of a None"),
+    "architecture": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    "biases": ({"attention_bias": True}, "attention_bias = True, and only False"),
+    "mlp biases": ({"mlp_bias": True}, "mlp_bias = True"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu', and only 'silu'"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    "partly rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    "longrope": ({"rope_scaling": {"rope_type": "longrope"}}, "rope 'longrope'"),
+    "old name": ({"rope_scaling": {"type": "su"}}, "rope 'su'"),
+    "no factor": ({"rope_scaling": {"type": "linear"}}, "factor = None must be a number above 0"),
+    "factor": ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4'"),
+    "rope": ({"rope_scaling": "linear"}, "rope settings are no JSON object"),
+    "rope of kinds": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "kind of layer"),
+    "text": ({"hidden_size": "16"}, "hidden_size = '16' must be a whole number"),
+    "negative": ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
+    "enormous": ({"num_hidden_layers": 2**30}, "num_hidden_layers = 1073741824"),
+    "fraction": ({"intermediate_size": 24.0}, "intermediate_size = 24.0"),
+    "truth": ({"vocab_size": True}, "vocab_size = True"),
+    "absent": ({"hidden_size": ...}, "hidden_size = None"),
+    "heads": ({"num_key_value_heads": 3}, "kv_heads 3 must divide heads 4"),
+    "odd": ({"head_dim": 5}, "head_dim 5 must be even"),
+    "epsilon": ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    "tied": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_represented_is_refused_by_name(name: str) -> None:
+    changes, told = REFUSED[name]
+    with pytest.raises(ValueError, match=r"^config.json") as caught:
+        llama_hf.from_config(config(**changes), where="config.json")
+    assert told in str(caught.value)
+
+
+def test_what_transformers_cannot_hold_is_not_exported() -> None:
+    with pytest.raises(ValueError, match=r"18 is no multiple of model.heads 4"):
+        llama_hf.to_config(model(hidden=18), length=12, dtype="float32", special=SPECIAL)
+    with pytest.raises(ValueError, match=r"other positions than model.max_positions 2048"):
+        llama_hf.to_config(
+            model(rope_scaling="dynamic(2, 4096)"), length=12, dtype="float32", special=SPECIAL
+        )
+
+
+# as LlamaForCausalLM.state_dict() has them, of one layer
+NAMES = {
+    "model.embed_tokens.weight": "embed/embedding",
+    "model.layers.0.self_attn.q_proj.weight": "blocks/attention/q/kernel",
+    "model.layers.0.self_attn.k_proj.weight": "blocks/attention/k/kernel",
+    "model.layers.0.self_attn.v_proj.weight": "blocks/attention/v/kernel",
+    "model.layers.0.self_attn.o_proj.weight": "blocks/attention/o/kernel",
+    "model.layers.0.mlp.gate_proj.weight": "blocks/mlp/gate/kernel",
+    "model.layers.0.mlp.up_proj.weight": "blocks/mlp/up/kernel",
+    "model.layers.0.mlp.down_proj.weight": "blocks/mlp/down/kernel",
+    "model.layers.0.input_layernorm.weight": "blocks/attention_norm/scale",
+    "model.layers.0.post_attention_layernorm.weight": "blocks/mlp_norm/scale",
+    "model.norm.weight": "norm/scale",
+    "lm_head.weight": "head/kernel",
+}
+
+
+def test_names_are_those_of_transformers_in_its_order() -> None:
+    found = {name: place.path for name, place in llama_hf.tensors(model(layers=1)).items()}
+    assert list(found.items()) == list(NAMES.items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_variable_is_in_the_tensors_once(tied: bool) -> None:
+    made = model(tied_embeddings=tied)
+    variables = leaves(jax.eval_shape(lambda: nnx.state(Llama(made, rngs=nnx.Rngs(0)))))
+    parts: list[tuple[str, int | None, tuple[int, ...]]] = []
+    for path, variable in variables:
+        shape = value_of(variable).shape
+        layers = range(made.layers) if path[0] == "blocks" else [None]
+        parts += [("/".join(map(str, path)), i, shape if i is None else shape[1:]) for i in layers]
+    places = llama_hf.tensors(made).values()
+    found = [(p.path, p.layer, p.shape[::-1] if p.transposed else p.shape) for p in places]
+    assert sorted(found, key=str) == sorted(parts, key=str)

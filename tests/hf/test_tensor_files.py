@@ -1,0 +1,372 @@
+"""What is in a file comes back, whatever the order of writing; what is not as its header says is refused."""
+
+import json
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from relora_jax import cli
+from relora_jax.hf import tensor_files
+from relora_jax.hf.tensor_files import FILE, INDEX, TensorFiles, Writer
+
+ARRAYS = {  # names whose order as texts is not that of their numbers
+    "model.layers.9.norm": np.arange(5, dtype=np.float32),
+    "model.layers.10.norm": np.arange(5, dtype=np.float32) / 3,
+    "head": (np.arange(6).reshape(2, 3) / 7).astype(ml_dtypes.bfloat16),
+    "z": np.float16([[1.5], [-0.0], [np.inf]]),
+    "scalar": np.array(4.25, np.float32),
+    "é": np.float32([np.nan, -1e-45]),
+}
+
+
+def kinds(arrays: dict[str, np.ndarray]) -> dict[str, tensor_files.Kind]:
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
+
+
+def write(folder: pathlib.Path, arrays: dict[str, np.ndarray], **how: Any) -> None:
+    """In the order from last to first."""
+    with Writer(folder, kinds(arrays), **how) as writer:
+        for name, array in reversed(arrays.items()):
+            writer.write(name, array)
+
+
+def same(one: np.ndarray, other: np.ndarray) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and one.tobytes() == other.tobytes()
+
+
+def test_one_file_is_byte_for_byte_the_librarys(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, ARRAYS)
+    save_file(ARRAYS, tmp_path / "other", metadata={"format": "pt"})
+    assert (tmp_path / FILE).read_bytes() == (tmp_path / "other").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, "other"]
+
+
+@pytest.mark.parametrize(
+    "limit, shards",
+    {10**9: 1, 66: 2, 48: 2, 40: 2, 23: 4, 19: 4, 1: 6}.items(),  # of 20, 20, 12, 6, 4 and 8 bytes
+)
+def test_what_is_written_is_read_again_from_any_number_of_files(
+    tmp_path: pathlib.Path, limit: int, shards: int
+) -> None:
+    write(tmp_path, ARRAYS, shard_bytes=limit)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    several = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
+    assert files == ([FILE] if shards == 1 else several)
+    found = TensorFiles.open(tmp_path)
+    assert found.kinds == kinds(ARRAYS)
+    assert all(same(found.read(name), array) for name, array in ARRAYS.items())
+    for file in files:
+        held = load_file(tmp_path / file)
+        assert len(held) == 1 or sum(array.nbytes for array in held.values()) <= limit
+    if shards > 1:
+        index = json.loads((tmp_path / INDEX).read_text())
+        assert index["metadata"] == {"total_parameters": 22, "total_size": 70}
+        assert {name: name in load_file(tmp_path / file) for name, file in index["weight_map"].items()} == {
+            name: True for name in ARRAYS
+        }
+
+
+def test_a_transposed_array_is_written_as_it_is_indexed(tmp_path: pathlib.Path) -> None:
+    for array in (np.arange(6, dtype=np.float32).reshape(2, 3).T, ARRAYS["head"].T):
+        folder = tmp_path / array.dtype.name
+        folder.mkdir()
+        write(folder, {"a": array})
+        assert same(TensorFiles.open(folder).read("a"), np.ascontiguousarray(array))
+
+
+def test_each_tensor_is_written_once_in_its_kind_and_none_is_forgotten(tmp_path: pathlib.Path) -> None:
+    made = {"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)}
+    with pytest.raises(RuntimeError, match=r"1 tensors were not written, such as 'b'"):  # noqa: SIM117
+        with Writer(tmp_path, kinds(made), shard_bytes=1) as writer:
+            with pytest.raises(ValueError, match=r"float32\[3\], not"):
+                writer.write("a", made["b"])
+            with pytest.raises(ValueError, match=r"float16\[2\], not"):
+                writer.write("a", np.zeros(2, np.float16))
+            writer.write("a", made["a"])
+            for name in ("a", "c"):
+                with pytest.raises(ValueError, match=r"not among the tensors that are still"):
+                    writer.write(name, made["a"])
+    assert not (tmp_path / INDEX).exists()  # so nobody takes it for whole
+    with pytest.raises(OSError, match=r"model-00001-of-00002"):
+        Writer(tmp_path, kinds(made), shard_bytes=1)
+
+
+def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: pathlib.Path) -> None:
+    code = (
+        "import numpy as np, resource, sys; from relora_jax.hf.tensor_files import Writer\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)\n"
+        "a = np.zeros(50_000, np.float32)\n"
+        "try:\n"
+        f"    with Writer({str(tmp_path)!r}, {{'a': (a.shape, a.dtype)}}) as writer: writer.write('a', a)\n"
+        "except OSError as error: sys.exit(str(error))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stderr == f"[Errno 27] File too large: '{tmp_path / FILE}'\n"
+
+
+def test_reading_takes_the_memory_of_one_tensor(tmp_path: pathlib.Path) -> None:
+    arrays = {f"t{i}": np.full((1024, 1024), i, np.float32) for i in range(16)}
+    write(tmp_path, arrays)
+    code = (
+        "import resource, sys; from relora_jax.hf.tensor_files import TensorFiles\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        f"files = TensorFiles.open({str(tmp_path)!r}); before = peak()\n"
+        "for name in files.kinds: array = files.read(name); array += 1\n"
+        "print(peak() - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 4 * arrays["t0"].nbytes  # of 16
+
+
+def framed(header: Any, body: bytes = b"", *, claimed: int | None = None) -> bytes:
+    """A file with that header: an object, or its text."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if claimed is None else claimed).to_bytes(8, "little") + text + body
+
+
+def one(shape: Any, offsets: Any, kind: Any = "F32", *, held: int = 4) -> bytes:
+    """A file with one tensor of that header."""
+    return framed({"a": {"dtype": kind, "shape": shape, "data_offsets": offsets}}, bytes(held))
+
+
+def two(first: Any, second: Any, *, held: int) -> bytes:
+    """A file with two tensors of float32 at those offsets."""
+    tensors = {
+        name: {"dtype": "F32", "shape": [(b - a) // 4], "data_offsets": [a, b]}
+        for name, (a, b) in {"a": first, "b": second}.items()
+    }
+    return framed(tensors, bytes(held))
+
+
+GOOD = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+FILES = {
+    "an empty file": (b"", "not whole"),
+    "a file of 7 bytes": (bytes(7), "not whole"),
+    "a header of no length": (framed(b"", bytes(4)), "not whole"),
+    "a header longer than the file": (framed({}, claimed=1000), "invalid header length"),
+    "a header of 2^63 bytes": (framed({}, claimed=2**63), "claims 9,223,372,036,854,775,808 bytes"),
+    "a header of 2^64 - 1 bytes": (framed({}, claimed=2**64 - 1), "claims 18,446"),
+    "a header of 99 MB": (framed({}, claimed=99_000_000), "claims 99,000,000 bytes"),
+    "a header that is no JSON": (framed(b"GGUF"), "invalid JSON"),
+    "a header that is no text": (framed(b'{"\xff": 1}'), "not whole"),
+    "a header that is a list": (framed([]), "not whole"),
+    "a header of deep brackets": (framed(b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "not whole"),
+    "deep brackets that nobody reads": (
+        framed(b'{"a":' + GOOD[:-1] + b',"x":' + b"[" * 10**5 + b"]" * 10**5 + b"}}", bytes(4)),
+        "not whole",
+    ),
+    "digits that nobody reads": (
+        framed(b'{"a":' + GOOD[:-1] + b',"x":' + b"9" * 10**5 + b"}}", bytes(4)),
+        "not whole",
+    ),
+    "a pickle": (b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.", "not whole"),
+    "a tensor that is a number": (framed({"a": 3}), "not whole"),
+    "a tensor without offsets": (framed({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "data_offsets"),
+    "the same name twice": (framed(b'{"a":' + GOOD + b',"a":' + GOOD + b"}", bytes(4)), "'a' twice"),
+    "a hidden name": (
+        framed(b'{"a":' + GOOD.replace(b"[1]", b"[7]") + b',"a":' + GOOD + b"}", bytes(4)),
+        "'a' twice",
+    ),
+    "tensors that overlap": (two((0, 8), (4, 12), held=12), "invalid offset"),
+    "tensors in one place": (two((0, 8), (0, 8), held=8), "invalid offset"),
+    "a hole between tensors": (two((0, 4), (8, 12), held=12), "invalid offset"),
+    "a hole before": (one([1], [4, 8], held=8), "invalid offset"),
+    "bytes after the last tensor": (one([1], [0, 4], held=5), "not fully covered"),
+    "offsets beyond the file": (one([1], [10**15, 10**15 + 4]), "invalid offset"),
+    "a tensor that ends beyond the file": (one([2], [0, 8]), "not fully covered"),
+    "offsets in reverse": (one([1], [4, 0]), "invalid offset"),
+    "negative offsets": (one([1], [-4, 0]), "invalid JSON"),
+    "a shape of other bytes": (one([3], [0, 4]), "invalid shape"),
+    "a shape of 2^80 values": (one([2**40, 2**40], [0, 4]), "overflow"),
+    "a shape of 2^64": (one([2**64], [0, 4]), "not whole"),
+    "a shape whose bytes wrap around to 4": (one([2**62 + 1], [0, 4]), "overflow"),
+    "a huge shape of nothing": (one([2**62, 0], [0, 0], held=0), "which no tensor has"),
+    "an empty tensor": (one([0], [0, 0], held=0), "which no tensor has"),
+    "a hundred axes": (one([1] * 100, [0, 4]), "which no tensor has"),
+    "a negative axis": (one([-1], [0, 4]), "not whole"),
+    "two negative axes": (one([-1, -1], [0, 4]), "not whole"),
+    "an axis of 1.0": (one([1.0], [0, 4]), "not whole"),
+    "an axis that is a text": (one(["1"], [0, 4]), "not whole"),
+    "an unknown type": (one([1], [0, 4], "F99"), "unknown variant"),
+    "integers": (one([1], [0, 4], "I32"), "'a' is of the type I32: only F32, BF16, F16"),
+    "float8": (one([4], [0, 4], "F8_E4M3"), "'a' is of the type F8_E4M3"),
+    "packed float4": (one([8], [0, 4], "F4"), "'a' is of the type F4"),
+    "float64": (one([1], [0, 8], "F64", held=8), "'a' is of the type F64"),
+    "a name that the library says again": (
+        framed({"\x1b[2J": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8)),
+        "`?[2J`",
+    ),
+    "a name that clears the screen": (
+        framed(b'{"\\u001b[2J\\n":' + GOOD.replace(b"F32", b"U32") + b"}", bytes(4)),
+        r"'\x1b[2J\n' is of the type U32",
+    ),
+}
+
+
+def refused(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command that opens the folder ends."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(lambda argv: len(TensorFiles.open(folder).kinds), None, ["command"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert said[:-1].isprintable() and len(said) < 600, said
+    return said
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_file_that_is_not_whole_is_named_in_one_line(
+    tmp_path: pathlib.Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, told = FILES[what]
+    (tmp_path / FILE).write_bytes(content)
+    signal.alarm(20)  # none hangs
+    said = refused(tmp_path, capsys)
+    signal.alarm(0)
+    assert told in said and str(tmp_path / FILE) in said
+
+
+def test_no_cut_of_a_file_is_taken_for_whole(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, ARRAYS)
+    whole = (tmp_path / FILE).read_bytes()
+    for length in range(0, len(whole), 7):
+        (tmp_path / FILE).write_bytes(whole[:length])
+        assert "not whole" in refused(tmp_path, capsys)
+
+
+def test_a_file_cut_after_it_was_opened_is_an_os_error(tmp_path: pathlib.Path) -> None:
+    write(tmp_path, ARRAYS)
+    found = TensorFiles.open(tmp_path)
+    os.truncate(tmp_path / FILE, (tmp_path / FILE).stat().st_size - 1)
+    with pytest.raises(OSError, match=r"'z' cannot be read"):
+        found.read("z")
+
+
+def indexed(**places: Any) -> Callable[[pathlib.Path], Any]:
+    """An index of a.safetensors with `a` and b.safetensors with `b`, but for `places`."""
+
+    def make(folder: pathlib.Path) -> None:
+        for name in "ab":
+            save_file({name: np.zeros(1, np.float32)}, folder / f"{name}.safetensors")
+        weights = {"a": "a.safetensors", "b": "b.safetensors", **places}
+        weights = {name: file for name, file in weights.items() if file is not None}
+        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 8}, "weight_map": weights}))
+
+    return make
+
+
+def index_text(text: str) -> Callable[[pathlib.Path], Any]:
+    return lambda folder: (indexed()(folder), (folder / INDEX).write_text(text))
+
+
+FOLDERS: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
+    "none": (lambda folder: folder.rmdir(), "is no directory"),
+    "a file": (lambda folder: (folder.rmdir(), folder.write_text("")), "is no directory"),
+    "an empty one": (lambda folder: None, f"has no {FILE}, nor {INDEX}"),
+    "a pickle alone": (lambda folder: (folder / "pytorch_model.bin").touch(), "safe_serialization=True"),
+    "another pickle": (lambda folder: (folder / "model.pt").touch(), "safe_serialization=True"),
+    "a file that is a directory": (lambda folder: (folder / FILE).mkdir(), f"has no {FILE}"),
+    "a file that is a pipe": (lambda folder: os.mkfifo(folder / FILE), f"has no {FILE}"),
+    "a link to a device": (lambda folder: (folder / FILE).symlink_to("/dev/zero"), f"has no {FILE}"),
+    "an index that is no JSON": (index_text("{"), "is not whole"),
+    "an index of deep brackets": (index_text("[" * 10**5), "is not whole"),
+    "an index that is a list": (index_text("[]"), "no weight_map"),
+    "an index of nothing": (index_text('{"weight_map": {}}'), "no weight_map"),
+    "an index without a map": (index_text('{"weight_map": ["a"]}'), "no weight_map"),
+    "a name twice in the index": (
+        index_text('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}'),
+        "'a' twice",
+    ),
+    "a file above": (indexed(b="../b.safetensors"), "'../b.safetensors', which is no file of its directory"),
+    "a file elsewhere": (indexed(b="/etc/b.safetensors"), "which is no file of its directory"),
+    "a file below": (indexed(b="x/b.safetensors"), "which is no file of its directory"),
+    "a path of another system": (indexed(b="..\\b.safetensors"), "which is no file of its directory"),
+    "a file of another kind": (indexed(b="b.bin"), "which is no file of its directory"),
+    "a file that is a number": (indexed(b=3), "which is no file of its directory"),
+    "a file of no name": (indexed(b="\0.safetensors"), "which is no file of its directory"),
+    "a file of half a letter": (indexed(b="\ud800.safetensors"), "is missing"),
+    "a file of an endless name": (indexed(b="b" * 300 + ".safetensors"), "is missing"),
+    "a missing file": (indexed(b="c.safetensors"), "c.safetensors' is missing"),
+    "a tensor that its file lacks": (indexed(c="b.safetensors"), f"has no tensor 'c', which {INDEX}"),
+    "a surplus tensor": (
+        lambda folder: (
+            indexed()(folder),
+            save_file({x: np.zeros(1, np.float32) for x in "bx"}, folder / "b.safetensors"),
+        ),
+        "b.safetensors has a tensor 'x'",
+    ),
+    "a tensor in two files": (
+        lambda folder: (
+            indexed()(folder),
+            save_file({x: np.zeros(1, np.float32) for x in "ab"}, folder / "b.safetensors"),
+        ),
+        "b.safetensors has a tensor 'a'",
+    ),
+    "an index that claims tensors of another file": (
+        indexed(b="a.safetensors"),
+        "a.safetensors has no tensor 'b'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", FOLDERS)
+def test_a_folder_that_holds_no_whole_model_is_named_in_one_line(
+    tmp_path: pathlib.Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, told = FOLDERS[what]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    make(folder)
+    assert told in refused(folder, capsys)
+
+
+def test_files_may_be_links_as_in_the_hubs_cache(tmp_path: pathlib.Path) -> None:
+    blobs, folder = tmp_path / "blobs", tmp_path / "snapshots"
+    blobs.mkdir(), folder.mkdir()
+    indexed()(blobs)
+    for place in blobs.iterdir():
+        (folder / place.name).symlink_to(pathlib.Path("..") / "blobs" / place.name)
+    assert TensorFiles.open(folder).kinds.keys() == {"a", "b"}
+
+
+def test_a_header_of_many_tensors_is_read_in_little_time_and_memory(tmp_path: pathlib.Path) -> None:
+    count = 20_000
+    header = {
+        f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(count)
+    }
+    (tmp_path / FILE).write_bytes(framed(header, bytes(4 * count)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(TensorFiles.open(tmp_path).kinds) == count
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.slow
+@pytest.mark.hf
+def test_shards_are_byte_for_byte_those_of_transformers(tmp_path: pathlib.Path) -> None:
+    """The real save_pretrained, whose tensors we write again in its order."""
+    transformers = pytest.importorskip("transformers", reason="needs the extra hf-test")
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config)
+    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    for limit in (10**9, 20_000):
+        theirs, ours = tmp_path / f"theirs{limit}", tmp_path / f"ours{limit}"
+        ours.mkdir()
+        model.save_pretrained(theirs, max_shard_size=limit)
+        write(ours, arrays, shard_bytes=limit)
+        for path in ours.iterdir():
+            assert path.read_bytes() == (theirs / path.name).read_bytes(), path.name
+        assert {p.name for p in theirs.glob("*safetensors*")} == {p.name for p in ours.iterdir()}
+        assert len(list(ours.glob("*.safetensors"))) == (1 if limit > 10**6 else 8)

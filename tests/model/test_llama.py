@@ -1,0 +1,240 @@
+"""The decoder: causal, of the published shapes, equal to the float64 re-enactment, whatever its options."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from relora_jax import shapes
+from relora_jax.config import ModelConfig
+from relora_jax.data.batches import number_documents
+from relora_jax.model import rope
+from relora_jax.model.llama import Llama, apart
+from relora_jax.model.loss import token_loss
+from tests.support import oracle, small
+from tests.support.small import PLACES
+
+#        total         trainable at r = 128, vocabulary 32,100 (the published configurations)
+TABLE = {
+    "9m": (9_021_568, 9_480_320),
+    "20m": (19_599_616, 18_936_064),
+    "35m": (35_274_624, 30_261_120),
+    "40m": (42_475_680, 34_545_824),
+    "60m": (58_176_000, 42_873_344),
+    "71m": (70_681_088, 47_837_696),
+    "100m": (100_117_120, 59_787_904),
+    "130m": (134_259_456, 71_738_112),
+    "250m": (247_524_096, 98_888_448),
+    "350m": (368_174_080, 125_608_960),
+    "1b": (1_339_492_352, 251_116_544),
+    "3b": (2_686_343_680, 364_009_984),
+    "7b": (6_739_234_816, 583_045_120),
+}
+
+
+def model(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(small.config().model, **changes)
+
+
+def made(config: ModelConfig) -> Llama:
+    return Llama(config, rngs=nnx.Rngs(0))
+
+
+def ids(rows: int = 2, length: int = 12) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).integers(0, 61, (rows, length)).astype(np.int32))
+
+
+def test_all_published_shapes_have_the_published_counts() -> None:
+    assert shapes.SHAPES.keys() == TABLE.keys()
+    for name, (total, trainable) in TABLE.items():
+        run = small.config(model__vocab_size=1, relora__rank=128)
+        run.model = shapes.llama(name, compute_dtype="float32")
+        count = shapes.count(run)
+        assert (count.full_rank_total, count.trained) == (total, trainable), name
+        assert count.trained + count.frozen - total == trainable - (total - count.frozen)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_by_shape_are_the_counts_of_the_variables(tied: bool) -> None:
+    run = small.config(model__tied_embeddings=tied)
+    state = nnx.eval_shape(lambda: made(run.model))
+    total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(state)))
+    assert shapes.count(small.config("full", model__tied_embeddings=tied)).full_rank_total == total
+    from relora_jax.training.program import Program
+
+    low = Program(run, small.mesh()).low_rank
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (low.trained, low.frozen)]
+    assert sizes == [shapes.count(run).trained, shapes.count(run).frozen]
+
+
+def test_no_logit_sees_the_future() -> None:
+    net = made(model())
+    embedded = net.embed(ids(1))
+    graph, state = nnx.split(net)
+
+    def at(x: Any, position: int) -> Any:
+        net = nnx.merge(graph, state)
+        net.embed = nnx.data(lambda _: x)  # pyright: ignore
+        return net(ids(1))[0, position].sum()
+
+    for position in (0, 5, 11):
+        seen = np.abs(jax.grad(at)(embedded, position)[0]).sum(-1)
+        assert np.all(seen[: position + 1] > 0) and not np.any(seen[position + 1 :])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kv_heads": 4},
+        {"kv_heads": 1},
+        {"tied_embeddings": True},
+        {"head_dim": 6, "rope_theta": 500.0},
+        {"head_dim": 16, "rope_scaling": "llama3(8, 1, 4, 100)"},  # of pairs kept, slowed, and in between
+        {"rope_scaling": "linear(4)"},
+        {"rope_scaling": "dynamic(2, 8)"},  # the rows have 12
+        {"rope_scaling": "dynamic(2, 12)"},
+    ],
+    ids=str,
+)
+def test_logits_and_loss_equal_the_oracle(changes: dict[str, Any]) -> None:
+    with jax.enable_x64(True):
+        config = model(compute_dtype="float64", attention="einsum", **changes)
+        net, text = made(config), ids(3, 13)
+        flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(nnx.state(net))}
+        params = {name: flat[place] for name, place in PLACES.items() if place in flat}
+        c, scaling = config, rope.parse(config.rope_scaling)
+        twin = oracle.Model(
+            c.vocab_size,
+            c.hidden,
+            c.mlp,
+            c.layers,
+            c.heads,
+            c.kv_heads,
+            c.head_dim,
+            c.rope_theta,
+            tied=c.tied_embeddings,
+            scaling=(scaling.kind, dataclasses.astuple(scaling)),
+        )
+        np.testing.assert_allclose(
+            net(text[:, :-1]), oracle.forward(twin, params, np.asarray(text)[:, :-1], 1.0), atol=1e-12
+        )
+        lengths = jnp.array([13, 1, 7], jnp.int32)
+        nats, targets = token_loss(net(text[:, :-1]), text, lengths)
+        expected, count, _ = oracle.loss_and_grads(twin, params, np.asarray(text), np.asarray(lengths), 1.0)
+        np.testing.assert_allclose(float(nats), expected, rtol=1e-12)
+        assert int(targets) == count == 12 + 0 + 6
+
+
+def rows_of_documents() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """(ids [3, 13], their true lengths, the documents in them): 0 ends one, and rows cut them anywhere.
+
+    The second row begins with an end alone; the third is padded.
+    """
+    text = np.random.default_rng(1).integers(1, 61, (3, 13)).astype(np.int32)
+    text[0, [3, 4, 10]] = text[1, [0, 12]] = text[2, 5] = 0
+    cuts = [(0, 0, 4), (0, 4, 5), (0, 5, 11), (0, 11, 13), (1, 0, 1), (1, 1, 13), (2, 0, 6), (2, 6, 9)]
+    return text, np.array([13, 13, 9], np.int32), [text[row, a:b] for row, a, b in cuts]
+
+
+def alone(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Each document in a row of its own, filled up with what must not count."""
+    text = np.full((len(documents), 13), 7, np.int32)
+    for row, document in zip(text, documents, strict=True):
+        row[: len(document)] = document
+    return text, np.array([len(document) for document in documents], np.int32)
+
+
+@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"kv_heads": 4, "remat": "full"}], ids=str)
+def test_documents_apart_are_the_oracle_of_each_alone(changes: dict[str, Any]) -> None:
+    with jax.enable_x64(True):
+        c = model(compute_dtype="float64", attention="einsum", **changes)
+        graph, state = nnx.split(made(c))
+        flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(state)}
+        params = {name: flat[place] for name, place in PLACES.items() if place in flat}
+        shape = (c.vocab_size, c.hidden, c.mlp, c.layers, c.heads, c.kv_heads, c.head_dim, c.rope_theta)
+        text, lengths, documents = rows_of_documents()
+        expected, count, theirs = oracle.loss_and_grads(oracle.Model(*shape), params, *alone(documents), 1.0)
+        numbers = number_documents(text, 0)
+
+        def loss(state: Any) -> Any:
+            logits = nnx.merge(graph, state)(jnp.asarray(text[:, :-1]), jnp.asarray(numbers[:, :-1]))
+            return token_loss(logits, *map(jnp.asarray, (text, lengths, numbers)))
+
+        (nats, targets), grads = jax.value_and_grad(loss, has_aux=True)(state)
+        np.testing.assert_allclose(float(nats), expected, rtol=1e-12)
+        assert int(targets) == count == sum(len(document) - 1 for document in documents)
+        flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(grads)}
+        for name, value in theirs.items():
+            np.testing.assert_allclose(flat[PLACES[name]], value, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_positions_begin_anew_with_each_document_and_no_document_sees_another() -> None:
+    # by hand: rotary positions are relative, so that a shift of a whole document shows in no logit
+    numbers = jnp.array([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]])
+    positions, mask = apart(numbers)
+    assert positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
+    for row, seen in zip(numbers.tolist(), mask.tolist(), strict=True):
+        assert seen == [[key == query for key in row] for query in row]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention": "xla"}, {"attention": "xla", "remat": "dots", "kv_heads": 1}], ids=str
+)
+def test_documents_apart_have_loss_and_gradients_of_each_alone(changes: dict[str, Any]) -> None:
+    graph, state = nnx.split(made(model(**changes)))
+
+    def loss_and_grads(text: np.ndarray, lengths: np.ndarray, *numbers: np.ndarray) -> Any:
+        def loss(state: Any) -> Any:
+            logits = nnx.merge(graph, state)(text[:, :-1], *(part[:, :-1] for part in numbers))
+            return token_loss(logits, text, lengths, *numbers)
+
+        text, lengths, *numbers = map(jnp.asarray, (text, lengths, *numbers))
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
+
+    text, lengths, documents = rows_of_documents()
+    (nats, targets), grads = loss_and_grads(text, lengths, number_documents(text, 0))
+    (expected, count), theirs = loss_and_grads(*alone(documents))
+    np.testing.assert_allclose(float(nats), float(expected), rtol=1e-6)
+    assert int(targets) == int(count)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(theirs), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("changes", [{"attention": "xla"}, {"remat": "dots"}, {"remat": "full"}], ids=str)
+def test_options_of_the_run_do_not_change_loss_or_gradients(changes: dict[str, Any]) -> None:
+    def loss_and_grads(config: ModelConfig) -> Any:
+        graph, state = nnx.split(made(config))
+        text, lengths = ids(2, 13), jnp.array([13, 13], jnp.int32)
+        loss = lambda s: token_loss(nnx.merge(graph, s)(text[:, :-1]), text, lengths)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(state)
+
+    plain, grads = loss_and_grads(model(attention="einsum"))
+    other, others = loss_and_grads(model(**({"attention": "einsum"} | changes)))
+    np.testing.assert_allclose(plain, other, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+
+
+def test_bfloat16_computes_in_bfloat16_with_float32_variables_and_logits() -> None:
+    net = made(model(compute_dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(net))} == {jnp.dtype("float32")}
+    logits = net(ids())
+    assert logits.dtype == jnp.float32 and net.blocks.mlp.gate.dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits, made(model())(ids()), atol=0.01)
+
+
+def test_matrices_start_normal_with_the_configured_deviation_and_norms_at_one() -> None:
+    net = made(model(hidden=64, mlp=96, vocab_size=500, head_dim=16))
+    for path, value in nnx.to_flat_state(nnx.state(net)):
+        array = np.asarray(value[...])
+        if path[-1] == "scale":
+            assert np.all(array == 1)
+        else:
+            assert abs(array.std() / 0.02 - 1) < 0.1 and abs(array.mean()) < 2e-3, path
+    layers = np.asarray(net.blocks.attention.q.kernel[...])
+    assert not np.array_equal(layers[0], layers[1])

@@ -1,0 +1,301 @@
+"""A run killed at any moment and started again ends as if nothing had happened: bit for bit on CPU."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from relora_jax.checkpoint.saved import updates_saved
+from relora_jax.run import directory
+from relora_jax.storage.writer import Writer
+from tests.support import small
+from tests.support.commands import Place
+
+DONE, STOPPED = 0, 75
+# u = 4 starts the low-rank phase, 8, 12 and 16 begin with a restart; every third update is saved
+MOMENTS = {"warm start": 2, "at its end": 4, "mid-cycle": 10, "before a restart": 12, "after a restart": 13}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """With one uninterrupted run in "whole"."""
+    made = Place(tmp_path_factory.mktemp("resume"))
+    config = f"--config={made.folder / 'toy.py'}"
+    finished = made.train(config, workdir="whole")
+    assert finished.returncode == DONE, finished.stderr
+    return made
+
+
+def resumed(place: Place, name: str) -> None:
+    """The run ends, and equals the uninterrupted one."""
+    finished = place.train(f"--config={place.folder / 'toy.py'}", workdir=name)
+    assert finished.returncode == DONE, finished.stderr
+    assert place.rows(name) == place.rows("whole")
+    weights, whole = place.weights(name), place.weights("whole")
+    assert weights.keys() == whole.keys()
+    assert all(np.array_equal(weights[path], whole[path]) for path in whole)
+
+
+def killed(place: Place, workdir: str, u: int, number: signal.Signals, code: int) -> None:
+    config = f"--config={place.folder / 'toy.py'}"
+    stopped = place.train(config, workdir=workdir, KILL_AT=f"{u} {int(number)}")
+    assert stopped.returncode == code, stopped.stderr
+
+
+@pytest.mark.slow
+def test_run_killed_again_and_again_equals_uninterrupted_bitwise(place: Place) -> None:
+    for u in MOMENTS.values():
+        killed(place, "often", u, signal.SIGKILL, -signal.SIGKILL)
+    resumed(place, "often")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_resume_equals_uninterrupted_bitwise(place: Place, moment: str) -> None:
+    workdir = moment.replace(" ", "_")
+    killed(place, workdir, MOMENTS[moment], signal.SIGKILL, -signal.SIGKILL)
+    resumed(place, workdir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
+def test_signal_finishes_the_update_saves_and_asks_to_be_started_again(
+    place: Place, number: signal.Signals
+) -> None:
+    killed(place, number.name, 10, number, STOPPED)
+    assert (place.folder / number.name / "checkpoints" / "11").is_dir()
+    resumed(place, number.name)
+
+
+@pytest.mark.slow
+def test_signal_in_an_evaluation_leaves_it_to_the_next_start_and_saves(place: Place) -> None:
+    config, ends = (
+        f"--config={place.folder / 'toy.py'}",
+        ("0", "5", "20"),
+    )  # of which none is saved but for 20
+    for u in ends:
+        stopped = place.train(config, workdir="in_evaluation", TERM_IN=u)
+        assert stopped.returncode == STOPPED, stopped.stderr
+        assert stopped.stdout.count("asked in an evaluation") == 1  # and no batch after it
+        assert f"stopped after update {u}, which is saved" in stopped.stdout
+        assert updates_saved(place.folder / "in_evaluation")[-1] == int(u)
+        assert not [
+            row for row in place.rows("in_evaluation") if row["kind"] == "eval" and row["update"] == int(u)
+        ]
+    resumed(place, "in_evaluation")
+
+
+def test_finished_run_says_so(place: Place) -> None:
+    again = place.train(f"--config={place.folder / 'toy.py'}", workdir="whole")
+    assert again.returncode == DONE and "is finished, 20 updates done" in again.stdout
+
+
+def test_resume_under_another_result_is_refused_and_harms_nothing(place: Place) -> None:
+    config, folder = f"--config={place.folder / 'toy.py'}", place.folder / "whole"
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    for change, said in {
+        "--config.relora.rank=2": "relora.rank: 3 -> 2",
+        "--config.train.seed=1": "train.seed: 0 -> 1",
+        "--config.train.microbatch=8": "train.microbatch: 4 -> 8",  # with dropout it draws other masks
+    }.items():
+        refused = place.train(config, change, workdir="whole")
+        assert refused.returncode == 2 and said in refused.stderr and refused.stderr.count("\n") == 1
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.slow
+def test_run_that_skips_20_updates_in_a_row_ends_with_70_and_says_why(place: Place) -> None:
+    config = f"--config={place.folder / 'toy.py'}"
+    words = ("--config.train.updates=32", "--config.train.log_every_updates=7")
+    skipping = place.train(config, *words, workdir="skips", EMPTY_FROM="6")
+    assert skipping.returncode == 70 and skipping.stderr.count("\n") == 1
+    assert "20 updates in a row" in skipping.stderr and "learning rate" in skipping.stderr
+    skipped = [row["skipped"] for row in place.rows("skips") if row["kind"] == "train"]
+    assert skipped[:3] == [1, 8, 15]
+
+
+def test_resume_on_other_rows_is_refused(tmp_path: pathlib.Path) -> None:
+    rows = {split: {"dataset": "toy:1.0.0", "tokenizer": "a"} for split in ("train", "validation")}
+    directory.begin(Writer(tmp_path), small.config(), unigram_perplexity=9.0, rows=rows)
+    directory.check_rows(tmp_path, {**rows, "train": {}})  # nothing saved yet: nothing to lose
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    directory.check_rows(tmp_path, rows)
+    with pytest.raises(ValueError, match=r"train dataset: toy:1.0.0 -> toy:1.0.1"):
+        directory.check_rows(tmp_path, {**rows, "train": {"dataset": "toy:1.0.1", "tokenizer": "a"}})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"run\.json does not say what the run was trained on"):
+        directory.check_rows(tmp_path, rows)
+
+
+def test_version_of_the_dataset_may_be_named_afterwards_and_another_may_not(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(dataset: str) -> None:
+        directory.check(tmp_path / "run", small.config(data__dataset=dataset))
+
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "run" / "checkpoints" / "4").mkdir(parents=True)
+    rows = {"train": {"dataset": "toy:1.0.0"}}
+    directory.begin(Writer(tmp_path / "run"), small.config(data__dataset="toy"), rows=rows)
+    for version in ("1.0.0", "1.1.0"):
+        check("toy:1.0.0")
+        check("toy")
+        (tmp_path / "tfds" / "toy" / version).mkdir(parents=True)
+        (tmp_path / "tfds" / "toy" / version / "dataset_info.json").touch()
+    for dataset in ("toy", "toy:1.1.0"):
+        with pytest.raises(
+            ValueError, match=r"toy:1\.0\.0 -> toy:1\.1\.0.: set --config\.data\.dataset=toy:1\.0\."
+        ):
+            check(dataset)
+    check("toy:1.0.0")
+    (tmp_path / "run" / "checkpoints" / "16").mkdir()  # nothing is left to train
+    check("toy")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", '{"name": 3}', "[" * 99_999, '{"relora": {"prune": 5}}', "\xff\0"]
+)
+def test_config_or_facts_that_are_no_longer_ours_are_refused_in_one_line(
+    tmp_path: pathlib.Path, text: str
+) -> None:
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    for name, read in {
+        "config.json": lambda: directory.check(tmp_path, small.config()),
+        "run.json": lambda: directory.check_rows(tmp_path, {}),
+    }.items():
+        (tmp_path / name).write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=name) as refused:
+            read()
+        assert "\n" not in str(refused.value)
+
+
+def test_command_refuses_to_go_on_with_other_rows(place: Place) -> None:
+    shutil.copytree(place.folder / "whole", place.folder / "moved")
+    (place.folder / "moved" / "report.md").unlink()
+    facts = place.folder / "moved" / "run.json"
+    facts.write_text(facts.read_text().replace("toy:1.0.0", "toy:0.9.0"))
+    refused = place.train(f"--config={place.folder / 'toy.py'}", workdir="moved")
+    assert refused.returncode == 2 and "toy:0.9.0 -> toy:1.0.0" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_start_killed_while_it_wrote_its_config_is_no_obstacle(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "config.tmp").write_text("{")
+    directory.check(tmp_path, small.config())
+
+
+@pytest.mark.slow
+def test_what_a_save_left_that_did_not_end_is_gone_with_the_next_start(place: Place) -> None:
+    killed(place, "half", 10, signal.SIGKILL, -signal.SIGKILL)
+    half = place.folder / "half/checkpoints/7.orbax-checkpoint-tmp"
+    half.mkdir()
+    (half / "part").write_bytes(bytes(9))
+    resumed(place, "half")
+    assert not half.exists()
+
+
+def test_snapshot_of_the_low_rank_start_is_kept_for_ever(place: Place) -> None:
+    kept = {
+        int(p.name)
+        for p in pathlib.Path(place.folder / "whole" / "checkpoints").iterdir()
+        if p.name.isdigit()
+    }
+    assert kept == {4, 15, 18, 20}
+
+
+@pytest.mark.slow
+def test_second_process_on_a_workdir_is_refused(place: Place) -> None:
+    first = place.start(f"--config={place.folder / 'toy.py'}", workdir="locked", HANG_AT="6")
+    wait_for(first, "hangs")
+    second = place.train(f"--config={place.folder / 'toy.py'}", workdir="locked")
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    assert f"in use by process {first.pid}" in second.stderr
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    resumed(place, "locked")
+
+
+@pytest.mark.slow
+def test_run_that_cannot_end_its_update_ends_at_the_second_signal_without_harm(place: Place) -> None:
+    hanging = place.start(f"--config={place.folder / 'toy.py'}", workdir="hung", HANG_AT="7")
+    wait_for(hanging, "hangs")
+    hanging.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert hanging.poll() is None
+    hanging.send_signal(signal.SIGTERM)
+    _, err = hanging.communicate(timeout=30)
+    assert hanging.returncode == STOPPED and "at the second signal" in err
+    resumed(place, "hung")
+
+
+@pytest.mark.slow
+def test_full_disk_ends_in_one_line_with_74_and_the_last_good_checkpoint_whole(place: Place) -> None:
+    killed(place, "full", 10, signal.SIGKILL, -signal.SIGKILL)
+    config, before = f"--config={place.folder / 'toy.py'}", updates_saved(place.folder / "full")
+    full = place.start(config, workdir="full", limit_file_kib=16)
+    _, err = full.communicate(timeout=300)
+    assert full.returncode == 74 and err.count("\n") == 1, err
+    assert "File too large" in err and "full/checkpoints" in err and "mend the disk" in err
+    assert updates_saved(place.folder / "full") == before
+    resumed(place, "full")
+
+
+@pytest.mark.slow
+def test_run_goes_on_over_other_devices_and_back_with_the_same_losses(place: Place) -> None:
+    config, four = f"--config={place.folder / 'toy.py'}", "--xla_force_host_platform_device_count=4"
+    words = ("--config.mesh.data=2", "--config.mesh.fsdp=2", f"--workdir={place.folder / 'moved_mesh'}")
+    killed(place, "moved_mesh", 7, signal.SIGKILL, -signal.SIGKILL)
+    there = place.train(config, *words, workdir="moved_mesh", XLA_FLAGS=four, KILL_AT="14 9")
+    assert there.returncode == -signal.SIGKILL and "goes on after update" in there.stdout, there.stderr
+    back = place.train(config, workdir="moved_mesh")
+    assert back.returncode == DONE, back.stderr
+    for row, whole in zip(place.rows("moved_mesh"), place.rows("whole"), strict=True):
+        assert row.keys() == whole.keys() and row["update"] == whole["update"]
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_damaged_checkpoint_of_a_run_costs_a_warning_and_some_updates(place: Place) -> None:
+    killed(place, "damaged", 17, signal.SIGKILL, -signal.SIGKILL)
+    *_, before, newest = updates_saved(place.folder / "damaged")
+    for file in (place.folder / "damaged" / "checkpoints" / str(newest)).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-7])
+    finished = place.train(f"--config={place.folder / 'toy.py'}", workdir="damaged")
+    assert finished.returncode == DONE and f"goes on after update {before}" in finished.stdout
+    assert finished.stderr.startswith("warning: ") and finished.stderr.count("\n") == 1, finished.stderr
+    assert place.rows("damaged") == place.rows("whole")
+
+
+def test_only_one_at_a_time_is_inside_a_workdir(tmp_path: pathlib.Path) -> None:
+    code = "import pathlib, sys; from relora_jax.run.directory import locked\n"
+    code += "from relora_jax.storage.writer import Writer\n"
+    code += "from tests.support.small import config\n"
+    code += "with locked(Writer(pathlib.Path(sys.argv[1])), config()): print(9)"
+
+    def other() -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-c", code, str(tmp_path / "run")]
+        return subprocess.run(words, capture_output=True, text=True)
+
+    with directory.locked(Writer(tmp_path / "run"), small.config()):
+        refused = other()
+        assert refused.stdout == "" and f"in use by process {os.getpid()}: wait" in refused.stderr
+    assert other().stdout == "9\n"
+    directory.check(tmp_path / "run", small.config())  # a run may begin where only the lock is left
+
+
+def wait_for(process: subprocess.Popen[str], word: str) -> None:
+    """Until the process prints a line with the word."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if word in line:
+            return
+    raise AssertionError(process.communicate()[1])

@@ -1,0 +1,133 @@
+"""The first signal asks, the second ends the process, and so does time: always with 75."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from relora_jax.errors import STOPPED
+from relora_jax.run.signals import Signals
+
+CODE = """
+import hashlib, time
+from relora_jax.run import signals
+signals.GRACE_S = {grace_s}
+with signals.Signals() as asked:
+    asked.at_once = {at_once}
+    print("ready", flush=True)
+    {body}
+print("ended", asked.asked, flush=True)
+"""
+IN_PYTHON = "while not asked.asked: time.sleep(0.01)"
+AFTER_WORK = "while not asked.asked: time.sleep(0.01)\n    time.sleep(1)"
+SLEEPING = "time.sleep(60)"
+IN_C = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)"  # for hours; no handler written in Python runs
+
+
+def started(body: str, *, grace_s: float = 25.0, at_once: bool = False) -> subprocess.Popen[str]:
+    code = CODE.format(body=body, grace_s=grace_s, at_once=at_once)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=20)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_first_signal_only_asks(number: signal.Signals) -> None:
+    process = started(AFTER_WORK)
+    process.send_signal(number)
+    assert ended(process) == (0, "ended True\n", "")
+
+
+def test_without_a_signal_nothing_happens() -> None:
+    assert ended(started("pass")) == (0, "ended False\n", "")
+
+
+@pytest.mark.parametrize("body", [SLEEPING, IN_C], ids=["asleep", "in C"])
+def test_second_signal_ends_at_once(body: str) -> None:
+    process = started(body)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.8)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    code, out, err = ended(process)
+    assert code == STOPPED and out == "" and "at the second signal" in err and err.count("\n") == 2
+
+
+def test_two_signals_of_one_press_are_one() -> None:
+    process = started(AFTER_WORK)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[:2] == (0, "ended True\n")
+
+
+@pytest.mark.parametrize("body", [SLEEPING, IN_C], ids=["asleep", "in C"])
+def test_time_ends_it_where_the_work_does_not(body: str) -> None:
+    process = started(body, grace_s=1.0)
+    process.send_signal(signal.SIGTERM)
+    since = time.monotonic()
+    code, out, err = ended(process)
+    assert code == STOPPED and out == "" and "after 1 s" in err and 0.9 < time.monotonic() - since < 10
+
+
+def test_before_there_is_something_to_finish_the_first_signal_ends_it() -> None:
+    process = started(IN_C, at_once=True)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = ended(process)
+    assert code == STOPPED and "stopped at once" in err
+
+
+def test_handlers_are_as_before_afterwards() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with Signals() as signals:
+        signals.at_once = False
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.asked  # at once: the update that is being done is the last one
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+# The first start ends as by a kill; the second waits, and saves when asked; the third ends with the code.
+RUN = """#!/bin/bash
+echo start >> starts
+case $(wc -l < starts) in
+  1) exit 137;;
+  2) trap 'sleep 0.5; echo saved; exit 75' TERM; echo ready; for k in {1..600}; do sleep 0.1; done;;
+  *) exit $(cat code);;
+esac
+"""
+
+
+def supervised(folder: pathlib.Path) -> subprocess.Popen[str]:
+    """The loop of docs/running.md around RUN."""
+    page = (pathlib.Path(__file__).parents[2] / "docs/running.md").read_text()
+    [loop] = [block for block in re.findall(r"```\n(.*?)```", page, re.DOTALL) if "until [" in block]
+    (folder / "python").write_text(RUN)
+    (folder / "python").chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        ["bash", "-c", loop], cwd=folder, env={**os.environ, "PATH": path}, text=True, **pipes
+    )
+
+
+def test_documented_supervisor_passes_the_signal_on_and_starts_again(tmp_path: pathlib.Path) -> None:
+    asked = supervised(tmp_path)
+    assert asked.stdout is not None and asked.stdout.readline() == "ready\n"
+    asked.send_signal(signal.SIGTERM)  # to the shell alone
+    assert ended(asked) == (STOPPED, "saved\n", "")
+    assert (tmp_path / "starts").read_text() == "start\n" * 2
+    for code in ("0", "2", "70"):
+        (tmp_path / "code").write_text(code)
+        assert ended(supervised(tmp_path))[0] == int(code)

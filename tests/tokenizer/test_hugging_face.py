@@ -1,0 +1,178 @@
+"""Tokenizers of Hugging Face's tokenizer.json, made here by the library that reads them."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+import tokenizers
+
+from relora_jax.tokenizer import tokenizer
+from relora_jax.tokenizer.hugging_face import begins
+from tests.support.documents import texts
+from tests.support.tokenizers import SPECIAL, json_file
+
+
+def test_bos_is_what_the_file_puts_before_a_text_by_itself(tmp_path):
+    path = json_file(tmp_path)
+    assert begins(path, path.read_bytes()) == json.loads(path.read_bytes())["model"]["vocab"]["<s>"]
+    settings = json.loads(path.read_bytes())
+    template = settings["post_processor"]
+    template["single"] = template["single"][1:]  # </s> after a text alone
+    assert begins(path, json.dumps(settings).encode()) is None
+    settings["post_processor"] = {"type": "Nothing"}
+    with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
+        begins(path, json.dumps(settings).encode())
+    settings["post_processor"] = None
+    assert begins(path, json.dumps(settings).encode()) is None
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_text_is_encoded_whole_without_special_ids_and_comes_back(kind, tmp_path):
+    made = tokenizer.load(json_file(tmp_path, kind=kind))
+    documents = [" ".join(texts(9)[:3]), "one </s> two <pad> <s>", "", "a zebra"]
+    encoded = made.encode_documents(documents)
+    assert [ids.tolist() for ids in encoded] == [made.encode_documents([t])[0].tolist() for t in documents]
+    assert len(encoded[0]) > 20 and len(encoded[2]) == 0  # neither truncated nor padded
+    assert not {1, 2, 3} & {i for ids in encoded for i in ids.tolist()}
+    if kind == "bpe":
+        assert [made.decode(ids) for ids in encoded] == documents
+    assert made.decode([made.pad, *encoded[3], made.eos]) == "a zebra"
+
+
+def test_added_tokens_count_as_pieces(tmp_path):
+    path = json_file(tmp_path)
+    made = tokenizer.load(path)
+    zebra = next(t["id"] for t in json.loads(path.read_text())["added_tokens"] if t["content"] == "zebra")
+    assert made.pieces == zebra + 1
+    assert made.encode_documents(["zebra"])[0].tolist() == [zebra]
+
+
+@pytest.mark.parametrize(
+    ("special", "beside", "eos", "pad"),
+    [
+        (SPECIAL, {}, "</s>", "<pad>"),
+        (["<|endoftext|>"], {}, "<|endoftext|>", "<|endoftext|>"),
+        (["x", "<|end_of_text|>"], {}, "<|end_of_text|>", "<|end_of_text|>"),
+        (["x", "<|eot_id|>"], {}, "<|eot_id|>", "<|eot_id|>"),
+        (["[PAD]", "<eos>"], {}, "<eos>", "[PAD]"),
+        (SPECIAL, {"tokenizer_config": {"eos_token": "<s>", "pad_token": None}}, "<s>", "<pad>"),
+        (SPECIAL, {"tokenizer_config": {"eos_token": {"content": "<s>", "lstrip": False}}}, "<s>", "<pad>"),
+        (SPECIAL, {"special_tokens_map": {"eos_token": {"content": "zebra"}}}, "zebra", "<pad>"),
+        (SPECIAL, {"generation_config": {"eos_token_id": [2, 3], "pad_token_id": 0}}, "<s>", "<unk>"),
+        (SPECIAL, {"config": {"eos_token_id": 2, "pad_token_id": -1}}, "<s>", "<pad>"),
+        (
+            SPECIAL,
+            {"config": {"eos_token_id": 2}, "tokenizer_config": {"eos_token": "<unk>"}},
+            "<unk>",
+            "<pad>",
+        ),
+        (SPECIAL, {"config": {"eos_token_id": 9999}}, "</s>", "<pad>"),
+        (
+            SPECIAL,
+            {"tokenizer_config": {"eos_token": "<gone>"}, "config": {"eos_token_id": []}},
+            "</s>",
+            "<pad>",
+        ),
+    ],
+)
+def test_special_ids_are_found_beside_the_file_or_by_their_names(special, beside, eos, pad, tmp_path):
+    path = json_file(tmp_path, special=special, **beside)
+    made, raw = tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
+    assert (raw.id_to_token(made.eos), raw.id_to_token(made.pad)) == (eos, pad)
+
+
+def test_files_beside_tell_nothing_of_a_file_of_another_name(tmp_path):
+    path = json_file(tmp_path, name="mine.json", config={"eos_token_id": 2})
+    assert tokenizer.load(path).eos == 3
+
+
+def test_tokenizer_without_eos_names_the_setting(tmp_path):
+    path = json_file(tmp_path, special=["<unk>", "[SEP]"])
+    with pytest.raises(ValueError, match=r"tokenizer\.json has no eos .*: give its id as data\.eos_id"):
+        tokenizer.load(path)
+    assert tokenizer.load(path, eos_id=1).eos == 1
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_unigram_pieces_and_scores_stay_what_the_file_says(kind, tmp_path):
+    path = json_file(tmp_path, kind=kind)
+    raw = tokenizers.Tokenizer.from_file(str(path))
+    raw.no_truncation()
+    raw.no_padding()
+    if kind == "bpe":
+        raw.model.dropout = None
+    expected = [raw.encode(t, add_special_tokens=False).ids for t in texts(20)]
+    assert [ids.tolist() for ids in tokenizer.load(path).encode_documents(texts(20))] == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x80\x04\x95garbage",
+        b"{",
+        b"[]",
+        b"3",
+        b"{}",
+        b'{"model": 3}',
+        b'{"model": {"type": "BPE", "vocab": [], "merges": []}}',
+        b"[" * 100_000,
+        b'{"model":' * 100_000,
+    ],
+)
+def test_file_that_is_no_tokenizer_is_named_in_one_line(content, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json is no tokenizer\.json \(.*\): name another"
+    ) as raised:
+        tokenizer.load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_ids_that_would_fill_memory_are_refused(tmp_path):
+    path = json_file(tmp_path)
+    settings = json.loads(path.read_text())
+    settings["model"]["vocab"]["far"] = 4_000_000_000
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="is no tokenizer: its highest id is 4000000000"):
+        tokenizer.load(path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
+def test_damaged_file_beside_is_named(content, tmp_path):
+    path = json_file(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"/config\.json, which tells a tokenizer's special tokens"
+    ) as raised:
+        tokenizer.load(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_fork_after_encoding_says_nothing(tmp_path):
+    path = json_file(tmp_path)
+    code = (
+        "import os, sys; from relora_jax.tokenizer import tokenizer;"
+        "tokenizer.load(sys.argv[1]).encode_documents(['a'] * 99); child = os.fork();"
+        "child and os.waitpid(child, 0)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"}
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_spawned_workers_encode_the_same(tmp_path):
+    made = tokenizer.load(json_file(tmp_path))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        (there,) = pool.map(made.encode_documents, [texts(3)])
+    assert [ids.tolist() for ids in there] == [ids.tolist() for ids in made.encode_documents(texts(3))]

@@ -1,0 +1,260 @@
+import io
+import json
+import os
+import pickle
+import string
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relora_jax.hf import sentencepiece_json
+from relora_jax.tokenizer import hugging_face, tokenizer
+from tests.support.documents import texts
+from tests.support.tokenizers import json_file
+
+LINES = [line for text in texts(50) for line in text.split("\n\n")] + [string.printable.replace("\n", "")]
+PIECES = 420
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return tokenizer.train(LINES, kind="bpe", pieces=PIECES, path=tmp_path_factory.mktemp("t") / "t.model")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/relora_jax/tokenizers"
+
+
+def model_file(path, **settings):
+    """A model with other special pieces than ours, as a user may bring one."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
+        sentence_iterator=iter(LINES), model_writer=written, vocab_size=110, minloglevel=2, **settings
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(written.getvalue())
+    return path
+
+
+PARTS = st.sampled_from([" ", "\n", "\t", "states", "é"]) | st.characters(
+    codec="utf-8", exclude_characters="\u2581"
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=st.lists(PARTS, max_size=40).map("".join))
+def test_nothing_is_lost_in_ids(trained, text):
+    (ids,) = trained.encode_documents([text])
+    assert trained.decode(ids) == text
+    assert ids.dtype == np.int32 and ((ids > tokenizer.UNK) & (ids < PIECES)).all()
+
+
+def test_documents_are_encoded_each_alone_without_an_end(trained):
+    documents = [*texts(5), "", "one </s> two", "of"]
+    together = trained.encode_documents(documents)
+    assert [ids.tolist() for ids in together] == [
+        trained.encode_documents([t])[0].tolist() for t in documents
+    ]
+    assert all(trained.eos not in ids for ids in together)
+    assert trained.decode([trained.pad, *together[0], trained.eos]) == documents[0]
+
+
+def test_special_pieces_stand_where_t5_has_them(trained):
+    assert (trained.pad, trained.eos, trained.pieces) == (0, 1, PIECES)
+    assert [trained.model._model.id_to_piece(i) for i in range(5)] == ["<pad>", "</s>", "<unk>", "\n", "\n\n"]
+
+
+def test_word_has_the_same_pieces_after_a_lines_end_and_at_the_start(trained):
+    alone, after = trained.encode_documents(["people", "states\n\npeople"])
+    assert after[-len(alone) :].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_same_lines_give_the_same_model_and_say_nothing(kind, tmp_path, capfd):
+    first, second = (
+        tokenizer.train(iter(LINES), kind=kind, pieces=380, path=tmp_path / f"{i}.model") for i in (1, 2)
+    )
+    assert first.sha256 == second.sha256 == tokenizer.load(tmp_path / "1.model").sha256
+    assert first.pieces == 380
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1.model", "2.model"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_long_documents_take_part_in_training():
+    (line,) = tokenizer._lines(["thestateoftheunion " * 1000])  # SentencePiece's own limit is 4,192 bytes
+    assert len(line) < tokenizer.LONGEST_LINE == tokenizer._SETTINGS["max_sentence_length"]
+    assert list(tokenizer._lines(["a\n\nb\n", "", "c"])) == ["a", "b", "c"]
+
+
+def test_training_reads_a_bounded_part_of_a_large_dataset(monkeypatch):
+    monkeypatch.setattr(tokenizer, "TRAINING_BYTES", 10)
+    assert list(tokenizer._lines(["four"] * 100)) == ["four"] * 3
+
+
+def test_model_of_a_dataset_is_trained_once_for_each_text(cache):
+    read = []
+
+    def documents():
+        read.append(1)
+        return texts(30)
+
+    first = tokenizer.find("bpe(380)", documents, "toy:1.0.0 train")
+    assert tokenizer.find(" bpe( 380 ) ", documents, "toy:1.0.0 train").path == first.path
+    assert first.path.parent == cache and len(read) == 1
+    others = [
+        ("bpe(381)", "toy:1.0.0 train"),
+        ("unigram(310)", "toy:1.0.0 train"),
+        ("bpe(380)", "toy:1.0.1 train"),
+    ]
+    paths = {tokenizer.find(spec, documents, key).path for spec, key in others}
+    assert len(paths | {first.path}) == 4 and len(read) == 4
+
+
+def test_model_is_found_by_path_or_by_its_name_in_the_cache(trained, cache, tmp_path):
+    def never():
+        raise AssertionError("documents are read for a model that is there")
+
+    assert tokenizer.find(str(trained.path), never, "k").sha256 == trained.sha256
+    cache.mkdir(parents=True)
+    (cache / "mine.model").write_bytes(trained.path.read_bytes())
+    assert tokenizer.find("mine", never, "k").sha256 == trained.sha256
+    with pytest.raises(
+        ValueError, match=r"'other' is no file, nor is there .*/tokenizers/other\.model or \.json"
+    ):
+        tokenizer.find("other", never, "k")
+
+
+def test_of_a_directory_the_tokenizer_in_it_is_read(trained, cache, tmp_path):
+    for name in ("spiece.model", "tokenizer.model"):
+        (tmp_path / name).write_bytes(trained.path.read_bytes())
+        assert tokenizer.find(str(tmp_path), list, "k").path == tmp_path / name
+    json_file(tmp_path)
+    assert tokenizer.find(str(tmp_path), list, "k").path == tmp_path / "tokenizer.json"
+    json_file(cache, name="named.json")
+    assert tokenizer.find("named", list, "k").path == cache / "named.json"
+
+
+def test_given_ids_stand_for_its_own(tmp_path):
+    path = model_file(tmp_path / "endless.model", eos_id=-1)
+    given = tokenizer.find(str(path), list, "k", eos_id=7, pad_id=109)
+    assert (given.eos, given.pad) == (7, 109)
+    assert tokenizer.find(str(path), list, "k", eos_id=0).pad == 0  # no pad: eos
+    (word,) = given.encode_documents(["people"])
+    assert given.decode([7, *word, 109, 7]) == "people"
+    ours = tokenizer.find("bpe(380)", lambda: texts(30), "key", eos_id=5)
+    assert (ours.eos, ours.pad) == (5, 0)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "t.model"])
+def test_pickled_tokenizer_is_its_path_and_ids_read_again_without_threads(
+    trained, name, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    path = tmp_path / name
+    json_file(tmp_path) if name.endswith("json") else path.write_bytes(trained.path.read_bytes())
+    first = tokenizer.load(path, eos_id=9, pad_id=8, bos_id=7)
+    pickled = pickle.dumps(first)
+    second = pickle.loads(pickled)
+    assert len(pickled) < 500
+    assert (second.eos, second.pad, second.bos) == (9, 8, 7)
+    assert (second.pieces, second.sha256) == (first.pieces, first.sha256)
+    for a, b in zip(first.encode_documents(texts(9)), second.encode_documents(texts(9)), strict=True):
+        assert (a == b).all()
+    if name.endswith("json"):
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+    else:
+        assert (first.model._threads, second.model._threads) == (-1, 1)
+    path.write_bytes(path.read_bytes() + b"\n")
+    with pytest.raises(ValueError, match=r"changed meanwhile|is no"):
+        pickle.loads(pickled)
+
+
+def test_model_without_pad_pads_with_eos(tmp_path):
+    llama = tokenizer.load(model_file(tmp_path / "llama.model", pad_id=-1, bos_id=1, eos_id=2, unk_id=0))
+    assert (llama.eos, llama.pad, llama.pieces) == (2, 2, 110)
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("bpe()", "write a number of pieces"),
+        ("bpe(many)", "write a number of pieces"),
+        ("bpe(0)", "write a number of pieces"),
+        ("bpe(-5)", "write a number of pieces"),
+        ("bpe(4e3)", "write a number of pieces"),
+        ("unigram(5", "write a number of pieces"),
+        ("bpe(100)", "smaller than required_chars. 100 vs"),
+        ("unigram(100000)", "Please set it to a value <="),
+        ("missing.model", "is no file"),
+        ("garbage", "is no SentencePiece model"),
+        ("empty", "is no SentencePiece model"),
+        ("endless", "has no eos to end documents with: give its id as data.eos_id"),
+        ("folder", "'folder' is a directory without tokenizer.json, tokenizer.model, spiece.model"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(spec, said, cache, monkeypatch):
+    model_file(cache / "endless.model", eos_id=-1)
+    (cache / "garbage.model").write_bytes(b"\x07garbage" * 9)
+    (cache / "empty.model").write_bytes(b"")
+    monkeypatch.chdir(cache)
+    (cache / "folder").mkdir()
+    with pytest.raises(ValueError) as raised:
+        tokenizer.find(spec, lambda: texts(30), "key")
+    assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_bos_is_what_transformers_puts_before_a_text(tmp_path):
+    assert tokenizer.begins(model_file(tmp_path / "tokenizer.model")) == 1  # SentencePiece's own
+    for told, expected in (({"add_bos_token": True}, 1), ({"add_bos_token": False}, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+        assert tokenizer.begins(tmp_path / "tokenizer.model") == expected
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no JSON object"):
+        tokenizer.begins(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert tokenizer.begins(model_file(tmp_path / "none.model", bos_id=-1)) is None
+    path = json_file(tmp_path / "json")
+    assert tokenizer.begins(path) == hugging_face.begins(path, path.read_bytes()) == 2
+
+
+def test_control_pieces_at_the_end_are_in_no_row_but_as_the_ids_of_the_run(tmp_path):
+    path = model_file(tmp_path / "m.model")
+    model = sentencepiece_json.parse(path.read_bytes())
+    model.pieces.add(piece="<pad>", type=sentencepiece_json.CONTROL)
+    path.write_bytes(model.SerializeToString())
+    made = tokenizer.load(path, pad_id=2)
+    assert (made.pieces, made.highest, tokenizer.load(path, pad_id=110).highest) == (111, 109, 110)
+    assert made.model.name(110) == "<pad>" and made.encode_documents(["a<pad>"])[0].max() < 110
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("eos_id", 110), ("pad_id", 110), ("eos_id", -2), ("bos_id", 110)]
+)
+def test_given_id_outside_the_vocabulary_is_named(name, given, tmp_path):
+    path = model_file(tmp_path / "m.model")
+    with pytest.raises(ValueError, match=rf"data\.{name} {given} is no id of .*m\.model: .* 0 to 109"):
+        tokenizer.load(path, **{name: given})
+
+
+def test_error_of_the_documents_is_raised_as_it_is():
+    def documents():
+        yield "fine"
+        raise ValueError("document 1 is not UTF-8")
+
+    with pytest.raises(ValueError, match=r"^document 1 is not UTF-8$"):
+        tokenizer.find("bpe(380)", documents, "key")
+
+
+def test_no_text_at_all_is_an_error():
+    with pytest.raises(ValueError, match="there is no text"):
+        tokenizer.find("bpe(380)", lambda: [], "key")
+
+
+def test_missing_file_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.model cannot be read"):
+        tokenizer.load(tmp_path / "none.model")

@@ -1,0 +1,130 @@
+"""A choice of one's own is one class: a prune and a base type from outside of the package, trained with."""
+
+import dataclasses
+import pathlib
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from relora_jax.checkpoint.manager import Checkpoints
+from relora_jax.checkpoint.restore import restore_newest
+from relora_jax.checkpoint.variables import variables_of
+from relora_jax.config import from_json, to_json
+from relora_jax.core import base, prune
+from relora_jax.storage.writer import Writer
+from relora_jax.training.program import Program
+from relora_jax.training.state import flatten
+from relora_jax.validate import validate
+from tests.support import small
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryNth(prune.Prune):
+    """Every nth entry survives, whatever it is."""
+
+    kind: ClassVar[str] = "every_nth"
+    n: float
+
+    def kept(self, entries: int) -> int:
+        return -(-entries // int(self.n))
+
+    def mask(self, statistic: Any, key: Any) -> Any:
+        return jnp.broadcast_to(jnp.arange(statistic.shape[-1]) % int(self.n) == 0, statistic.shape)
+
+
+class Int8(base.Base):
+    """W as int8 with a scale for each output channel, by plain rounding."""
+
+    kind: ClassVar[str] = "int8"
+
+    def store(self, w: Any) -> base.Stored:
+        scale = jnp.max(jnp.abs(w), axis=-2, keepdims=True) / 127
+        scale = jnp.where(scale > 0, scale, 1).astype(jnp.float32)
+        return {"kernel": jnp.round(w / scale).astype(jnp.int8), "kernel_scale": scale}
+
+    def read(self, stored: base.Stored) -> Any:
+        return stored["kernel"].astype(jnp.float32) * stored["kernel_scale"]
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(prune.CHOICES, "every_nth", EveryNth)
+    monkeypatch.setitem(base.CHOICES, "int8", Int8)
+
+
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize("form", ["apart", "folded"])
+def test_choices_of_ones_own_train_and_are_saved_and_read_like_ours(
+    tmp_path: pathlib.Path, form: str
+) -> None:
+    changes: dict[str, Any] = {"relora__base_dtype": "int8", "relora__prune": EveryNth(3.0)}
+    made = small.config(relora__product=form, relora__peak_lr=3e-2, **changes)
+    validate(made, devices=1)
+    assert from_json(to_json(made)) == made and str(made.relora.prune) == "every_nth(3.0)"
+
+    program = Program(made, small.mesh())
+    state, before = small.run(made, program, stop=12)
+    held = flatten(state)
+    assert held["frozen/blocks/attention/q/kernel"].dtype == jnp.int8
+    assert held["frozen/blocks/attention/q/kernel_scale"].shape == (2, 1, 16)
+    full, _ = small.run(small.config(), Program(small.config(), small.mesh()), stop=12)
+    eighth = sum(leaf.nbytes for path, leaf in held.items() if path.startswith("frozen/"))
+    assert eighth < 0.5 * sum(
+        leaf.nbytes for path, leaf in flatten(full).items() if path.startswith("frozen/")
+    )
+
+    with Checkpoints(tmp_path, made) as checkpoints:
+        checkpoints.save(12, state)
+    restored = restore_newest(Writer(tmp_path), made, program.state_at)
+    assert restored is not None and restored[0] == 12
+    for (path, leaf), saved in zip(flatten(restored[1]).items(), held.values(), strict=True):
+        assert np.array_equal(np.asarray(leaf), np.asarray(saved)), path
+    kernel = variables_of(tmp_path, 12)["blocks/attention/q/kernel"]
+    stored = {name: held[f"frozen/blocks/attention/q/{name}"] for name in ("kernel", "kernel_scale")}
+    assert np.array_equal(kernel, np.asarray(Int8().read(stored))) and kernel.dtype == np.float32
+
+    state = program.begin_update(12, restored[1])  # a restart
+    for path, leaf in flatten(state).items():
+        if "/mu/" in path and "lora" in path:
+            layers = np.asarray(leaf).reshape(leaf.shape[0], -1)
+            assert np.count_nonzero(layers[:, 0::3]) > 0 and not np.any(layers[:, 1::3]), path
+    _, after = small.run(made, program, state=restored_copy(program, tmp_path, made), start=12)
+    assert np.isfinite([*before, *after]).all() and np.mean(after) < np.mean(before[:4])
+
+
+def restored_copy(program: Program, folder: pathlib.Path, made: Any) -> Any:
+    restored = restore_newest(Writer(folder), made, program.state_at)
+    assert restored is not None
+    return restored[1]
+
+
+@pytest.mark.usefixtures("tables")
+def test_a_restart_adds_what_the_factors_learnt_to_what_a_base_reads() -> None:
+    made = small.config(relora__base_dtype="int8")
+    program = Program(made, small.mesh())
+    state, _ = small.run(made, program, stop=8)
+    held = {path: np.asarray(leaf) for path, leaf in flatten(state).items()}
+    after = flatten(program.restart(state, reset=False))
+    layer = "blocks/mlp/up"
+    read = lambda at: np.asarray(  # noqa: E731
+        Int8().read({name: jnp.asarray(at[f"frozen/{layer}/{name}"]) for name in ("kernel", "kernel_scale")})
+    )
+    a, b = (held[f"trained/{layer}/lora_{name}"] for name in "ab")
+    expected = read(held) + made.relora.alpha / made.relora.rank * a @ b
+    np.testing.assert_allclose(
+        read(after), expected, atol=0.5 * np.asarray(after[f"frozen/{layer}/kernel_scale"]).max()
+    )
+    assert not np.array_equal(read(after), read(held)) and not np.any(after[f"trained/{layer}/lora_b"])
+
+
+def test_a_kind_that_no_table_has_is_refused_with_those_that_are_there() -> None:
+    with pytest.raises(
+        ValueError, match=r"relora\.base_dtype 'int8' cannot be read: write float32, bfloat16 or"
+    ):
+        validate(small.config(relora__base_dtype="int8"), devices=1)
+    with pytest.raises(ValueError, match=r"relora\.restart 'rolling' cannot be read: write merge_and_reinit"):
+        validate(small.config(relora__restart="rolling"), devices=1)
+    with pytest.raises(ValueError, match=r"'every_nth\(3\.0\)' cannot be read: write zero, magnitude"):
+        from_json(to_json(small.config(relora__prune=EveryNth(3.0))))
