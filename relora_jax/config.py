@@ -21,7 +21,7 @@ LOW_RANK_ARMS = ("lora", "lora_warm", "relora")
 SKIPS_IN_ROW = 20  # so many skipped updates, one after another, stop a run
 SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 1.0, 0.95  # of what a run writes at each evaluation
 RUN: dict[str, Any] = {"decides": "run"}
-CONTENT: dict[str, Any] = {"decides": "result, by what lies there"}  # compared by workdir.py
+CONTENT: dict[str, Any] = {"decides": "result, by what lies there"}  # compared by run/directory.py
 
 
 def run_field(default: Any = dataclasses.MISSING) -> Any:

@@ -1,3 +1,3 @@
-"""Where config files that older imports wrote take their prune choice from; `relora_jax` has it."""
+"""For config files that an earlier `import_hf` wrote: they import `magnitude` from here."""
 
 from relora_jax.core.prune import magnitude as magnitude

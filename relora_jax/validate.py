@@ -1,6 +1,6 @@
 """Whether a run makes sense, judged before anything is allocated: one UserError that names the remedy.
 
-The settings of `data` are judged where they are used first, by `prepare.check`.
+The settings of `data` are judged where they are used first, by `data.prepared.check`.
 """
 
 import contextlib

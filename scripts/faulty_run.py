@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from relora_jax.checkpoint.saved import directory as checkpoints_of
-from relora_jax.checkpoint.saved import updates_saved
+from relora_jax.checkpoint.saved import checkpoints_dir, updates_saved
 from relora_jax.run import metrics_file
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +116,7 @@ class Run:
     def newest(self) -> Path:
         """The directory of the newest checkpoint; the run does not count as finished."""
         (self.workdir / "report.md").unlink(missing_ok=True)  # it was faster than we
-        return checkpoints_of(self.workdir) / str(updates_saved(self.workdir)[-1])
+        return checkpoints_dir(self.workdir) / str(updates_saved(self.workdir)[-1])
 
 
 def documented(number: signal.Signals, code: int, out: str, err: str = "", *, near_end: bool) -> bool:
@@ -162,7 +161,7 @@ def outcome(workdir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     """(bytes of every array of the last checkpoint, rows without times) of a run that has ended."""
     assert (workdir / "report.md").is_file()
     with ocp.StandardCheckpointer() as reader:
-        state = reader.restore(checkpoints_of(workdir) / str(UPDATES) / "state")
+        state = reader.restore(checkpoints_dir(workdir) / str(UPDATES) / "state")
     arrays = {path: np.asarray(value) for path, value in state.items()}
     times = ("tokens_per_s", "elapsed_s")
     rows = [{k: v for k, v in row.items() if k not in times} for row in metrics_file.read(workdir)]

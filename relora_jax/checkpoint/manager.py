@@ -18,7 +18,7 @@ import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers as policies
 
 from relora_jax.checkpoint import saved
-from relora_jax.checkpoint.saved import META, STATE, directory, system_code
+from relora_jax.checkpoint.saved import META, STATE, checkpoints_dir, system_code
 from relora_jax.config import Config
 from relora_jax.training.state import TrainState, flatten
 
@@ -37,7 +37,7 @@ class Checkpoints:
         self._config = config
         self._low_priority = ThreadPoolExecutor(1, "save", _lower_priority)
         self._manager = ocp.CheckpointManager(
-            directory(workdir),
+            checkpoints_dir(workdir),
             item_handlers={
                 STATE: ocp.PyTreeCheckpointHandler(use_compression=False),  # which would leave 92%
                 META: ocp.JsonCheckpointHandler(),

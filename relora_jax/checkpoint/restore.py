@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from relora_jax.checkpoint.saved import DamagedError, OtherModelError, Saved, directory, updates_saved
+from relora_jax.checkpoint.saved import DamagedError, OtherModelError, Saved, checkpoints_dir, updates_saved
 from relora_jax.config import Config, changed_results
 from relora_jax.errors import UserError
 from relora_jax.storage.writer import Writer
@@ -23,7 +23,7 @@ def open_saved(workdir: Path, u: int, config: Config) -> Saved:
 
     DamagedError; UserError for a checkpoint of another run or of something else.
     """
-    one = Saved.open(path := directory(workdir) / str(u))
+    one = Saved.open(path := checkpoints_dir(workdir) / str(u))
     if changed := changed_results(one.config, config):
         raise UserError(f"{path} is of another run ({'; '.join(changed)}): move it away, or take its config")
     return one
@@ -57,7 +57,7 @@ def restore_newest(
         for lost, error in damaged:
             # Orbax would neither overwrite the step nor save an earlier one
             aside = _free_name(workdir / "damaged", lost)
-            writer.rename(directory(workdir) / str(lost), aside)
+            writer.rename(checkpoints_dir(workdir) / str(lost), aside)
             writer.say(f"warning: {error}: renamed to {aside}, the checkpoint before is taken", warning=True)
         return u, state
     if damaged:

@@ -119,14 +119,14 @@ class Saved:
         return arrays
 
 
-def directory(workdir: Path) -> Path:
+def checkpoints_dir(workdir: Path) -> Path:
     """Where a run's checkpoints lie."""
     return (Path(workdir) / "checkpoints").absolute()
 
 
 def updates_saved(workdir: Path) -> list[int]:
     """Updates of the checkpoints of a run, ascending; those of a save that did not end have another name."""
-    folder = directory(workdir)
+    folder = checkpoints_dir(workdir)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,9}", name))
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relora_jax.checkpoint.saved import Saved, directory
+from relora_jax.checkpoint.saved import Saved, checkpoints_dir
 from relora_jax.core import base
 from relora_jax.core.merge import delta
 from relora_jax.training import names
@@ -45,7 +45,7 @@ class Variables(Mapping[str, Any]):
         return sum(1 for _ in self)
 
     def __getitem__(self, path: str) -> np.ndarray:
-        """The variable; of a kernel that has live factors W alone."""
+        """The variable; for a frozen kernel W without its factors."""
         if not self.has_factors(path):
             return self._read(names.trained(path))
         layer = names.layer_of(path)
@@ -89,4 +89,4 @@ class Variables(Mapping[str, Any]):
 
 def variables_of(workdir: Path, update: int) -> Variables:
     """The variables of a run's checkpoint after so many updates."""
-    return Variables(Saved.open(directory(workdir) / str(update)))
+    return Variables(Saved.open(checkpoints_dir(workdir) / str(update)))

@@ -5,8 +5,9 @@
                 are not lost in the mean
     float64     for oracles, where JAX has 64-bit types
 
-W is stored as one array or several: a dict whose names are attributes of the layer, `kernel` the first.
-Each has as many axes as W [*layers, in, out], so that layers are merged one by one and sharding follows W's.
+W [*layers, in, out] is stored as a dict of arrays, which become variables of the layer: `kernel`, of W's
+shape, and perhaps others, whose names begin with `kernel_` and which have as many axes (size 1 where they are
+shared), since layers are merged one by one and variables are sharded by the names of their axes.
 """
 
 import dataclasses
@@ -24,7 +25,10 @@ Stored = dict[str, Any]  # {attribute of the layer: array}
 
 @dataclasses.dataclass(frozen=True)
 class Base(grammar.Choice):
-    """One way to store W. `store` and `read` are all that another one needs."""
+    """One way to store W. Another one is a class with `kind`, `store` and `read`, and a row in CHOICES.
+
+    It overrides `round` as well where rounding to nearest would lose merges that are small.
+    """
 
     def store(self, w: Float[Array, "*layers in out"]) -> Stored:
         """The arrays that W is stored as, rounded to nearest."""
@@ -44,9 +48,10 @@ class Base(grammar.Choice):
         """W + delta of one layer, summed in at least float32, stored again; `key` may draw the rounding."""
         w = self.read(stored)
         wide = jnp.promote_types(w.dtype, delta.dtype)
-        return self._rounded(w.astype(wide) + delta.astype(wide), key)
+        return self.round(w.astype(wide) + delta.astype(wide), key)
 
-    def _rounded(self, w: Array, key: Any) -> Stored:
+    def round(self, w: Float[Array, "in out"], key: Any) -> Stored:
+        """The arrays that a merged W of one layer is stored as: rounded to nearest, unless overridden."""
         return self.store(w)
 
 
@@ -73,7 +78,8 @@ class Bfloat16(_Plain):
 
     kind: ClassVar[str] = "bfloat16"
 
-    def _rounded(self, w: Array, key: Any) -> Stored:
+    def round(self, w: Float[Array, "in out"], key: Any) -> Stored:
+        """Rounded stochastically."""
         return {"kernel": round_stochastically(w, key)}
 
 

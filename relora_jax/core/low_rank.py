@@ -68,6 +68,8 @@ class LowRankDense(nnx.Module):
         self.base = base.parse(base_dtype)
         stored = self.base.store(kernel if keep else jnp.zeros_like(kernel))
         self.stored_as = tuple(stored)
+        if "kernel" not in stored or not all(name.startswith("kernel") for name in stored):
+            raise ValueError(f"base_dtype {self.base} stores {list(stored)}: name them kernel and kernel_...")
         for name, part in stored.items():
             setattr(self, name, BaseKernel(part, **metadata))
         bound = 1 / math.sqrt(fan_in if keep else rank)

@@ -19,19 +19,19 @@ from relora_jax.core import grammar
 
 @dataclasses.dataclass(frozen=True)
 class Prune(grammar.Choice):
-    """One choice; another one is a class that has `kept` and `mask`, and a row in CHOICES."""
+    """One choice. Another one is a frozen dataclass with `kind` and `mask`, and a row in CHOICES.
+
+    Its fields, if it has any, are numbers, which the grammar reads as floats.
+    """
 
     clears: ClassVar[bool] = True  # whether a reset clears anything at all
-
-    def kept(self, entries: int) -> int:
-        """How many of `entries` statistics of one factor of one layer survive."""
-        raise NotImplementedError
+    keeps_nothing: ClassVar[bool] = False  # so that the factors' count can be reset as well
 
     def mask(self, statistic: Any, key: Any) -> Any:
-        """[layers, n] bool: True for the `kept(n)` entries of each layer of `statistic` that survive.
+        """[layers, n] bool: True for the entries of each layer of `statistic` that survive.
 
-        `statistic` [layers, n] is the first moment of a factor where the optimizer keeps one; the mask is
-        used for all statistics of that factor. `key` is this factor's alone.
+        `statistic` [layers, n] is the first moment of a factor, its two sides flattened, where the optimizer
+        keeps one; the mask is used for all statistics of that factor. `key` is this factor's alone.
         """
         raise NotImplementedError
 
@@ -41,11 +41,7 @@ class Zero(Prune):
     """Nothing survives."""
 
     kind: ClassVar[str] = "zero"
-    prune_fraction: ClassVar[float] = 1.0
-
-    def kept(self, entries: int) -> int:
-        """0."""
-        return 0
+    keeps_nothing: ClassVar[bool] = True
 
     def mask(self, statistic: Any, key: Any) -> Any:
         """False everywhere."""
@@ -59,12 +55,7 @@ class Nothing(Prune):
     """Everything survives (a row of the paper's ablation)."""
 
     kind: ClassVar[str] = "none"
-    prune_fraction: ClassVar[float] = 0.0
     clears: ClassVar[bool] = False
-
-    def kept(self, entries: int) -> int:
-        """All."""
-        return entries
 
     def mask(self, statistic: Any, key: Any) -> Any:
         """True everywhere."""
@@ -87,7 +78,7 @@ class _Share(Prune):
             )
 
     def kept(self, entries: int) -> int:
-        """round((1 - f) n)."""
+        """round((1 - f) n): how many of n entries of one factor of one layer survive."""
         return round((1 - self.prune_fraction) * entries)
 
 

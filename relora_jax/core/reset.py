@@ -16,7 +16,7 @@ from flax import nnx
 
 from relora_jax.core import moments
 from relora_jax.core.paths import Path, is_variable, leaves, map_leaves, names, path_key, value_of, with_value
-from relora_jax.core.prune import Prune, Zero
+from relora_jax.core.prune import Prune
 
 IsFactor = Callable[[Path, Any], bool]
 
@@ -71,7 +71,7 @@ def with_reset(
 
 def check(prune: Prune, *, reset_count: bool) -> None:
     """ValueError, which begins with the argument's name, where the two do not go together."""
-    if reset_count and not isinstance(prune, Zero):
+    if reset_count and not prune.keeps_nothing:
         raise ValueError(f"reset_count needs prune=zero: what survives {prune} is corrected by its count")
 
 

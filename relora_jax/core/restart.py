@@ -1,6 +1,8 @@
-"""What a restart does to a model and to its optimizer's state: a value, so that another method is one class.
+"""The restart methods: what each does to the model and to the optimizer's state.
 
-merge_and_reinit    ReLoRA (arXiv 2307.05695): W += scale * (A @ B), A redrawn, B = 0, moments pruned
+    merge_and_reinit    ReLoRA (arXiv 2307.05695): W += scale * (A @ B), A redrawn, B = 0, moments pruned
+
+No array may change its shape or type: the state is sharded, donated and saved as it was.
 """
 
 import dataclasses
@@ -13,14 +15,14 @@ from relora_jax.core.reset import reset
 
 @dataclasses.dataclass(frozen=True)
 class Restart(grammar.Choice):
-    """One method."""
+    """One method. Another one is a class with `kind`, `model` and `opt_state`, and a row in CHOICES."""
 
     def model(self, model: Any, *, key: Any) -> Any:
-        """The same function with its low-rank layers ready for a new cycle, in place; `key` draws."""
+        """At each merge: the model, which computes the same as before, with new factors; in place."""
         raise NotImplementedError
 
     def opt_state(self, opt_state: Any, *, key: Any) -> Any:
-        """The optimizer's state where the cycle ends with a reset: its factors' statistics pruned."""
+        """At each reset, which comes with the last merge of a cycle: the factors' statistics pruned."""
         raise NotImplementedError
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from relora_jax.data import json_lines, workers
 from relora_jax.errors import UserError
-from relora_jax.storage import atomic, places, records
+from relora_jax.storage import array_record, atomic, places
 
 NAME, CONFIG, VERSION = "c4", "en", "3.1.0"
 SPLITS = ("train", "validation")
@@ -162,7 +162,7 @@ def _convert(skip_broken: bool, task: tuple[Path, Path]) -> Iterator[Advance]:
     file, target = task
     serializer = ExampleSerializer(_features(tfds).get_serialized_info())
     documents, size, broken, named, told = 0, 0, 0, [], Advance(0, 0)
-    with file.open("rb") as raw, records.RecordWriter(target, "group_size:1") as writer:  # as TFDS does
+    with file.open("rb") as raw, array_record.RecordWriter(target, "group_size:1") as writer:  # as TFDS does
         for line, found in _examples(file, raw):
             if isinstance(found, str):
                 place = f"{file}:{line} is broken ({found})"

@@ -19,7 +19,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from jaxtyping import Int32, Int64
 
 from relora_jax.errors import UserError
-from relora_jax.storage.records import RecordWriter
+from relora_jax.storage.array_record import RecordWriter
 
 FORMAT = 2  # of a row store: raise it with any change of the records, the packing or the manifest
 MANIFEST, COUNTS = "manifest.json", "counts.npy"

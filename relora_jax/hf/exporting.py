@@ -12,13 +12,13 @@ from ml_dtypes import bfloat16
 from tqdm import tqdm
 
 from relora_jax.checkpoint.restore import open_saved
-from relora_jax.checkpoint.saved import DamagedError, directory
+from relora_jax.checkpoint.saved import DamagedError, checkpoints_dir
 from relora_jax.checkpoint.variables import Variables
 from relora_jax.config import Config
 from relora_jax.errors import UserError
 from relora_jax.hf import llama, tokenizer_files
 from relora_jax.hf.llama import Place
-from relora_jax.hf.tensor_files import Kind, Writer
+from relora_jax.hf.tensor_files import Kind, TensorWriter
 from relora_jax.run import record, restored
 from relora_jax.storage import atomic
 from relora_jax.tokenizer.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def export(
     before anything is written.
     """
     atomic.check_output(output, OURS, overwrite=overwrite)
-    if directory(workdir).resolve() in (output.resolve(), *output.resolve().parents):
+    if checkpoints_dir(workdir).resolve() in (output.resolve(), *output.resolve().parents):
         raise UserError(f"--output={output} lies among the checkpoints of the run: name another place")
     config = record.read_config(workdir)
     u = restored.update_of(workdir, update)
@@ -94,7 +94,7 @@ def write(variables: Variables, config: Config, folder: Path, *, dtype: np.dtype
     places = llama.tensors(config.model)
     name_of = {(place.path, place.layer): name for name, place in places.items()}
     paths = list(dict.fromkeys(place.path for place in places.values()))
-    with Writer(folder, {name: (place.shape, dtype) for name, place in places.items()}) as writer:
+    with TensorWriter(folder, {name: (place.shape, dtype) for name, place in places.items()}) as writer:
         for path in tqdm(paths, unit=" variables", leave=False, disable=None):
             for layer, array in _parts(variables, path, merged=not adapter):
                 name = name_of[path, layer]
@@ -111,7 +111,7 @@ def write_adapter(variables: Variables, config: Config, folder: Path, *, dtype: 
         a, b = _adapter_names(name)
         kinds |= {a: ((relora.rank, fan_in), dtype), b: ((fan_out, relora.rank), dtype)}
     folder.mkdir()
-    with Writer(folder, kinds, stem="adapter_model", shard_bytes=math.inf) as writer:
+    with TensorWriter(folder, kinds, stem="adapter_model", shard_bytes=math.inf) as writer:
         for path in dict.fromkeys(place.path for place in places.values()):
             factors = variables.factors(path)
             for name, layer in [(name, place.layer) for name, place in places.items() if place.path == path]:

@@ -1,7 +1,7 @@
 """transformers' words for a model: its config.json, and the names and shapes of its tensors, both ways.
 
-`LlamaForCausalLM` is what model.py computes, its kernels [out, in] and layer by layer; the halves of its
-rotary heads are ours. What its config can say and model.py cannot compute is refused by name.
+`LlamaForCausalLM` is what model/llama.py computes, its kernels [out, in] and layer by layer; the halves of
+its rotary heads are ours. What its config can say and model/llama.py cannot compute is refused by name.
 """
 
 import dataclasses

@@ -126,7 +126,7 @@ def _kind(path: Path, name: str, tensor: Any) -> Kind:
     return shape, TYPES[told]
 
 
-class Writer:
+class TensorWriter:
     """The files of the tensors `kinds`, in transformers' way: each tensor written once, in any order.
 
     In their order they fill shards of at most `shard_bytes`; with more than one, an index is written last.
@@ -160,7 +160,7 @@ class Writer:
         self._put(*self._places[name], flat.data)
         self._left.remove(name)
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "TensorWriter":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:

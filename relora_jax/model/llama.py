@@ -109,7 +109,7 @@ class Attention(nnx.Module):
         self.o = _linear(config, query, config.hidden, axes, rngs)
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.theta, self.scaling = config.rope_theta, rope.parse(config.rope_scaling)
-        self.kernel = config.attention
+        self.implementation = config.attention
 
     def __call__(
         self, x: Float[Array, "B L D"], positions: Int[Array, "#B L"], mask: Bool[Array, "B L L"] | None
@@ -121,7 +121,9 @@ class Attention(nnx.Module):
         v = self.v(x).reshape(rows, length, self.kv_heads, self.head_dim)
         frequencies = self.scaling.frequencies(self.head_dim, theta=self.theta, length=length)
         turn = frequencies, self.scaling.amplitude()
-        y = attend(rotate(q, positions, *turn), rotate(k, positions, *turn), v, mask, kernel=self.kernel)
+        y = attend(
+            rotate(q, positions, *turn), rotate(k, positions, *turn), v, mask, kernel=self.implementation
+        )
         return self.o(y.reshape(rows, length, -1))
 
 

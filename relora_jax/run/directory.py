@@ -28,7 +28,7 @@ def locked(writer: Writer, config: Config) -> Iterator[None]:
     """The directory is there for the run of `config`, and no other process writes it meanwhile.
 
     UserError, and nothing is changed, where it holds something else, another run, or another process is
-    inside. One that is still without a run where an error ends the `with` is removed.
+    inside. A directory that was made here is removed again where an error comes before a run was written.
     """
     workdir = writer.folder
     _check_free(workdir)

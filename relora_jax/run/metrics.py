@@ -43,7 +43,7 @@ class Diverged(ArithmeticError):  # noqa: N818  (it befell the run)
 
 
 class Metrics:
-    """file after opening at u == what the uninterrupted run had written when it saved u, but for times.
+    """After a resume at u the file is what an uninterrupted run had written when it saved u, but for times.
 
     With `anew` the file begins empty: no checkpoint of this run was there. A process that does not write
     has the same rows and raises the same errors, without file and line.

@@ -43,8 +43,8 @@ class OpenRun:
 def open_run(config: Config, workdir: Path, how: How) -> Iterator[OpenRun | None]:
     """The run of a valid config in `workdir`, which is locked while inside; None where it is finished.
 
-    `how` rows are made where they are not there yet. UserError for a directory, rows or a warm start that
-    this run cannot have, before anything is computed or written.
+    Missing rows are made as `how` says. UserError for a directory, rows or a warm start that this run cannot
+    have, before anything is computed or written.
     """
     writer = Writer(workdir, active=jax.process_index() == 0)
     with directory.locked(writer, config):

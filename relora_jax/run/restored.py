@@ -13,8 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from relora_jax.checkpoint.restore import restore
-from relora_jax.checkpoint.saved import DamagedError, updates_saved
-from relora_jax.checkpoint.saved import directory as checkpoints_of
+from relora_jax.checkpoint.saved import DamagedError, checkpoints_dir, updates_saved
 from relora_jax.config import Config, DataConfig
 from relora_jax.data import prepared
 from relora_jax.data.rows import RowStore
@@ -81,7 +80,7 @@ def model_of(place: Path, u: int, config: Config, program: Program) -> TrainStat
 
 def check_kept(place: Path, u: int) -> None:
     """UserError where the run, which goes on, has deleted the checkpoint that was being read."""
-    if not (checkpoints_of(place) / str(u)).exists():
+    if not (checkpoints_dir(place) / str(u)).exists():
         raise UserError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_jax.checkpoint.restore import read_state
-from relora_jax.checkpoint.saved import DamagedError, Saved, directory, updates_saved
+from relora_jax.checkpoint.saved import DamagedError, Saved, checkpoints_dir, updates_saved
 from relora_jax.config import RUN, Config, flatten
 from relora_jax.errors import UserError
 from relora_jax.run.record import read_facts
@@ -31,7 +31,7 @@ def find(config: Config) -> Saved:
             f"u = {', '.join(map(str, there))}: set it to one of these"
         )
     try:
-        found = Saved.open(directory(source) / str(start))
+        found = Saved.open(checkpoints_dir(source) / str(start))
         kinds = found.kinds()
     except DamagedError as error:
         raise UserError(f"train.init_from cannot be used: {error}") from error

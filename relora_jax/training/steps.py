@@ -132,7 +132,7 @@ def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Pha
 
 
 def restart(config: Config, phase: Phase, state: TrainState, *, reset: bool) -> TrainState:
-    """The same function at the beginning of a cycle, as `relora.restart` has it; `reset` prunes moments."""
+    """The factors merged and redrawn by the method `relora.restart`; with `reset`, their moments pruned."""
     method = restarts.parse(config.relora.restart)
     model = phase.model(state.trained, state.frozen)
     model = method.model(model, key=key(config, REINIT, state.update))

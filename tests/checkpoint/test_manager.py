@@ -19,8 +19,7 @@ import tensorstore as ts
 from relora_jax.checkpoint import manager
 from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.checkpoint.restore import restore_newest
-from relora_jax.checkpoint.saved import directory as checkpoints_of
-from relora_jax.checkpoint.saved import updates_saved
+from relora_jax.checkpoint.saved import checkpoints_dir, updates_saved
 from relora_jax.checkpoint.variables import variables_of
 from relora_jax.storage.writer import Writer
 from relora_jax.training.program import Program
@@ -137,7 +136,7 @@ def test_arrays_are_not_compressed(tmp_path: pathlib.Path) -> None:
     state = Program(small.config(), small.mesh()).init()
     with Checkpoints(tmp_path, small.config()) as checkpoints:
         checkpoints.save(0, state)
-    files = {"driver": "file", "path": f"{checkpoints_of(tmp_path) / '0' / 'state'}/"}
+    files = {"driver": "file", "path": f"{checkpoints_dir(tmp_path) / '0' / 'state'}/"}
     store = ts.KvStore.open({"driver": "ocdbt", "base": files}).result()
     kinds = [store.read(key).result().value for key in store.list().result() if key.endswith(b".zarray")]
     assert len(kinds) == len(flatten(state))

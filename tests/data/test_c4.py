@@ -12,7 +12,7 @@ import pytest
 
 from relora_jax import cli
 from relora_jax.data import c4, json_lines, tfds_source, workers
-from relora_jax.storage import records
+from relora_jax.storage import array_record
 from scripts import c4_from_json
 from tests.support.documents import texts
 
@@ -80,7 +80,7 @@ def test_tfds_itself_opens_it_with_timestamp_and_url(folders):
     ]
     sizes = tfds.builder_from_directory(dataset(folders)).info.splits
     (file,) = dataset(folders).glob("c4-train*")
-    examples = records.ArrayRecordReader(str(file)).read_all()
+    examples = array_record.ArrayRecordReader(str(file)).read_all()
     assert list(sizes) == ["train"] and sizes["train"].num_bytes == sum(map(len, examples))
 
 
@@ -290,12 +290,12 @@ def test_kill_between_the_last_names_mixes_no_files(folders, monkeypatch):
 
 
 def test_shard_that_did_not_reach_the_disk_is_an_error_and_has_no_name(folders, monkeypatch):
-    class Deaf(records.ArrayRecordWriter):
+    class Deaf(array_record.ArrayRecordWriter):
         def write(self, example):
             if b"Number 1." not in example:
                 super().write(example)
 
-    monkeypatch.setattr(records, "ArrayRecordWriter", Deaf)
+    monkeypatch.setattr(array_record, "ArrayRecordWriter", Deaf)
     with pytest.raises(OSError, match=r"/finished/\w+\.\d+\.new holds 5 of 6 records: is the disk full"):
         build(write(folders / "in", texts(6), files=1))
     assert not [file for file in folders.glob("tfds/c4/en/*/finished/*") if not file.suffix]

@@ -13,7 +13,7 @@ from relora_jax.data import prepared, tfds_source
 from relora_jax.data.packing import Packer
 from relora_jax.data.rows import RowStore
 from relora_jax.data.stores import How
-from relora_jax.storage import places, records
+from relora_jax.storage import array_record, places
 from relora_jax.tokenizer import tokenizer as tokenizers
 from tests.support.documents import DATA, texts, write_dataset
 
@@ -237,9 +237,9 @@ def test_text_too_short_for_a_row_is_an_error_and_leaves_no_store(tokenizer):
 
 
 def test_rows_that_did_not_reach_the_disk_make_no_store(tokenizer, monkeypatch):
-    write, calls = records.ArrayRecordWriter.write, itertools.count()
+    write, calls = array_record.ArrayRecordWriter.write, itertools.count()
     half = lambda self, row: next(calls) % 2 or write(self, row)  # noqa: E731
-    monkeypatch.setattr(records.ArrayRecordWriter, "write", half)
+    monkeypatch.setattr(array_record.ArrayRecordWriter, "write", half)
     with pytest.raises(OSError, match=r"\.array_record\.\d+\.new holds \d+ of \d+ records: is the disk full"):
         row_store(DATA, tokenizer)
     stores = places.cache_dir().glob("rows/*/*/manifest.json")

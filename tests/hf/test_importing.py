@@ -24,7 +24,7 @@ from relora_jax.config import ModelConfig, to_json
 from relora_jax.data import prepared
 from relora_jax.hf import exporting, importing, starting_config
 from relora_jax.hf import llama as llama_hf
-from relora_jax.hf.tensor_files import FILE, INDEX, TensorFiles, Writer
+from relora_jax.hf.tensor_files import FILE, INDEX, TensorFiles, TensorWriter
 from relora_jax.run import directory, record, restored, warm_start
 from relora_jax.storage import atomic, writer
 from relora_jax.tokenizer import tokenizer
@@ -62,7 +62,7 @@ def write(
     tensors = arrays(model) if tensors is None else tensors
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(facts(model)))
-    with Writer(folder, {name: (a.shape, a.dtype) for name, a in tensors.items()}, **how) as writer:
+    with TensorWriter(folder, {name: (a.shape, a.dtype) for name, a in tensors.items()}, **how) as writer:
         for name, array in tensors.items():
             writer.write(name, array)
     return folder

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from relora_jax import cli
 from relora_jax.hf import tensor_files
-from relora_jax.hf.tensor_files import FILE, INDEX, TensorFiles, Writer
+from relora_jax.hf.tensor_files import FILE, INDEX, TensorFiles, TensorWriter
 
 ARRAYS = {  # names whose order as texts is not that of their numbers
     "model.layers.9.norm": np.arange(5, dtype=np.float32),
@@ -35,7 +35,7 @@ def kinds(arrays: dict[str, np.ndarray]) -> dict[str, tensor_files.Kind]:
 
 def write(folder: pathlib.Path, arrays: dict[str, np.ndarray], **how: Any) -> None:
     """In the order from last to first."""
-    with Writer(folder, kinds(arrays), **how) as writer:
+    with TensorWriter(folder, kinds(arrays), **how) as writer:
         for name, array in reversed(arrays.items()):
             writer.write(name, array)
 
@@ -87,7 +87,7 @@ def test_a_transposed_array_is_written_as_it_is_indexed(tmp_path: pathlib.Path) 
 def test_each_tensor_is_written_once_in_its_kind_and_none_is_forgotten(tmp_path: pathlib.Path) -> None:
     made = {"a": np.zeros(2, np.float32), "b": np.zeros(3, np.float32)}
     with pytest.raises(RuntimeError, match=r"1 tensors were not written, such as 'b'"):  # noqa: SIM117
-        with Writer(tmp_path, kinds(made), shard_bytes=1) as writer:
+        with TensorWriter(tmp_path, kinds(made), shard_bytes=1) as writer:
             with pytest.raises(ValueError, match=r"float32\[3\], not"):
                 writer.write("a", made["b"])
             with pytest.raises(ValueError, match=r"float16\[2\], not"):
@@ -98,16 +98,16 @@ def test_each_tensor_is_written_once_in_its_kind_and_none_is_forgotten(tmp_path:
                     writer.write(name, made["a"])
     assert not (tmp_path / INDEX).exists()  # so nobody takes it for whole
     with pytest.raises(OSError, match=r"model-00001-of-00002"):
-        Writer(tmp_path, kinds(made), shard_bytes=1)
+        TensorWriter(tmp_path, kinds(made), shard_bytes=1)
 
 
 def test_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: pathlib.Path) -> None:
     code = (
-        "import numpy as np, resource, sys; from relora_jax.hf.tensor_files import Writer\n"
+        "import numpy as np, resource, sys; from relora_jax.hf.tensor_files import TensorWriter\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)\n"
         "a = np.zeros(50_000, np.float32)\n"
         "try:\n"
-        f"    with Writer({str(tmp_path)!r}, {{'a': (a.shape, a.dtype)}}) as writer: writer.write('a', a)\n"
+        f"    with TensorWriter({str(tmp_path)!r}, {{'a': (a.shape, a.dtype)}}) as made: made.write('a', a)\n"
         "except OSError as error: sys.exit(str(error))\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -12,7 +12,7 @@ import pytest
 
 from relora_jax.checkpoint import saved
 from relora_jax.checkpoint.manager import Checkpoints
-from relora_jax.checkpoint.saved import Saved, directory
+from relora_jax.checkpoint.saved import Saved, checkpoints_dir
 from relora_jax.config import Config
 from relora_jax.run import warm_start
 from relora_jax.training.program import Program
@@ -139,7 +139,7 @@ def test_no_run_and_a_damaged_one_are_refused_and_left_as_they_are(
     with pytest.raises(ValueError, match=r"holds no checkpoint: name the directory of a run"):
         begun(tmp_path)
     copy = pathlib.Path(shutil.copytree(source, tmp_path / "copy"))
-    meta = directory(copy) / "4" / "meta" / "metadata"
+    meta = checkpoints_dir(copy) / "4" / "meta" / "metadata"
     meta.write_text(meta.read_text()[:-9])
     before = sorted(map(str, copy.rglob("*")))
     with pytest.raises(ValueError, match=r"train.init_from cannot be used"):
@@ -165,4 +165,4 @@ def test_command_begins_at_w_and_ends_like_the_run_with_its_own_warm_start(tmp_p
     assert [row["update"] for row in place.rows("shared") if row["kind"] != "sample"][:2] == [4, 5]
     own, shared = place.weights("own"), place.weights("shared")
     assert all(np.array_equal(own[path], shared[path]) for path in own)
-    assert saved.Saved.open(directory(place.folder / "shared") / "4").update == W
+    assert saved.Saved.open(checkpoints_dir(place.folder / "shared") / "4").update == W

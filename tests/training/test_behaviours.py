@@ -27,9 +27,6 @@ class EveryNth(prune.Prune):
     kind: ClassVar[str] = "every_nth"
     n: float
 
-    def kept(self, entries: int) -> int:
-        return -(-entries // int(self.n))
-
     def mask(self, statistic: Any, key: Any) -> Any:
         return jnp.broadcast_to(jnp.arange(statistic.shape[-1]) % int(self.n) == 0, statistic.shape)
 
@@ -37,7 +34,7 @@ class EveryNth(prune.Prune):
 class Int8(base.Base):
     """W as int8 with a scale for each output channel, by plain rounding."""
 
-    kind: ClassVar[str] = "int8"
+    kind: ClassVar[str] = "int8_toy"
 
     def store(self, w: Any) -> base.Stored:
         scale = jnp.max(jnp.abs(w), axis=-2, keepdims=True) / 127
@@ -51,7 +48,7 @@ class Int8(base.Base):
 @pytest.fixture
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(prune.CHOICES, "every_nth", EveryNth)
-    monkeypatch.setitem(base.CHOICES, "int8", Int8)
+    monkeypatch.setitem(base.CHOICES, "int8_toy", Int8)
 
 
 @pytest.mark.usefixtures("tables")
@@ -59,7 +56,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_choices_of_ones_own_train_and_are_saved_and_read_like_ours(
     tmp_path: pathlib.Path, form: str
 ) -> None:
-    changes: dict[str, Any] = {"relora__base_dtype": "int8", "relora__prune": EveryNth(3.0)}
+    changes: dict[str, Any] = {"relora__base_dtype": "int8_toy", "relora__prune": EveryNth(3.0)}
     made = small.config(relora__product=form, relora__peak_lr=3e-2, **changes)
     validate(made, devices=1)
     assert from_json(to_json(made)) == made and str(made.relora.prune) == "every_nth(3.0)"
@@ -102,7 +99,7 @@ def restored_copy(program: Program, folder: pathlib.Path, made: Any) -> Any:
 
 @pytest.mark.usefixtures("tables")
 def test_a_restart_adds_what_the_factors_learnt_to_what_a_base_reads() -> None:
-    made = small.config(relora__base_dtype="int8")
+    made = small.config(relora__base_dtype="int8_toy")
     program = Program(made, small.mesh())
     state, _ = small.run(made, program, stop=8)
     held = {path: np.asarray(leaf) for path, leaf in flatten(state).items()}
@@ -121,9 +118,9 @@ def test_a_restart_adds_what_the_factors_learnt_to_what_a_base_reads() -> None:
 
 def test_a_kind_that_no_table_has_is_refused_with_those_that_are_there() -> None:
     with pytest.raises(
-        ValueError, match=r"relora\.base_dtype 'int8' cannot be read: write float32, bfloat16 or"
+        ValueError, match=r"relora\.base_dtype 'int8_toy' cannot be read: write float32, bfloat16 or"
     ):
-        validate(small.config(relora__base_dtype="int8"), devices=1)
+        validate(small.config(relora__base_dtype="int8_toy"), devices=1)
     with pytest.raises(ValueError, match=r"relora\.restart 'rolling' cannot be read: write merge_and_reinit"):
         validate(small.config(relora__restart="rolling"), devices=1)
     with pytest.raises(ValueError, match=r"'every_nth\(3\.0\)' cannot be read: write zero, magnitude"):

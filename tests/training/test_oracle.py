@@ -215,7 +215,7 @@ def oracle_settings(made: Config) -> oracle.Settings:
         peak_lr=r.peak_lr,
         factor_lr_ratio=r.factor_lr_ratio,
         prune=r.prune.kind,
-        fraction=r.prune.prune_fraction,
+        fraction=getattr(r.prune, "prune_fraction", 0.0),
         reset_count=r.reset_count,
         base_init=r.base_init,
         full_peak_lr=o.peak_lr,
