@@ -16,46 +16,25 @@ Needs C4 as a TFDS dataset (scripts/c4_from_json.py) and T5's tokenizer (scripts
 Rows are made of the first 12B tokens of C4: about 72 of its 1,024 train files.
 """
 
-from relora_jax import magnitude, shapes
-from relora_jax.config import Config, DataConfig, OptimizerConfig, ReloraConfig, TrainConfig
+from relora_jax import magnitude
+from relora_jax.config import Config
+from relora_jax.shapes import paper_config
 
 
 def get_config(arm: str = "relora") -> Config:
     """The run of one arm."""
-    size = shapes.control("250m") if arm == "control" else "250m"
-    return Config(
-        name="250m",
-        arm=arm,
-        model=shapes.llama(size, compute_dtype="bfloat16"),
-        relora=ReloraConfig(
-            rank=128,
-            alpha=32.0,
-            dropout=0.1,
-            product="apart",  # folded has no branch to drop out of
-            base_dtype="float32",
-            warm_start_updates=0 if arm == "lora" else 5_000,
-            cycle_updates=5_000,
-            warm_up_updates=500,
-            restart_warm_up_updates=100,
-            peak_lr=1e-3,
-            prune=magnitude(0.99),
-        ),
-        optimizer=OptimizerConfig(peak_lr=5e-4, warm_up_updates=1_000, clip_norm=1.0),
-        data=DataConfig(
-            dataset="c4/en",
-            train_split="train",
-            validation_split="validation",
-            tokenizer="t5",
-            train_tokens=12_000_000_000,  # updates x batch rows, rounded up
-            sequence_length=512,
-        ),
-        train=TrainConfig(
-            updates=20_000,
-            batch=1_152,
-            microbatch=96,
-            log_every_updates=10,
-            evaluate_every_updates=1_000,
-            save_every_updates=1_000,
-            eval_tokens=10_000_000,
-        ),
+    return paper_config(
+        "250m",
+        arm,
+        updates=20_000,
+        batch=1_152,
+        microbatch=96,
+        sequence_length=512,
+        train_tokens=12_000_000_000,  # updates x batch rows, rounded up
+        peak_lr=5e-4,
+        warm_up_updates=1_000,
+        warm_start_updates=5_000,
+        cycle_updates=5_000,
+        low_rank_peak_lr=1e-3,
+        prune=magnitude(0.99),
     )

@@ -18,46 +18,25 @@ Needs C4 as a TFDS dataset (scripts/c4_from_json.py) and T5's tokenizer (scripts
 Rows are made of the first 1.25B tokens of C4: about 8 of its 1,024 train files.
 """
 
-from relora_jax import magnitude, shapes
-from relora_jax.config import Config, DataConfig, OptimizerConfig, ReloraConfig, TrainConfig
+from relora_jax import magnitude
+from relora_jax.config import Config
+from relora_jax.shapes import paper_config
 
 
 def get_config(arm: str = "relora") -> Config:
     """The run of one arm."""
-    size = shapes.control("60m") if arm == "control" else "60m"
-    return Config(
-        name="60m",
-        arm=arm,
-        model=shapes.llama(size, compute_dtype="bfloat16"),
-        relora=ReloraConfig(
-            rank=128,
-            alpha=32.0,
-            dropout=0.1,
-            product="apart",  # folded has no branch to drop out of
-            base_dtype="float32",
-            warm_start_updates=0 if arm == "lora" else 2_500,
-            cycle_updates=1_500,
-            warm_up_updates=500,
-            restart_warm_up_updates=100,
-            peak_lr=2e-3,
-            prune=magnitude(0.9),
-        ),
-        optimizer=OptimizerConfig(peak_lr=1e-3, warm_up_updates=500, clip_norm=1.0),
-        data=DataConfig(
-            dataset="c4/en",
-            train_split="train",
-            validation_split="validation",
-            tokenizer="t5",
-            train_tokens=1_250_000_000,  # updates x batch rows, rounded up
-            sequence_length=256,
-        ),
-        train=TrainConfig(
-            updates=10_000,
-            batch=480,
-            microbatch=120,
-            log_every_updates=10,
-            evaluate_every_updates=1_000,
-            save_every_updates=1_000,
-            eval_tokens=10_000_000,
-        ),
+    return paper_config(
+        "60m",
+        arm,
+        updates=10_000,
+        batch=480,
+        microbatch=120,
+        sequence_length=256,
+        train_tokens=1_250_000_000,  # updates x batch rows, rounded up
+        peak_lr=1e-3,
+        warm_up_updates=500,
+        warm_start_updates=2_500,
+        cycle_updates=1_500,
+        low_rank_peak_lr=2e-3,
+        prune=magnitude(0.9),
     )

@@ -1,4 +1,4 @@
-"""The shapes of the paper's LLaMA models, each with its control; all in one place.
+"""The paper's LLaMA models and runs: shapes, each with its control, and what the runs have in common.
 
 Source: the published configurations of ReLoRA (arXiv 2307.05695); vocabulary 32,100 (T5's pieces).
 """
@@ -6,7 +6,16 @@ Source: the published configurations of ReLoRA (arXiv 2307.05695); vocabulary 32
 import dataclasses
 from typing import Any
 
-from relora_jax.config import LOW_RANK_ARMS, Config, ModelConfig
+from relora_jax.config import (
+    LOW_RANK_ARMS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ReloraConfig,
+    TrainConfig,
+)
+from relora_jax.core.prune import Prune
 from relora_jax.errors import UserError
 
 #             hidden   mlp  layers heads
@@ -51,6 +60,61 @@ def control(name: str) -> str:
             f"no control is known for {name}: the arm exists for {', '.join(CONTROL)} and quickstart"
         )
     return CONTROL[name]
+
+
+def paper_config(
+    size: str,
+    arm: str,
+    *,
+    updates: int,
+    batch: int,
+    microbatch: int,
+    sequence_length: int,
+    train_tokens: int,
+    peak_lr: float,
+    warm_up_updates: int,
+    warm_start_updates: int,
+    cycle_updates: int,
+    low_rank_peak_lr: float,
+    prune: Prune,
+    restart_warm_up_updates: int = 100,
+) -> Config:
+    """A run of the paper's table, on C4 with T5's tokenizer: what its sizes have in common, and the rest.
+
+    Rank 128 and scale 1/4, dropout 0.1 on the low-rank branch, 500 updates of warm-up in the low-rank phase.
+    """
+    model = llama(control(size) if arm == "control" else size, compute_dtype="bfloat16")
+    return Config(
+        name=size,
+        arm=arm,
+        model=model,
+        relora=ReloraConfig(
+            rank=128,
+            alpha=32.0,
+            dropout=0.1,
+            product="apart",  # folded has no branch to drop out of
+            base_dtype="float32",
+            warm_start_updates=0 if arm == "lora" else warm_start_updates,
+            cycle_updates=cycle_updates,
+            warm_up_updates=500,
+            restart_warm_up_updates=restart_warm_up_updates,
+            peak_lr=low_rank_peak_lr,
+            prune=prune,
+        ),
+        optimizer=OptimizerConfig(peak_lr=peak_lr, warm_up_updates=warm_up_updates),
+        data=DataConfig(
+            dataset="c4/en", tokenizer="t5", train_tokens=train_tokens, sequence_length=sequence_length
+        ),
+        train=TrainConfig(
+            updates=updates,
+            batch=batch,
+            microbatch=microbatch,
+            log_every_updates=10,
+            evaluate_every_updates=1_000,
+            save_every_updates=1_000,
+            eval_tokens=10_000_000,
+        ),
+    )
 
 
 def kernels(model: ModelConfig) -> dict[str, tuple[int, int]]:
