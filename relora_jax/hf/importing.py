@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from relora_jax import cli
 from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.config import Config, ModelConfig
 from relora_jax.errors import UserError
@@ -57,14 +56,15 @@ def import_model(source: Path, workdir: Path, *, overwrite: bool) -> ModelConfig
         writer = Writer(aside)
         keys = tokenizer.key if tokenizer else {}  # another run that begins here must have the same
         ids = {f"{name}_id": keys[name] for name in ("eos", "pad", "bos") if name in keys}
-        facts = {"source": str(source.absolute()), "compute_dtype": _compute_dtype(files), "ids": ids}
-        writer.write(STARTING_CONFIG, starting_config.text(model, workdir, **facts))
-        config = _as_run(model, cli.parse(["import_hf", f"--config={aside / STARTING_CONFIG}:full"])[0])
+        facts = {"imported_from": str(source.absolute()), "compute_dtype": _compute_dtype(files)}
+        writer.write(STARTING_CONFIG, starting_config.text(model, workdir, source=facts["imported_from"]))
+        config = starting_config.of_model(model, str(workdir), "full", compute_dtype="float32", ids=ids)
+        config = _as_run(model, config)
         validate(config, devices=1)
         rows = {"train": keys} if keys else {}
         settings = json_file.read(source / "config.json", most_bytes=CONFIG_BYTES)
         special = llama.special_ids(llama.SPECIAL | settings, model)
-        directory.begin(writer, config, rows=rows, imported_from=str(source.absolute()), special=special)
+        directory.begin(writer, config, rows=rows, special=special, **facts)
         _copy_tokenizer(source, aside / TOKENIZER)
         with Checkpoints(aside, config) as checkpoints:
             checkpoints.save(0, state_of(config, files))

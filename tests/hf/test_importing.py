@@ -135,8 +135,11 @@ def test_config_is_valid_for_models_of_any_shape(tmp_path: pathlib.Path) -> None
         place = tmp_path / f"a 'run' \"{n}\" \\x41"
         place.mkdir()
         model = dataclasses.replace(MODEL, **changes)
-        told = {"source": 'the """ model\n\\', "compute_dtype": "bfloat16", "ids": {"eos_id": 3}}
-        (place / "config.py").write_text(starting_config.text(model, place, **told))
+        (place / "config.py").write_text(starting_config.text(model, place, source='the """ model\n\\'))
+        facts = {"compute_dtype": "bfloat16", "rows": {"train": {"eos": 3}}}
+        (place / "run.json").write_text(json.dumps(facts))
+        begun = starting_config.of_model(model, str(place), "full", compute_dtype="float32", ids={})
+        (place / "config.json").write_text(to_json(begun))
         made = cli.parse(["train", f"--config={place / 'config.py'}"])[0]
         validate(made, devices=8)
         assert made.train.init_from == str(place) and made.name == place.name and made.data.eos_id == 3
