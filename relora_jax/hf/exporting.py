@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,8 @@ from relora_jax.checkpoint.saved import DamagedError, checkpoints_dir
 from relora_jax.checkpoint.variables import Variables
 from relora_jax.config import Config
 from relora_jax.errors import UserError
-from relora_jax.hf import llama, tokenizer_files
+from relora_jax.hf import llama, tensor_files, tokenizer_files
 from relora_jax.hf.llama import Place
-from relora_jax.hf.tensor_files import Kind, TensorWriter
 from relora_jax.run import record, restored
 from relora_jax.storage import atomic
 from relora_jax.tokenizer.tokenizer import Tokenizer
@@ -90,33 +90,41 @@ def find_tokenizer(workdir: Path, config: Config, lies_at: str) -> Tokenizer | N
 
 
 def write(variables: Variables, config: Config, folder: Path, *, dtype: np.dtype, adapter: bool) -> None:
-    """The model's tensors, one variable in memory at a time; with `adapter` without the live factors."""
+    """The model's tensors, a file of them in memory at a time; with `adapter` without the live factors."""
     places = llama.tensors(config.model)
     name_of = {(place.path, place.layer): name for name, place in places.items()}
-    paths = list(dict.fromkeys(place.path for place in places.values()))
-    with TensorWriter(folder, {name: (place.shape, dtype) for name, place in places.items()}) as writer:
-        for path in tqdm(paths, unit=" variables", leave=False, disable=None):
-            for layer, array in _parts(variables, path, merged=not adapter):
-                name = name_of[path, layer]
-                writer.write(name, _as_there(array, places[name], dtype))
+    sizes: dict[str, int] = {}
+    for place in places.values():
+        sizes[place.path] = sizes.get(place.path, 0) + math.prod(place.shape) * dtype.itemsize
+    with tqdm(total=len(sizes), unit=" variables", leave=False, disable=None) as bar:
+
+        def tensors(paths: list[str]) -> dict[str, np.ndarray]:
+            found = {}
+            for path in paths:
+                for layer, array in _parts(variables, path, merged=not adapter):
+                    name = name_of[path, layer]
+                    found[name] = _as_transformers(array, places[name], dtype)
+                bar.update()
+            return found
+
+        tensor_files.save(folder, [partial(tensors, paths) for paths in tensor_files.grouped(sizes)])
 
 
 def write_adapter(variables: Variables, config: Config, folder: Path, *, dtype: np.dtype, base: Path) -> None:
     """The live factors, as `peft.PeftModel.from_pretrained(model, folder)` loads them."""
     relora, places = config.relora, llama.tensors(config.model)
     places = {name: place for name, place in places.items() if variables.has_factors(place.path)}
-    kinds: dict[str, Kind] = {}
-    for name, place in places.items():
-        fan_out, fan_in = place.shape
-        a, b = _adapter_names(name)
-        kinds |= {a: ((relora.rank, fan_in), dtype), b: ((fan_out, relora.rank), dtype)}
+
+    def tensors() -> dict[str, np.ndarray]:
+        factors = {path: variables.factors(path) for path in {place.path for place in places.values()}}
+        return {
+            tensor: np.ascontiguousarray(factor[place.layer].T.astype(dtype))
+            for name, place in places.items()
+            for tensor, factor in zip(_adapter_names(name), factors[place.path], strict=True)
+        }
+
     folder.mkdir()
-    with TensorWriter(folder, kinds, stem="adapter_model", shard_bytes=math.inf) as writer:
-        for path in dict.fromkeys(place.path for place in places.values()):
-            factors = variables.factors(path)
-            for name, layer in [(name, place.layer) for name, place in places.items() if place.path == path]:
-                for tensor, factor in zip(_adapter_names(name), factors, strict=True):
-                    writer.write(tensor, np.ascontiguousarray(factor[layer].T.astype(dtype)))
+    tensor_files.save(folder, [tensors], stem="adapter_model")
     facts = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -177,7 +185,7 @@ def _parts(variables: Variables, path: str, *, merged: bool) -> Iterator[tuple[i
         yield from enumerate(variables.merged_layers(path) if merged else variables[path])
 
 
-def _as_there(array: np.ndarray, place: Place, dtype: np.dtype) -> np.ndarray:
+def _as_transformers(array: np.ndarray, place: Place, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray((array.T if place.transposed else array).astype(dtype))
 
 

@@ -1,20 +1,20 @@
-"""safetensors, a model's tensors in one file or several: read without trust, written one tensor at a time.
+"""safetensors, a model's tensors in one file or several: read without trust, written by the library.
 
-A directory holds `model.safetensors`, or `model.safetensors.index.json` and the shards that it names. A file
-is 8 bytes with the header's length, the header in JSON, and the tensors without a gap. Nothing is unpickled,
-and no more than the tensor that is read or written is in memory.
+A directory holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names. A file
+is 8 bytes with the header's length, the header in JSON, and the tensors without a gap. Nothing is unpickled.
 """
 
 import dataclasses
 import json
-import math
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ml_dtypes import bfloat16
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from relora_jax.errors import UserError
 from relora_jax.hf import json_file
@@ -23,7 +23,7 @@ from relora_jax.storage import atomic
 Kind = tuple[tuple[int, ...], np.dtype]  # shape and type of a tensor
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**8  # of a file; twice as much is in memory while it is written
 PICKLES = ("*.bin", "*.pt", "*.pth")
 HEADER_BYTES, INDEX_BYTES = 2**24, 2**26  # what is larger describes no model, and is not read
 MOST_AXES = 64  # NumPy's own limit
@@ -126,102 +126,39 @@ def _kind(path: Path, name: str, tensor: Any) -> Kind:
     return shape, TYPES[told]
 
 
-class TensorWriter:
-    """The files of the tensors `kinds`, in transformers' way: each tensor written once, in any order.
+def save(folder: Path, groups: Sequence[Callable[[], dict[str, np.ndarray]]], *, stem: str = "model") -> None:
+    """Writes the tensors {name: array} that each group gives to a file of its own, named as by transformers.
 
-    In their order they fill shards of at most `shard_bytes`; with more than one, an index is written last.
-    The folder holds none of the files before; whole they are where the `with` ends well. OSError where the
-    disk does not take them.
+    One group is in memory at a time, and the library's copy of it. Where there are several groups an index is
+    written last: without it nobody takes the files for a model. OSError where the disk does not take them.
     """
-
-    def __init__(
-        self, folder: Path, kinds: dict[str, Kind], *, stem: str = "model", shard_bytes: float = SHARD_BYTES
-    ) -> None:
-        self._folder, self._kinds, self._left = Path(folder), kinds, set(kinds)
-        self._index_file = self._folder / f"{stem}.safetensors.index.json"
-        shards = _shards(kinds, shard_bytes)
-        count = range(1, len(shards) + 1)
-        several = (f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in count)
-        one = [f"{stem}.safetensors"]
-        self._shards = dict(zip(one if len(shards) == 1 else several, shards, strict=True))
-        self._places: dict[str, tuple[Path, int]] = {}
-        for file, names in self._shards.items():
-            header, offsets = _header({name: kinds[name] for name in names})
-            self._put(self._folder / file, 0, header, mode="xb")
-            self._places |= {name: (self._folder / file, at) for name, at in offsets.items()}
-
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Puts the tensor in its place. UserError where it is not of its kind, or was written before."""
-        if name not in self._left:
-            raise UserError(f"{name!r} is not among the tensors that are still to be written")
-        if (array.shape, array.dtype) != self._kinds[name]:
-            raise UserError(f"{name!r} is {array.dtype}{list(array.shape)}, not {self._kinds[name]}")
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)  # bfloat16 gives no buffer by itself
-        self._put(*self._places[name], flat.data)
-        self._left.remove(name)
-
-    def __enter__(self) -> "TensorWriter":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            return
-        if self._left:
-            raise RuntimeError(f"{len(self._left)} tensors were not written, such as {min(self._left)!r}")
-        for file in self._shards:
-            atomic.sync(self._folder / file)
-        if len(self._shards) > 1:
-            atomic.write(self._index_file, self._index())
-
-    def _put(self, path: Path, at: int, content: Any, *, mode: Any = "r+b") -> None:
+    places: dict[str, str] = {}
+    parameters = size = 0
+    for number, group in enumerate(groups, 1):
+        several = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
+        path, tensors = folder / f"{stem}{several}.safetensors", group()
         try:
-            with path.open(mode) as file:
-                file.seek(at)
-                file.write(content)
-        except OSError as error:  # which names no file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-
-    def _index(self) -> bytes:
-        size = sum(map(_bytes, self._kinds.values()))
-        count = sum(math.prod(shape) for shape, _ in self._kinds.values())
-        index = {
-            "metadata": {"total_parameters": count, "total_size": size},
-            "weight_map": {name: file for file, names in self._shards.items() for name in names},
-        }
-        return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({json_file.shown(error)})") from error
+        atomic.sync(path)
+        places |= dict.fromkeys(tensors, path.name)
+        parameters += sum(array.size for array in tensors.values())
+        size += sum(array.nbytes for array in tensors.values())
+    if len(groups) > 1:
+        metadata = {"total_parameters": parameters, "total_size": size}
+        index = json.dumps({"metadata": metadata, "weight_map": places}, indent=2, sort_keys=True)
+        atomic.write(folder / f"{stem}.safetensors.index.json", f"{index}\n".encode())
 
 
-def _bytes(kind: Kind) -> int:
-    return math.prod(kind[0]) * kind[1].itemsize
-
-
-def _shards(kinds: dict[str, Kind], limit: float) -> list[list[str]]:
-    """Names in order until one more would pass the limit; what is above it alone has a shard of its own."""
-    shards: list[list[str]] = []
-    current, filled = [], 0
-    for name, kind in kinds.items():
-        if _bytes(kind) > limit:
-            shards.append([name])
-            continue
-        if filled + _bytes(kind) > limit:
-            shards.append(current)
-            current, filled = [], 0
-        current.append(name)
-        filled += _bytes(kind)
-    return [*shards, current] if current or not shards else shards
-
-
-def _header(kinds: dict[str, Kind]) -> tuple[bytes, dict[str, int]]:
-    """(the file's beginning, where in the file each tensor begins), as the library lays them out."""
-    types = list(TYPES.values())
-    words = dict(zip(types, TYPES, strict=True))
-    order = sorted(kinds, key=lambda name: (types.index(kinds[name][1]), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begins, end = {}, 0
-    for name in order:
-        shape, kind = kinds[name]
-        begins[name], end = end, end + _bytes(kinds[name])
-        header[name] = {"dtype": words[kind], "shape": list(shape), "data_offsets": [begins[name], end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, {n: 8 + len(text) + at for n, at in begins.items()}
+def grouped(sizes: dict[str, int], limit: float = SHARD_BYTES) -> list[list[str]]:
+    """Names in order, in groups of at most `limit` bytes; what is above it alone is a group of its own."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups

@@ -24,7 +24,7 @@ from relora_jax.config import ModelConfig, to_json
 from relora_jax.data import prepared
 from relora_jax.hf import exporting, importing, starting_config
 from relora_jax.hf import llama as llama_hf
-from relora_jax.hf.tensor_files import FILE, INDEX, TensorFiles, TensorWriter
+from relora_jax.hf.tensor_files import FILE, INDEX, TensorFiles
 from relora_jax.run import directory, record, restored, warm_start
 from relora_jax.storage import atomic, writer
 from relora_jax.tokenizer import tokenizer
@@ -34,6 +34,7 @@ from relora_jax.validate import validate
 from tests.support import small
 from tests.support.commands import import_command
 from tests.support.documents import texts
+from tests.support.tensors import write_tensors
 from tests.support.tokenizers import SPECIAL, json_file, tied
 
 MODEL = dataclasses.replace(
@@ -62,9 +63,7 @@ def write(
     tensors = arrays(model) if tensors is None else tensors
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(facts(model)))
-    with TensorWriter(folder, {name: (a.shape, a.dtype) for name, a in tensors.items()}, **how) as writer:
-        for name, array in tensors.items():
-            writer.write(name, array)
+    write_tensors(folder, tensors, **how)
     return folder
 
 
