@@ -453,13 +453,6 @@ MUTANTS = [
         "tests/hf/test_sentencepiece_json.py::test_ids_are_equal_on_a_thousand_hard_documents",
     ),
     Mutant(
-        "characters that a normalization rule leaves apart are composed",
-        "hf/charsmap.py",
-        "normalizers.Replace(Regex(join + inside), APART * 2)",
-        "normalizers.Replace(Regex(join + inside), APART)",
-        "tests/hf/test_charsmap.py::test_hard_texts_are_rewritten_as_sentencepiece_rewrites_them",
-    ),
-    Mutant(
         "a tokenizer is written without a comparison with ours",
         "hf/tokenizer_files.py",
         "    _compare(tokenizer, model, made)\n",

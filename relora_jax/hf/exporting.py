@@ -155,7 +155,10 @@ def _settings(
 def _tokenizer_files(tokenizer: Tokenizer, length: int) -> dict[str, bytes]:
     """With a warning where it has no fast form: weights are not kept back for it."""
     try:
-        return tokenizer_files.files(tokenizer, length=length)
+        files = tokenizer_files.files(tokenizer, length=length)
+        if note := tokenizer_files.note(tokenizer):
+            print(f"note: {note}", file=sys.stderr)
+        return files
     except tokenizer_files.NoFastFormError as error:
         print(f"warning: {error}", file=sys.stderr)
         return tokenizer_files.as_it_is(tokenizer)

@@ -3,8 +3,9 @@
 BPE is exact, but for merges of equal score, of which SentencePiece takes the first in the text and the
 library the lowest id: probes.py has texts that show a difference. A unigram model adds scores in float32
 here and in float64 there: of segmentations whose scores are equal to float32's precision ("77" + "7" or
-"7" + "77") the two may take another, about one piece in 300,000 of English text. What has no counterpart
-there is a UserError that names it.
+"7" + "77") the two may take another, about one piece in 300,000 of English text. A normalization rule (T5's,
+say) is the library's `Precompiled`, as in everybody's exports: it looks up grapheme by grapheme, where
+SentencePiece rewrites the longest sequence that it knows. What has no counterpart there is a UserError.
 """
 
 import re
@@ -16,7 +17,6 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from relora_jax.errors import UserError
-from relora_jax.hf import charsmap
 
 NORMAL, UNKNOWN, CONTROL, SYMBOL, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces; a symbol: user-defined
 UNIGRAM, BPE = 1, 2  # types of models
@@ -49,7 +49,7 @@ def convert(model: Any, *, special: Iterable[int] = (), bos: int | None = None) 
     if rule.add_dummy_prefix and not rule.remove_extra_whitespaces:
         before.append(normalizers.Prepend(SPACE))  # first, since a rule may leave nothing to put it before
     if rule.precompiled_charsmap:
-        before += charsmap.as_normalizers(rule.precompiled_charsmap, symbols)
+        before.append(normalizers.Precompiled(rule.precompiled_charsmap))
     before += _spaces(rule)
     if kind == BPE:
         made = tokenizers.Tokenizer(_bpe(model))

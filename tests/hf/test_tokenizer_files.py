@@ -5,7 +5,7 @@ import json
 import pytest
 import tokenizers
 
-from relora_jax.hf import sentencepiece_json, tokenizer_files
+from relora_jax.hf import probes, sentencepiece_json, tokenizer_files
 from relora_jax.tokenizer import tokenizer
 from tests.support.documents import hard_documents, texts
 from tests.support.tokenizers import CODE, GEMMA, LLAMA, json_file, tied, trained
@@ -184,6 +184,21 @@ def test_pieces_of_one_score_that_texts_tell_apart_are_refused(tmp_path):
     assert "tokenizer.json" in apart
     with pytest.raises(tokenizer_files.NoFastFormError, match=r"'abc' would have the ids .*, not \["):
         tokenizer_files.files(tied(tmp_path / "meet.model", "bc", "ab"), length=LENGTH)
+
+
+def test_an_export_says_in_how_many_texts_a_normalization_rule_is_applied_otherwise(tmp_path, monkeypatch):
+    model = trained(CODE, kind="unigram", vocab_size=160, character_coverage=0.98)  # the default rule
+    (tmp_path / "rule.model").write_bytes(model.SerializeToString())
+    loaded = tokenizer.load(tmp_path / "rule.model")
+    assert "tokenizer.json" in tokenizer_files.files(loaded, length=LENGTH)
+    hard = ["plain", "e\u0301", "e\u0301\u0301", "\u2581\u0301"]
+    monkeypatch.setattr(probes, "texts", lambda model: hard)
+    ours, theirs = loaded.encode_documents(hard), sentencepiece_json.convert(model).encode_batch(hard)
+    differing = sum(one.tolist() != other.ids for one, other in zip(ours, theirs, strict=True))
+    assert 0 < differing < 4
+    assert tokenizer_files.note(loaded).startswith(f"{differing} of 4 hard texts have other ids")
+    monkeypatch.setattr(probes, "texts", lambda model: hard[:1])
+    assert tokenizer_files.note(loaded) == ""
 
 
 @pytest.mark.parametrize("name", ["bpe", "unigram"])
