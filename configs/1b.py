@@ -1,7 +1,8 @@
 """The paper's 1.3B row: ReLoRA against full-rank and LoRA with a warm start.
 
-    python -m relora_jax.prepare --config=configs/1b.py        once: C4 to rows
-    python -m relora_jax.train --config=configs/1b.py[:ARM]    full, control, lora, lora_warm, relora
+    TEXT="--text=c4/c4-train.*.json.gz --validation_text=c4/c4-validation.*.json.gz"
+    python -m relora_jax.prepare --config=configs/1b.py $TEXT        once: C4's files to rows
+    python -m relora_jax.train --config=configs/1b.py[:ARM] $TEXT    full, control, lora, lora_warm, relora
 
 Published perplexity on C4 (23.1B tokens): full-rank 16.83, LoRA + warm start 18.23, ReLoRA 17.27.
 Not run here: the figures are the paper's, as quoted by its readers.
@@ -12,7 +13,8 @@ Ours, where they leave a choice: batch, length and rate of a script of May 2023 
 updates), warm-ups of 1,000 and 500, a cycle of 5,000, pruning .9, twice the full-rank rate in the low-
 rank phase, concatenated rows, clipping at 1.0 (none at first in the published code).
 Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
-Needs C4 as a TFDS dataset (scripts/c4_from_json.py) and T5's tokenizer (scripts/get_t5_tokenizer.py).
+Needs C4's JSON files, or C4 as a TFDS dataset (without $TEXT; scripts/c4_from_json.py), and T5's tokenizer
+(scripts/get_t5_tokenizer.py).
 Rows are made of the first 30B tokens of C4: about 178 of its 1,024 train files.
 """
 

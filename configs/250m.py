@@ -1,7 +1,8 @@
 """The paper's 250M row: ReLoRA against full-rank, LoRA and LoRA with a warm start.
 
-    python -m relora_jax.prepare --config=configs/250m.py        once: C4 to rows
-    python -m relora_jax.train --config=configs/250m.py[:ARM]    full, control, lora, lora_warm, relora
+    TEXT="--text=c4/c4-train.*.json.gz --validation_text=c4/c4-validation.*.json.gz"
+    python -m relora_jax.prepare --config=configs/250m.py $TEXT        once: C4's files to rows
+    python -m relora_jax.train --config=configs/250m.py[:ARM] $TEXT    full, control, lora, lora_warm, relora
 
 Published perplexity on C4 (6.8B tokens): full-rank 22.39, LoRA 36.60, LoRA + warm start 22.86, ReLoRA
 22.48.
@@ -12,7 +13,8 @@ alpha, dropout, betas, decay, warm start, cycle and its warm-up, the low-rank ph
 Ours, where they leave a choice: pruning .99 (a full reset is published as well), concatenated rows,
 clipping at 1.0 (none at first in the published code).
 Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
-Needs C4 as a TFDS dataset (scripts/c4_from_json.py) and T5's tokenizer (scripts/get_t5_tokenizer.py).
+Needs C4's JSON files, or C4 as a TFDS dataset (without $TEXT; scripts/c4_from_json.py), and T5's tokenizer
+(scripts/get_t5_tokenizer.py).
 Rows are made of the first 12B tokens of C4: about 72 of its 1,024 train files.
 """
 

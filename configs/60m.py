@@ -1,7 +1,8 @@
 """The paper's 60M row: ReLoRA against full-rank, LoRA and LoRA with a warm start.
 
-    python -m relora_jax.prepare --config=configs/60m.py        once: C4 to rows
-    python -m relora_jax.train --config=configs/60m.py[:ARM]    full, control, lora, lora_warm, relora
+    TEXT="--text=c4/c4-train.*.json.gz --validation_text=c4/c4-validation.*.json.gz"
+    python -m relora_jax.prepare --config=configs/60m.py $TEXT        once: C4's files to rows
+    python -m relora_jax.train --config=configs/60m.py[:ARM] $TEXT    full, control, lora, lora_warm, relora
 
 Published perplexity on C4 (1.2B tokens): full-rank 33.81, LoRA 47.44, LoRA + warm start 34.73, ReLoRA
 34.46.
@@ -14,7 +15,8 @@ the published figure looks as if it had one), a cycle of 1,500, its warm-up of 1
 a warm-up of 500 and twice the full-rank rate, concatenated rows, clipping at 1.0 (none at first in the
 published code).
 Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
-Needs C4 as a TFDS dataset (scripts/c4_from_json.py) and T5's tokenizer (scripts/get_t5_tokenizer.py).
+Needs C4's JSON files, or C4 as a TFDS dataset (without $TEXT; scripts/c4_from_json.py), and T5's tokenizer
+(scripts/get_t5_tokenizer.py).
 Rows are made of the first 1.25B tokens of C4: about 8 of its 1,024 train files.
 """
 

@@ -24,7 +24,7 @@ from relora_jax.core import prune
 from relora_jax.core.grammar import Choice
 from relora_jax.errors import BAD_SETTING, NO_DATA, UserError
 
-SHORTHANDS = ("text", "text_field")  # --text=X is --config.data.text=X
+SHORTHANDS = ("text", "text_field", "validation_text")  # --text=X is --config.data.text=X
 LONGEST_LINE = 2000  # characters of an error
 
 

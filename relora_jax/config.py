@@ -33,8 +33,8 @@ def run_field(default: Any = dataclasses.MISSING) -> Any:
 class ModelConfig:
     """The shape of the LLaMA decoder and how it is computed.
 
-    `rope_scaling` is written as rope.py has it. `max_positions`: the longest row that the model is made for,
-    as an imported one says it (0: that of its own rows); it decides nothing but what an export says of it.
+    `rope_scaling` is written as model/rope.py has it. `max_positions`: the longest row that the model is made
+    for, as an imported one says it (0: that of its own rows); it decides what an export says, and no more.
     """
 
     vocab_size: int
@@ -101,12 +101,12 @@ class DataConfig:
     """What is read: a TFDS dataset with a `text` feature or files of one's own, a tokenizer, a row's length.
 
     `text`, a glob pattern, is read in place of `dataset` where it is given: .jsonl, .txt or .parquet, the
-    first two also .gz or .zst; `text_field` names the text of a line or of a column, `validation_fraction`
-    of the documents is held out. `tokenizer` is the path of a SentencePiece model, of a tokenizer.json or of
-    a directory with one, the name of a model under the cache's `tokenizers/`, or "bpe(n)" / "unigram(n)": a
-    model of n pieces trained on the train split; `eos_id` and `pad_id` are its own where they are -1;
-    `bos_id` begins each document, which nothing does where it is -1.
-    `train_tokens`: the rows end with the first block that reaches so many (0: all there are).
+    first two also .gz or .zst; `text_field` names the text of a line or of a column. `validation_text` names
+    the files that are held out; where it is empty, `validation_fraction` of the documents is. `tokenizer` is
+    the path of a SentencePiece model, of a tokenizer.json or of a directory with one, the name of a model
+    under the cache's `tokenizers/`, or "bpe(n)" / "unigram(n)": a model of n pieces trained on the train
+    split; `eos_id` and `pad_id` are its own where they are -1; `bos_id` begins each document, which nothing
+    does where it is -1. `train_tokens`: the rows end with the first block that reaches so many (0: all).
     """
 
     dataset: str = dataclasses.field(default="", metadata=CONTENT)
@@ -114,6 +114,7 @@ class DataConfig:
     validation_split: str = "validation"
     text: str = dataclasses.field(default="", metadata=CONTENT)
     text_field: str = "text"
+    validation_text: str = dataclasses.field(default="", metadata=CONTENT)
     validation_fraction: float = 0.01
     train_tokens: int = 0
     tokenizer: str = dataclasses.field(metadata=CONTENT)

@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     words = _parse(argv[1:])
     place, split = words.workdir.expanduser(), words.split
     config = restored.config_of(place)
-    config.data = dataclasses.replace(config.data, text=words.text or config.data.text)
+    if words.text:
+        config.data = dataclasses.replace(config.data, text=words.text, validation_text="")
     if config.data.text and split not in OWN_SPLITS:
         own = " and ".join(OWN_SPLITS)
         raise UserError(f"--split={split}: data.text of {place} has the splits {own} alone")

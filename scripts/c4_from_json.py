@@ -1,36 +1,78 @@
-"""python scripts/c4_from_json.py --input='c4/c4-*.json.gz' [--workers=N] [--version=3.1.0] [--skip_broken]
+"""python scripts/c4_from_json.py --input='c4/c4-*.json.gz'
 
 Makes the TFDS dataset c4/en under TFDS_DATA_DIR (ArrayRecord, without TensorFlow) of files of JSON lines with
-`text`, `timestamp`, `url`: a shard for each file, `validation` in its name or not telling the split, in N
-processes (0, the default: one for each CPU). The same command goes on where it was stopped or killed. A
-broken line or file ends it with its name, or is left out and counted with --skip_broken.
+`text`, `timestamp` and `url`: a shard for each file, `validation` in its name or not telling the split.
+`prepare --text=... --validation_text=...` reads the same files directly and in several processes; this is for
+those who want the dataset itself.
 """
 
+import contextlib
+import glob
+import gzip
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from relora_jax import cli
-from relora_jax.data import c4, workers
+from relora_jax.data import json_lines
+from relora_jax.errors import UserError
+from relora_jax.storage import places
+
+FEATURES = ("text", "timestamp", "url")
+
+
+def examples(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, features) of each line, in order. UserError names a broken one."""
+    with file.open("rb") as raw:
+        stream = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
+        number = 0
+        try:
+            for number, line in json_lines.lines(stream):
+                row = json_lines.parse(line)
+                if not isinstance(row.get("text"), str):
+                    raise json_lines.Broken("without a `text`")
+                yield f"{file.name}:{number}", {name: str(row.get(name, "")) for name in FEATURES}
+        except (json_lines.Broken, json_lines.Damaged) as error:
+            raise UserError(
+                f"{file}, line {getattr(error, 'line', number)} is {error}: fix the file"
+            ) from error
 
 
 def main(argv: Sequence[str]) -> int:
-    """Makes the dataset and says what it holds; the exit code."""
-    told = cli.options(argv, input="", workers="0", version=c4.VERSION, skip_broken=False)
-    processes = cli.count("workers", told["workers"], at_least=0) or workers.cpus()
-    files = c4.find(told["input"])
-    path, shards = c4.build(
-        files, version=told["version"], processes=processes, skip_broken=told["skip_broken"]
-    )
-    for place in [place for shard in shards for place in shard.named]:
-        print(place, file=sys.stderr)
-    broken = [shard.broken for shard in shards if shard.broken]
-    if broken:
-        print(
-            f"left out: {sum(broken):,} broken lines in {len(broken):,} of {len(files):,} files",
-            file=sys.stderr,
-        )
-    documents = sum(shard.documents for shard in shards)
-    print(f"{documents:,} documents of {len(files):,} files in {path}")
+    """Makes the dataset and says where it lies; the exit code."""
+    pattern = cli.options(argv, input="")["input"]
+    files = sorted(Path(name) for name in glob.glob(pattern))
+    if not files:
+        raise UserError(f"no file is named --input={pattern}: write a pattern such as 'c4/c4-*.json.gz'")
+    import tensorflow_datasets as tfds
+
+    class C4(tfds.core.ShardBasedBuilder, skip_registration=True):
+        """One shard for each file, in the order of their names."""
+
+        name = "c4"
+        VERSION = tfds.core.Version("3.1.0")
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="en")]
+        code_path = None
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            texts = tfds.features.FeaturesDict({name: tfds.features.Text() for name in FEATURES})
+            return tfds.core.DatasetInfo(builder=self, features=texts, disable_shuffling=True)
+
+        def _shard_iterators_per_split(self, dl_manager: object) -> dict[str, list[Any]]:
+            splits = {"train": list[Any](), "validation": list[Any]()}
+            for file in files:
+                splits["validation" if "validation" in file.name else "train"].append(partial(examples, file))
+            return {split: shards for split, shards in splits.items() if shards}
+
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it writes
+        builder = C4(data_dir=places.datasets_dir(), file_format="array_record")
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    counts = ", ".join(f"{split.num_examples:,} in {name}" for name, split in builder.info.splits.items())
+    print(f"{builder.data_dir}: {counts}", file=sys.stdout)
     return 0
 
 

@@ -83,7 +83,7 @@ def test_change_of_the_result_is_told_and_change_of_the_run_is_not() -> None:
 
 def test_places_may_change_where_the_content_is_compared_and_no_other_words_may() -> None:
     compared = {key for key, _, field in config.flatten(small.config()) if field.metadata == config.CONTENT}
-    assert compared == {"data.dataset", "data.text", "data.tokenizer"}
+    assert compared == {"data.dataset", "data.text", "data.validation_text", "data.tokenizer"}
     for key in compared:
         assert not config.changed_results(small.config(), small.config(**{key.replace(".", "__"): "other"}))
     for name in ("data__train_split", "data__packing", "data__text_field", "train__init_from"):

@@ -121,8 +121,8 @@ class AbsentError(UserError):
     """No file is where the text should be."""
 
 
-def find(pattern: str, *, field: str, validation_fraction: float) -> Files:
-    """The files that a glob pattern (** for any folders, ~ for home) matches, by path.
+def find(pattern: str, *, field: str, validation_fraction: float, setting: str = "data.text") -> Files:
+    """The files that a glob pattern (** for any folders, ~ for home) matches, by path; `setting` has it.
 
     AbsentError where there are none, UserError where one is of an unknown kind.
     """
@@ -130,12 +130,12 @@ def find(pattern: str, *, field: str, validation_fraction: float) -> Files:
     paths = sorted(path for path in found if path.is_file())
     if not paths:
         raise AbsentError(
-            f"data.text {pattern!r} matches no file (from {os.getcwd()}): quote it, write ** for any folders"
+            f"{setting} {pattern!r} matches no file (from {os.getcwd()}): quote it, write ** for any folders"
         )
     for path in paths:
         if _kind(path) not in ENDINGS or path.name.endswith((".parquet.gz", ".parquet.zst")):
             raise UserError(
-                f"{path} of data.text {pattern!r} is of no known kind: write a pattern for "
+                f"{path} of {setting} {pattern!r} is of no known kind: write a pattern for "
                 f"{', '.join(ENDINGS)}, the first three also with .gz or .zst"
             )
     for path in [path for path in paths if path.suffix in (".parquet", ".zst")]:

@@ -58,7 +58,7 @@ def find_tokenizer(data: DataConfig, how: How = How()) -> Tokenizer:  # noqa: B0
 def tokenizer_of(data: DataConfig, rows: dict[str, Any]) -> Tokenizer:
     """The tokenizer of rows with the key `rows`, whose sha256 is the caller's to compare.
 
-    The text is opened only where a tokenizer that was trained on it is no longer in the cache. ValueError
+    The text is opened only where a tokenizer that was trained on it is no longer in the cache. UserError
     where that is another text now.
     """
     told = {name: rows[name] for name in TEXT if name in rows}
@@ -123,7 +123,7 @@ def train_texts(data: DataConfig) -> Iterator[str]:
 def _texts(data: DataConfig) -> list[_Text]:
     """What rows are made of, the train part last; UserError where no part of it could be held out."""
     found = _named(data)
-    if data.text and (source := found[-1].open()).documents == 1:
+    if data.text and not data.validation_text and (source := found[-1].open()).documents == 1:
         raise UserError(f"{source.name} {ONE_DOCUMENT}")
     return found
 
@@ -157,13 +157,20 @@ def dataset_version(data: DataConfig) -> str:
 
 
 def _own_text(data: DataConfig) -> list[_Text]:
-    found = file_source.find(data.text, field=data.text_field, validation_fraction=data.validation_fraction)
-    key = {
-        "text": found.fingerprint(),
-        "text_field": data.text_field,
-        "validation_fraction": data.validation_fraction,
-    }
-    return [_Text(key, file_source.PARTS, lambda: found)]
+    field, fraction = data.text_field, 0.0 if data.validation_text else data.validation_fraction
+    train = file_source.find(data.text, field=field, validation_fraction=fraction)
+    if not data.validation_text:
+        return [_files(train, file_source.PARTS)]
+    named = {"field": field, "validation_fraction": fraction, "setting": "data.validation_text"}
+    validation = file_source.find(data.validation_text, **named)
+    if both := sorted({*train.paths} & {*validation.paths}):
+        raise UserError(f"{both[0]} is in data.text and in data.validation_text: leave it out of one of them")
+    return [_files(validation, ("validation",)), _files(train, ("train",))]
+
+
+def _files(files: file_source.Files, parts: tuple[str, ...]) -> _Text:
+    facts = {"text_field": files.field, "validation_fraction": files.validation_fraction}
+    return _Text({"text": files.fingerprint(), **facts}, parts, lambda: files)
 
 
 def _packing(data: DataConfig) -> dict[str, Any]:
@@ -207,7 +214,9 @@ def check(data: DataConfig) -> None:
         raise UserError(f"data.sequence_length {data.sequence_length} must be at least 1")
     if data.train_tokens < 0:
         raise UserError(f"data.train_tokens {data.train_tokens} must be at least 0, which is no end")
-    if data.text and not 0 < data.validation_fraction < 1:
+    if data.text and not data.validation_text and not 0 < data.validation_fraction < 1:
         raise UserError(f"data.validation_fraction {data.validation_fraction} must lie in (0, 1)")
+    if data.validation_text and not data.text:
+        raise UserError(f"data.validation_text {data.validation_text!r} goes with data.text, which is empty")
     if not (data.text or data.dataset):
         raise UserError("there is nothing to read: set data.text to files of your own, or data.dataset")
