@@ -21,7 +21,7 @@ from relora_jax.run.signals import Signals
 from relora_jax.run.tensorboard_sink import Board
 from relora_jax.training import steps
 from relora_jax.training.eval_prompts import EvalPrompts
-from relora_jax.training.evaluation import evaluate
+from relora_jax.training.evaluation import evaluate, unigram_perplexity
 from relora_jax.training.program import Program
 from relora_jax.training.sharding import start_devices
 from relora_jax.training.state import TrainState
@@ -64,7 +64,7 @@ def train(run: OpenRun, signals: Signals) -> int | None:
             across_documents=config.data.attend_across_documents,
         )
     )
-    unigram = batches.unigram_perplexity(run.prepared.train.counts, validation)
+    unigram = unigram_perplexity(run.prepared.train.counts, validation)
     facts = {"unigram_perplexity": unigram, **directory.special(run.workdir, config)}
     directory.begin(run.writer, config, rows=directory.keys_of(run.prepared), **facts)
     prompts = EvalPrompts(run.prepared.validation, run.prepared.tokenizer)
@@ -82,11 +82,9 @@ def train(run: OpenRun, signals: Signals) -> int | None:
         if recorder.record(run.update, state):
             return run.update
         for u, batch in enumerate(stream, run.update):
-            if any(due := steps.due(config, u)):
-                with metrics.pause(state.update):
-                    state = program.begin_update(u, state)
-                if due.merge:
-                    metrics.restart(u, merged=due.merge, reset=due.reset)
+            state, due = program.begin_update(u, state, around=metrics.pause)
+            if due.merge:
+                metrics.restart(u, merged=due.merge, reset=due.reset)
             learning_rate = steps.rate(config, u)
             state, values = program.train_step(state, batch, learning_rate)
             recorder.log(u + 1, learning_rate, values)

@@ -20,10 +20,16 @@ from relora_jax.training.sharding import mesh_shape
 
 def validate(config: Config, *, devices: int) -> None:
     """UserError for the first setting that is wrong, alone or beside the others, on so many devices."""
+    check_settings(config)
+    _devices(config, devices)
+
+
+def check_settings(config: Config) -> None:
+    """UserError for the first setting that is wrong, alone or beside the others, on whatever devices."""
     check_types(config)
     _one_of("arm", config.arm, ARMS)
     _model(config)
-    _counts(config, devices)
+    _counts(config)
     _optimizer(config)
     _relora(config)
     if config.arm in LOW_RANK_ARMS:
@@ -50,8 +56,6 @@ def _model(config: Config) -> None:
         )
     with _named("model."):
         llama.check_heads(model.heads, model.kv_heads, model.head_dim)
-    if model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise UserError(f"model.attention cudnn needs a GPU and this is a {jax.default_backend()}: use xla")
 
 
 def _optimizer(config: Config) -> None:
@@ -66,7 +70,18 @@ def _optimizer(config: Config) -> None:
     _between("optimizer.warm_up_updates", optimizer.warm_up_updates, 0, updates, below=True, why=why)
 
 
-def _counts(config: Config, devices: int) -> None:
+def _devices(config: Config, devices: int) -> None:
+    train, mesh = config.train, config.mesh
+    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise UserError(f"model.attention cudnn needs a GPU and this is a {jax.default_backend()}: use xla")
+    mesh_shape(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
+    if train.microbatch % devices:
+        raise UserError(
+            f"train.microbatch {train.microbatch} must be a multiple of the {devices} devices that share it"
+        )
+
+
+def _counts(config: Config) -> None:
     train, mesh = config.train, config.mesh
     names = (
         "updates",
@@ -85,13 +100,8 @@ def _counts(config: Config, devices: int) -> None:
             _positive(f"mesh.{name}", getattr(mesh, name))
     if mesh.tensor != 1:
         raise UserError(f"mesh.tensor {mesh.tensor}: tensor parallelism does not exist yet, set it to 1")
-    mesh_shape(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
     if train.batch % train.microbatch:
         raise UserError(f"train.microbatch {train.microbatch} must divide train.batch {train.batch}")
-    if train.microbatch % devices:
-        raise UserError(
-            f"train.microbatch {train.microbatch} must be a multiple of the {devices} devices that share it"
-        )
 
 
 def _relora(config: Config) -> None:
@@ -113,9 +123,9 @@ def _relora(config: Config) -> None:
         _one_of("relora.targets", target, known)
     layer = {"rank": relora.rank, "alpha": relora.alpha, "dropout": relora.dropout}
     layer |= {"product": relora.product, "base_init": relora.base_init}
-    for kernel in shapes.target_kernels(config).values():
-        with _named("relora."):
-            low_rank.check(kernel, **layer)
+    for kernel, sides in shapes.target_kernels(config).items():
+        with _named("relora.", of=f" (the kernel {kernel})"):
+            low_rank.check(sides, **layer)
     if relora.base_init == "zero" and relora.warm_start_updates:
         raise UserError(
             "relora.base_init zero would throw the warm start away: set relora.warm_start_updates=0"
@@ -160,14 +170,14 @@ def _phases(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _named(prefix: str) -> Iterator[None]:
+def _named(prefix: str, *, of: str = "") -> Iterator[None]:
     """What the core refuses, in words that begin with an argument's name, as a setting that is refused."""
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{prefix}{error}") from None
+        raise UserError(f"{prefix}{error}{of}") from None
 
 
 def _one_of(name: str, value: Any, known: Any) -> None:

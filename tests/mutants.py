@@ -216,8 +216,8 @@ MUTANTS = [
     Mutant(
         "padding counted as targets",
         "model/loss.py",
-        "< lengths[:, None] - 1",
-        "< lengths[:, None] + 10**6",
+        "< lengths[..., None] - 1",
+        "< lengths[..., None] + 10**6",
         "tests/training/test_oracle.py::test_run_in_float64_equals_oracle[magnitude]",
     ),
     Mutant(
@@ -343,7 +343,7 @@ MUTANTS = [
     Mutant(
         "the first id of the next document is guessed from an EOS",
         "model/loss.py",
-        "        counted &= documents[:, 1:] == documents[:, :-1]",
+        "        counted &= documents[..., 1:] == documents[..., :-1]",
         "        pass",
         "tests/model/test_llama.py::test_documents_apart_are_the_oracle_of_each_alone",
     ),
@@ -420,8 +420,8 @@ MUTANTS = [
     Mutant(
         "llama3 positions that slow the fast pairs",
         "model/rope.py",
-        "        return plain * (kept + (1 - kept) / self.factor)\n\n\n@",
-        "        return plain * (kept / self.factor + (1 - kept))\n\n\n@",
+        "        return plain * (kept + (1 - kept) / self.factor)\n\n\nclass Yarn",
+        "        return plain * (kept / self.factor + (1 - kept))\n\n\nclass Yarn",
         "tests/model/test_llama.py::test_logits_and_loss_equal_the_oracle",
     ),
     Mutant(
@@ -479,6 +479,41 @@ MUTANTS = [
         "            yield batch\n            if self.signals.asked:",
         "            yield batch\n            if False:",
         "tests/test_train.py::test_a_signal_puts_an_evaluation_off_and_what_is_due_is_done_once",
+    ),
+    Mutant(
+        "a process that does not write speaks all the same",
+        "storage/writer.py",
+        "        return stream if self.active else _Silence()",
+        "        return stream",
+        "tests/run/test_opening.py::test_a_process_that_does_not_write_computes_the_same_and_leaves_its_shards_alone",
+    ),
+    Mutant(
+        "a lock that was removed while it was waited for",
+        "storage/lock.py",
+        "            if not _is_at(file, lock.fileno()):",
+        "            if False:",
+        "tests/storage/test_lock.py::test_a_lock_that_the_holder_removed_is_taken_anew",
+    ),
+    Mutant(
+        "a merge between resets prunes moments",
+        "training/program.py",
+        "self.restart(state, reset=due.reset)",
+        "self.restart(state, reset=True)",
+        "tests/training/test_oracle.py::test_run_in_float64_equals_oracle[random, two merges a cycle]",
+    ),
+    Mutant(
+        "a class of one's own without fields has those of the class above it",
+        "core/grammar.py",
+        "        dataclasses.dataclass(frozen=True)(cls)",
+        "        pass",
+        "tests/training/test_behaviours.py::test_choices_of_ones_own_train_and_are_saved_and_read_like_ours[apart]",
+    ),
+    Mutant(
+        "a user's mistake ends in a stack trace",
+        "validate.py",
+        "    except ValueError as error:\n        raise UserError(",
+        "    except ValueError as error:\n        raise RuntimeError(",
+        "tests/test_bad_input.py::test_wrong_setting_is_named_in_one_line[--config.model.rope_scaling=fast]",
     ),
 ]
 

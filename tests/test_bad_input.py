@@ -53,6 +53,7 @@ SETTINGS = {
     "--config.mesh.data=4": "must be the 8 devices",
     "--config.data.sequence_length=0": "data.sequence_length 0",
     "--config.data.packing=sorted": "data.packing 'sorted'",
+    "--config.relora.base_dtype=float64": "relora.base_dtype",
     "--config.model.rope_scaling=fast": "model.rope_scaling: rope scaling 'fast' cannot be read: write none",
     "--config.model.rope_scaling=linear(0)": "its numbers must be finite and above 0",
     "--config.model.max_positions=11": "data.sequence_length 12 is longer than the model's positions reach",

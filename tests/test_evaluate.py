@@ -231,9 +231,9 @@ def test_run_is_evaluated_on_the_version_that_it_was_trained_on(
 
 def test_devices_and_microbatch_change_rounding_alone(made: Made, place: pathlib.Path, capsys: Any) -> None:
     assert dict(restored.mesh_of(MADE).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    other = small.config(**{"mesh__fsdp": 3, "train__microbatch": 3})
+    other = small.config(mesh__fsdp=3)
     assert dict(restored.mesh_of(other).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    moved = dataclasses.replace(MADE, mesh=other.mesh, train=dataclasses.replace(MADE.train, microbatch=3))
+    moved = dataclasses.replace(MADE, mesh=other.mesh, train=dataclasses.replace(MADE.train, microbatch=2))
     moved.model = dataclasses.replace(MADE.model, attention="cudnn")  # of the GPU that it was trained on
     (place / "config.json").write_text(to_json(moved))
     for words in ([], ["--microbatch=16"]):
@@ -309,6 +309,8 @@ def test_run_that_cannot_be_evaluated_is_told_why(place: pathlib.Path, capsys: A
     assert "is of another run (train.seed: 0 -> 1)" in refused()
     changed_config(place, lambda config: config["data"].update(text="*.txt"))
     assert "--split=test: data.text" in refused("--split=test")
+    changed_config(place, lambda config: config["relora"].update(base_dtype="int3"))
+    assert "config.json: relora.base_dtype 'int3'" in refused()
     (place / "config.json").write_text("{")
     assert "config.json" in refused()
     (place / "config.json").write_text(original)

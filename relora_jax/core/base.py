@@ -10,7 +10,6 @@ shape, and perhaps others, whose names begin with `kernel_` and which have as ma
 shared), since layers are merged one by one and variables are sharded by the names of their axes.
 """
 
-import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -23,7 +22,6 @@ from relora_jax.core import grammar
 Stored = dict[str, Any]  # {attribute of the layer: array}
 
 
-@dataclasses.dataclass(frozen=True)
 class Base(grammar.Choice):
     """One way to store W. Another one is a class with `kind`, `store` and `read`, and a row in CHOICES.
 

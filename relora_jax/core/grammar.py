@@ -2,26 +2,33 @@
 
 A kind of choice (how moments are pruned, how a base kernel is stored, what a restart does, how rotary
 positions are scaled) is a base class with a table {kind: class}. A variant is a class with a `kind`, its
-numbers as the fields of a frozen dataclass, and its own behaviour: a new one is one class and a row in the
-table. Nothing else asks which variant it is.
+numbers as fields, and its own behaviour: a new one is one class and a row in the table.
 """
 
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, dataclass_transform
 
 _TEXT = re.compile(r"\s*([a-z_][a-z0-9_]*)\s*(?:\(([^()]*)\))?\s*")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass_transform(frozen_default=True)
 class Choice:
-    """One choice; `str` writes it as `parse` reads it. Its fields, all numbers, stand in the brackets."""
+    """One choice; `str` writes it as `parse` reads it. Every class below is a frozen dataclass of numbers."""
 
     kind: ClassVar[str]
+    example: ClassVar[str] = ""  # how it is written, for messages; its kind where that is all
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        dataclasses.dataclass(frozen=True)(cls)
+
+    def __post_init__(self) -> None:
+        """ValueError for numbers that make no choice."""
 
     def __str__(self) -> str:
-        values = [repr(getattr(self, field.name)) for field in dataclasses.fields(self)]
+        values = [repr(getattr(self, field.name)) for field in dataclasses.fields(self)]  # pyright: ignore
         return f"{self.kind}({', '.join(values)})" if values else self.kind
 
 
@@ -39,13 +46,8 @@ def parse(text: object, table: Mapping[str, type[C]], *, what: str) -> C:
         numbers = [float(number) for number in inside.split(",")] if inside else []
     except ValueError:
         kind = ""
-    if kind not in table or len(numbers) != len(dataclasses.fields(table[kind])):
-        raise ValueError(f"{what} {text!r} cannot be read: write {_written(table)}")
-    return table[kind](*numbers)
-
-
-def _written(table: Mapping[str, type[Choice]]) -> str:
-    """What the table holds, as it is written: "zero, magnitude(prune_fraction) or none"."""
-    names = {kind: [field.name for field in dataclasses.fields(choice)] for kind, choice in table.items()}
-    *others, last = [f"{kind}({', '.join(fields)})" if fields else kind for kind, fields in names.items()]
-    return f"{', '.join(others)} or {last}" if others else last
+    if kind not in table or len(numbers) != len(dataclasses.fields(table[kind])):  # pyright: ignore
+        *others, last = [choice.example or kind for kind, choice in table.items()]
+        written = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{what} {text!r} cannot be read: write {written}")
+    return table[kind](*numbers)  # pyright: ignore

@@ -10,16 +10,14 @@ The text on the right is how a config, the command line and a saved config write
 where a mask is made: a config, which holds a choice, is read without it.
 """
 
-import dataclasses
 import math
 from typing import Any, ClassVar
 
 from relora_jax.core import grammar
 
 
-@dataclasses.dataclass(frozen=True)
 class Prune(grammar.Choice):
-    """One choice. Another one is a frozen dataclass with `kind` and `mask`, and a row in CHOICES.
+    """One choice. Another one is a class with `kind` and `mask`, and a row in CHOICES.
 
     Its fields, if it has any, are numbers, which the grammar reads as floats.
     """
@@ -36,7 +34,6 @@ class Prune(grammar.Choice):
         raise NotImplementedError
 
 
-@dataclasses.dataclass(frozen=True)
 class Zero(Prune):
     """Nothing survives."""
 
@@ -50,7 +47,6 @@ class Zero(Prune):
         return jnp.zeros(statistic.shape, bool)
 
 
-@dataclasses.dataclass(frozen=True)
 class Nothing(Prune):
     """Everything survives (a row of the paper's ablation)."""
 
@@ -64,7 +60,6 @@ class Nothing(Prune):
         return jnp.ones(statistic.shape, bool)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Share(Prune):
     """A share of the entries is cleared, from 0 to 1."""
 
@@ -82,22 +77,22 @@ class _Share(Prune):
         return round((1 - self.prune_fraction) * entries)
 
 
-@dataclasses.dataclass(frozen=True)
 class Magnitude(_Share):
     """The largest |first moments| survive; of equal ones the lower index."""
 
     kind: ClassVar[str] = "magnitude"
+    example: ClassVar[str] = "magnitude(0.9)"
 
     def mask(self, statistic: Any, key: Any) -> Any:
         """True for the largest absolute values of each layer."""
         return _largest(abs(statistic), self.kept(statistic.shape[-1]))
 
 
-@dataclasses.dataclass(frozen=True)
 class Random(_Share):
     """Entries that are drawn survive."""
 
     kind: ClassVar[str] = "random"
+    example: ClassVar[str] = "random(0.99)"
 
     def mask(self, statistic: Any, key: Any) -> Any:
         """True for entries drawn in each layer."""

@@ -5,7 +5,6 @@
 No array may change its shape or type: the state is sharded, donated and saved as it was.
 """
 
-import dataclasses
 from typing import Any, ClassVar
 
 from relora_jax.core import grammar
@@ -13,7 +12,6 @@ from relora_jax.core.low_rank import merge_and_reinit
 from relora_jax.core.reset import reset
 
 
-@dataclasses.dataclass(frozen=True)
 class Restart(grammar.Choice):
     """One method. Another one is a class with `kind`, `model` and `opt_state`, and a row in CHOICES."""
 

@@ -8,7 +8,7 @@ t < length - 1 and, where documents are apart, ids t and t + 1 are of one docume
 import hashlib
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32
 
 from relora_jax.config import Config
 from relora_jax.data.rows import RowStore
@@ -137,21 +137,3 @@ def prefetch(
                 yield batch.result()
         finally:
             thread.shutdown(cancel_futures=True)
-
-
-def unigram_perplexity(counts: Int64[np.ndarray, " pieces"], batches: Iterable[Batch]) -> float:
-    """exp(mean of -log((c + 1) / sum(c + 1)) over the targets that count), c the `counts` of each piece.
-
-    What a model reaches that knows how often each piece comes, and nothing of what stands before it.
-    """
-    targets = np.zeros(len(counts), np.int64)
-    for batch in batches:
-        ids, lengths = np.asarray(batch.ids), np.asarray(batch.lengths)
-        counted = np.arange(ids.shape[-1] - 1) < lengths[..., None] - 1
-        if batch.documents is not None:
-            documents = np.asarray(batch.documents)
-            counted &= documents[..., 1:] == documents[..., :-1]
-        targets += np.bincount(ids[..., 1:][counted], minlength=len(counts))
-    smoothed = counts.astype(np.float64) + 1
-    nats = -np.log(smoothed / smoothed.sum())
-    return float(np.exp(targets @ nats / targets.sum()))

@@ -55,7 +55,7 @@ def export(
     atomic.check_output(output, OURS, overwrite=overwrite)
     if checkpoints_dir(workdir).resolve() in (output.resolve(), *output.resolve().parents):
         raise UserError(f"--output={output} lies among the checkpoints of the run: name another place")
-    config = record.read_config(workdir)
+    config = restored.settings_of(workdir)
     u = restored.update_of(workdir, update)
     own = find_tokenizer(workdir, config, tokenizer)
     try:

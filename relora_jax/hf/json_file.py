@@ -17,7 +17,7 @@ def read(path: Path, *, most_bytes: int) -> Any:
 
 
 def parse(path: Path, content: bytes) -> Any:
-    """What the JSON says that was read in `path`. ValueError as above."""
+    """What the JSON says that was read in `path`. UserError as above."""
     try:
         return json.loads(content, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -38,5 +38,5 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise UserError(f"it names {twice!r} twice")
+        raise ValueError(f"it names {twice!r} twice")
     return found

@@ -8,6 +8,7 @@ trained before, and twice the full-rank one for the factors; three restarts; 64 
 import dataclasses
 import shlex
 from pathlib import Path
+from typing import Any
 
 from relora_jax import shapes
 from relora_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, ReloraConfig, TrainConfig
@@ -47,7 +48,7 @@ def starting_config(run: str, arm: str) -> Config:
     return of_model(model, run, arm, compute_dtype=facts.get("compute_dtype", "float32"), ids=ids)
 
 
-def of_model(model: ModelConfig, run: str, arm: str, *, compute_dtype: str, ids: dict[str, int]) -> Config:
+def of_model(model: ModelConfig, run: str, arm: str, *, compute_dtype: str, ids: dict[str, Any]) -> Config:
     """The config of one arm; `ids`: those of DataConfig that are known."""
     if arm == "control":
         raise UserError("an imported model has no smaller control: take the arm full, lora or relora")

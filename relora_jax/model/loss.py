@@ -1,8 +1,24 @@
 """The loss of a row: nats of the targets that count. Shapes: B rows, L positions, V vocabulary."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+
+def counted_targets(ids: Any, lengths: Any, documents: Any = None) -> Any:
+    """Which targets ids[..., 1:] count [*batch, L]: those that lie within their row's true length.
+
+    With `documents`, of those in the document of the id that they follow: none is guessed from an EOS.
+    Arrays of JAX or NumPy, [*batch, L+1] and lengths [*batch].
+    """
+    places = np.expand_dims(np.arange(ids.shape[-1] - 1), tuple(range(lengths.ndim)))
+    counted = places < lengths[..., None] - 1
+    if documents is not None:
+        counted &= documents[..., 1:] == documents[..., :-1]
+    return counted
 
 
 def token_loss(
@@ -11,14 +27,8 @@ def token_loss(
     lengths: Int[Array, " B"],
     documents: Int[Array, "B L+1"] | None = None,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """(summed nats, number) of the targets ids[:, 1:] that lie within their row's true length.
-
-    With `documents`, of those in the document of the id that they follow: none is guessed from an EOS.
-    """
-    targets = ids[:, 1:]
-    counted = jnp.arange(targets.shape[1])[None] < lengths[:, None] - 1
-    if documents is not None:
-        counted &= documents[:, 1:] == documents[:, :-1]
+    """(summed nats, number) of the targets ids[:, 1:] that count, as `counted_targets` has it."""
+    targets, counted = ids[:, 1:], counted_targets(ids, lengths, documents)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - picked
     return jnp.sum(jnp.where(counted, nats, 0)), jnp.sum(counted, dtype=jnp.int32)

@@ -23,7 +23,6 @@ from relora_jax.core import grammar
 Frequencies = np.ndarray[Any, np.dtype[np.float64]]  # radians a position, of each of the h/2 pairs
 
 
-@dataclasses.dataclass(frozen=True)
 class Scaling(grammar.Choice):
     """One scaling; another one is a class that has `frequencies`, and a row in CHOICES."""
 
@@ -41,18 +40,17 @@ class Scaling(grammar.Choice):
         return 1.0
 
 
-@dataclasses.dataclass(frozen=True)
 class Unscaled(Scaling):
     """theta^(-2i/h)."""
 
     kind: ClassVar[str] = "none"
 
 
-@dataclasses.dataclass(frozen=True)
 class Linear(Scaling):
     """All pairs `factor` times slower."""
 
     kind: ClassVar[str] = "linear"
+    example: ClassVar[str] = "linear(4.0)"
     factor: float
 
     def frequencies(self, head_dim: int, *, theta: float, length: int) -> Frequencies:
@@ -60,11 +58,11 @@ class Linear(Scaling):
         return super().frequencies(head_dim, theta=theta, length=length) / self.factor
 
 
-@dataclasses.dataclass(frozen=True)
 class Dynamic(Scaling):
     """A theta that grows with rows beyond the length that the model was trained at."""
 
     kind: ClassVar[str] = "dynamic"
+    example: ClassVar[str] = "dynamic(2.0, 2048.0)"
     factor: float
     original_max_position_embeddings: float
 
@@ -76,11 +74,11 @@ class Dynamic(Scaling):
         return super().frequencies(head_dim, theta=theta, length=length)
 
 
-@dataclasses.dataclass(frozen=True)
 class Llama3(Scaling):
     """Pairs that turn more than `high` times within the trained length stay, those below `low` are slowed."""
 
     kind: ClassVar[str] = "llama3"
+    example: ClassVar[str] = "llama3(8.0, 1.0, 4.0, 8192.0)"
     factor: float
     low_freq_factor: float
     high_freq_factor: float
@@ -99,11 +97,11 @@ class Llama3(Scaling):
         return plain * (kept + (1 - kept) / self.factor)
 
 
-@dataclasses.dataclass(frozen=True)
 class Yarn(Scaling):
     """Likewise, with a ramp over the pairs' indices between those of `fast` and of `slow` turns."""
 
     kind: ClassVar[str] = "yarn"
+    example: ClassVar[str] = "yarn(4.0, 4096.0, 32.0, 1.0, 1.14)"
     factor: float
     original_max_position_embeddings: float
     beta_fast: float

@@ -15,7 +15,7 @@ from relora_jax.errors import UserError
 from relora_jax.reporting import pictures
 from relora_jax.run import metrics_file
 from relora_jax.run.format import duration, number
-from relora_jax.run.record import Run, read
+from relora_jax.run.record import LOCK, REPORT, Run, read
 from relora_jax.storage import atomic
 
 HEAD = (
@@ -42,21 +42,28 @@ median of a run. A vertical line is where the low-rank phase of the runs named a
 
 
 def places(words: Sequence[str]) -> list[Path]:
-    """Directories as given, and those that patterns match, each once. UserError where none matches."""
+    """Directories as given, and those that patterns match, each once. UserError where none matches.
+
+    A run that has not begun is left out beside others: its directory holds the lock alone.
+    """
     found: dict[Path, None] = {}
     for word in words:
         matches = [word] if Path(word).exists() or not glob.has_magic(word) else sorted(glob.glob(word))
         if not matches:
             raise UserError(f"no directory matches {word!r}: give those of runs, such as runs/*")
         found |= dict.fromkeys(map(Path, matches))
-    return list(found)
+    return [path for path in found if _begun(path)] or list(found)
+
+
+def _begun(path: Path) -> bool:
+    return not path.is_dir() or [one.name for one in path.iterdir()] != [LOCK]
 
 
 def write(workdirs: Sequence[Path], output: Path) -> Path:
     """`output`, a page in Markdown, and its picture beside it. UserError for what is no run."""
     if output.suffix != ".md":
         raise UserError(f"--output {str(output)!r} is a page in Markdown: let its name end in .md")
-    if output.resolve() in {(workdir / "report.md").resolve() for workdir in workdirs}:
+    if output.resolve() in {(workdir / REPORT).resolve() for workdir in workdirs}:
         raise UserError(f"--output {str(output)!r} is the report of one of the runs: give it another name")
     runs = _named([read(workdir) for workdir in workdirs])
     output.parent.mkdir(parents=True, exist_ok=True)

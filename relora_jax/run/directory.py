@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +15,11 @@ from relora_jax.checkpoint.saved import updates_saved
 from relora_jax.config import Config, changed_results, to_json
 from relora_jax.data.prepared import Prepared, dataset_version
 from relora_jax.errors import UserError
-from relora_jax.run.record import CONFIG, FACTS, read_config, read_facts
+from relora_jax.run.record import CONFIG, FACTS, LOCK, read_config, read_facts
 from relora_jax.storage import lock
-from relora_jax.storage.atomic import ASIDE
 from relora_jax.storage.writer import Writer
 
-LOCK = "lock"
+LEFT = (".new", ".tmp")  # of files that a kill left half written, by this version and earlier ones
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
@@ -27,8 +27,8 @@ PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 def locked(writer: Writer, config: Config) -> Iterator[None]:
     """The directory is there for the run of `config`, and no other process writes it meanwhile.
 
-    UserError, and nothing is changed, where it holds something else, another run, or another process is
-    inside. A directory that was made here is removed again where an error comes before a run was written.
+    UserError where it holds something else, another run, or another process is inside. What was made here is
+    removed again where an error ends the `with` before a run was written.
     """
     workdir = writer.folder
     _check_free(workdir)
@@ -42,26 +42,29 @@ def locked(writer: Writer, config: Config) -> Iterator[None]:
             f"{workdir} is in use by process {process}: wait for its end, or take another --workdir"
         )
 
+    file = workdir / LOCK
     made = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
+    is_new = not file.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / LOCK).open("a").close()
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
     except OSError as error:
         raise UserError(
             f"workdir {str(workdir)!r} cannot be written ({error.strerror}): take another --workdir"
         ) from None
-    with lock.locked(workdir / LOCK, busy=refuse) as sign:
+    with lock.locked(file, busy=refuse) as sign:
         try:
             check(workdir, config)
             sign()
             writer.clear()
             yield
         except BaseException:
-            if made and not (workdir / CONFIG).exists():
-                (workdir / LOCK).unlink()
-                with contextlib.suppress(OSError):
-                    for path in made:
-                        path.rmdir()
+            with contextlib.suppress(OSError):
+                if is_new:
+                    file.unlink()
+                for path in made:
+                    path.rmdir()  # where nothing was written
             raise
 
 
@@ -71,7 +74,9 @@ def _check_free(workdir: Path) -> None:
         raise UserError(f"workdir {str(workdir)!r} is a link to nowhere: take another --workdir")
     if (workdir / CONFIG).is_file():
         read_config(workdir)
-    elif workdir.is_dir() and any(not path.match(ASIDE) and path.name != LOCK for path in workdir.iterdir()):
+        return
+    held = [path for path in workdir.iterdir() if path.name != LOCK] if workdir.is_dir() else []
+    if any(path.suffix not in LEFT for path in held):
         raise UserError(f"workdir {str(workdir)!r} holds something else than a run: take a new one")
 
 
@@ -124,7 +129,7 @@ def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
     saved = updates_saved(workdir)
     facts = read_facts(workdir) if saved else {}
     if saved and "rows" not in facts:
-        raise UserError(f"{workdir / 'run.json'} does not say what the run was trained on: bring it back")
+        raise UserError(f"{workdir / FACTS} does not say what the run was trained on: bring it back")
     before = facts.get("rows", {})
     told = [(split, key, was, rows[split].get(key)) for split in before for key, was in before[split].items()]
     for split, key, was, now in told:

@@ -195,7 +195,7 @@ class Metrics:
             loss, perplexity = number(row["loss"], ".4f"), number(row["perplexity"], ",.1f")
             self._progress.note(f"update {row['update']}: validation loss {loss}, perplexity {perplexity}")
         elif row.get("reset"):  # merges between resets can come every few updates: they stay in the file
-            merged = "factors merged and redrawn, " if row["merged"] else ""
+            merged = "factors merged, " if row["merged"] else ""
             self._progress.note(f"update {row['update']}: restart, {merged}optimizer reset")
 
 

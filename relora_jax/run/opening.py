@@ -47,13 +47,14 @@ def open_run(config: Config, workdir: Path, how: How) -> Iterator[OpenRun | None
     have, before anything is computed or written.
     """
     writer = Writer(workdir, active=jax.process_index() == 0)
+    if config.train.updates in updates_saved(workdir) and (workdir / record.REPORT).is_file():
+        directory.check(workdir, config)
+        done = f"{workdir} is finished, {config.train.updates} updates done"
+        writer.say(f"{done}: {record.summary(workdir)}")
+        yield None
+        return
     with directory.locked(writer, config):
         saved = updates_saved(workdir)
-        if config.train.updates in saved and (workdir / record.REPORT).is_file():
-            done = f"{workdir} is finished, {config.train.updates} updates done"
-            writer.say(f"{done}: {record.summary(workdir)}")
-            yield None
-            return
         begins_with = warm_start.find(config) if config.train.init_from and not saved else None
         prepared = _prepare(config, workdir, how, began=bool(saved))
         if begins_with:

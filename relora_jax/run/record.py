@@ -11,7 +11,7 @@ from relora_jax.run import metrics_file
 from relora_jax.run.format import number
 from relora_jax.run.metrics_file import Row
 
-CONFIG, FACTS, REPORT = "config.json", "run.json", "report.md"
+CONFIG, FACTS, REPORT, LOCK = "config.json", "run.json", "report.md", "lock"
 
 
 @dataclasses.dataclass(frozen=True)

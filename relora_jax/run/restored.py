@@ -26,17 +26,28 @@ from relora_jax.training.program import Program
 from relora_jax.training.sharding import make_mesh, start_devices
 from relora_jax.training.state import TrainState
 from relora_jax.training.state import model_of as only_model
+from relora_jax.validate import check_settings
 
 TOKENIZER = "tokenizer"  # of an imported run: its own
 OWN_SPLITS = ("train", "validation")  # of a run; others are splits of its dataset
 
 
+def settings_of(place: Path) -> Config:
+    """The config of the run in `place`. UserError where there is no run, or none that could be trained."""
+    config = record.read_config(place)
+    try:
+        check_settings(config)
+    except UserError as error:
+        raise UserError(f"{place / record.CONFIG}: {error}") from error
+    return config
+
+
 def config_of(place: Path) -> Config:
-    """The config of the run in `place`, as it can be computed here. UserError where there is no run.
+    """The config of the run in `place`, as it can be computed here. UserError as `settings_of`.
 
     The devices are started first: what a checkpoint is read on must not be taken for its damage.
     """
-    config = record.read_config(place)
+    config = settings_of(place)
     start_devices()
     if jax.default_backend() != "gpu":  # where the run was, cuDNN may have been
         config.model.attention = config.model.attention.replace("cudnn", "xla")
@@ -99,7 +110,7 @@ def tokenizer_of(place: Path, config: Config, lies_at: str) -> Tokenizer:
             f"{facts['imported_from']}, and import it again"
         )
     if "tokenizer" not in rows:
-        raise UserError(f"{place / 'run.json'} does not say which tokenizer the run has: bring it back")
+        raise UserError(f"{place / record.FACTS} does not say which tokenizer the run has: bring it back")
     name = lies_at or _name_of(place, config)
     found = prepared.tokenizer_of(dataclasses.replace(config.data, tokenizer=name), rows)
     if found.sha256 != rows["tokenizer"]:

@@ -4,6 +4,7 @@ Another process may be making the same: the same bytes, renamed to the same name
 """
 
 import contextlib
+import errno
 import fnmatch
 import os
 import shutil
@@ -17,7 +18,6 @@ from relora_jax.storage.lock import locked
 
 ASIDE = "*.new"  # what a kill leaves
 MARK = ".relora_jax"  # in a directory that `directory` made
-LOCK = ".lock"  # in a directory that `directory` is making
 
 
 def write(path: Path, content: bytes) -> None:
@@ -44,6 +44,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise  # some file systems have no such call for directories
     finally:
         os.close(descriptor)
 
@@ -111,30 +114,29 @@ def directory(path: Path, ours: Sequence[str], *, overwrite: bool) -> Iterator[P
 
     UserError where another process is making it.
     """
-    aside, old = (path.with_name(f".{path.name}.{word}") for word in ("partial", "replaced"))
+    aside, old, lock = (path.with_name(f".{path.name}.{word}") for word in ("partial", "replaced", "lock"))
     check_output(path, ours, overwrite=overwrite)
-    aside.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
 
     def refuse(_: str) -> None:
         raise UserError(f"--output={path} is being written by another process: wait for its end")
 
-    with locked(aside / LOCK, busy=refuse):
-        _put_back(path, old)
-        for left in aside.iterdir():  # by a kill
-            if left.name != LOCK:
-                remove(left)
+    with locked(lock, busy=refuse):
         try:
+            _put_back(path, old)
+            remove(aside)  # what a kill left
+            aside.mkdir()
             yield aside
             write(aside / MARK, b"")
             check_output(path, ours, overwrite=overwrite)  # again: much may have happened meanwhile
             if path.exists():
                 path.rename(old)
-            (aside / LOCK).unlink()
             aside.rename(path)
             sync(path.parent)
         finally:
             _put_back(path, old)
             _clear(aside)
+            lock.unlink()
 
 
 def _put_back(path: Path, old: Path) -> None:

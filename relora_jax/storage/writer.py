@@ -35,9 +35,10 @@ class Writer:
             path.rename(new)
 
     def clear(self) -> None:
-        """Removes what a kill left half written."""
+        """Removes what a kill left half written; a report may be being written by another process."""
         for left in self.folder.glob(atomic.ASIDE) if self.active else ():
-            left.unlink(missing_ok=True)
+            if not left.name.startswith("report."):
+                left.unlink(missing_ok=True)
 
     def stream(self, stream: TextIO | io.TextIOBase) -> TextIO | io.TextIOBase:
         """The stream, or one that takes text and shows nothing."""

@@ -13,7 +13,7 @@ from relora_jax.data.rows import RowStore
 from relora_jax.model.sampling import Request, in_text, windows
 from relora_jax.tokenizer.tokenizer import Tokenizer
 from relora_jax.training.program import Program
-from relora_jax.training.steps import TrainState
+from relora_jax.training.state import TrainState
 
 COUNT, SEED = 3, 0
 PROMPT, CONTINUATION = 16, 48  # ids at most

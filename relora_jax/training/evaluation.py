@@ -1,14 +1,17 @@
-"""Token-weighted loss and perplexity of a model over batches."""
+"""Token-weighted loss and perplexity over batches: of a model, and of the pieces' frequencies alone."""
 
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Int64
 
 from relora_jax.data.batches import Batch
+from relora_jax.model.loss import counted_targets
 from relora_jax.training.program import Program
-from relora_jax.training.steps import TrainState
+from relora_jax.training.state import TrainState
 
 _AHEAD = 8  # batches whose sums are not waited for: all of a large split would not fit on the devices
 
@@ -33,3 +36,18 @@ def evaluate(program: Program, state: TrainState, batches: Iterable[Batch]) -> E
     tokens = sum(int(count) for _, count in sums)
     loss = math.fsum(float(nats) for nats, _ in sums) / tokens
     return Evaluation(loss, math.exp(min(loss, 700.0)) if loss == loss else math.nan, tokens)
+
+
+def unigram_perplexity(counts: Int64[np.ndarray, " pieces"], batches: Iterable[Batch]) -> float:
+    """exp(mean of -log((c + 1) / sum(c + 1)) over the targets that count), c the `counts` of each piece.
+
+    What a model reaches that knows how often each piece comes, and nothing of what stands before it.
+    """
+    targets = np.zeros(len(counts), np.int64)
+    for batch in batches:
+        ids, lengths, documents = jax.device_get(batch)
+        counted = counted_targets(ids, lengths, documents)
+        targets += np.bincount(ids[..., 1:][counted], minlength=len(counts))
+    smoothed = counts.astype(np.float64) + 1
+    nats = -np.log(smoothed / smoothed.sum())
+    return float(np.exp(targets @ nats / targets.sum()))

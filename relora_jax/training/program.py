@@ -4,6 +4,8 @@ With donation alone the partitioner may choose other output shardings than those
 next update compiles again; pinned, there are two training programs, before and after W.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,9 @@ from relora_jax.storage import places
 from relora_jax.training import steps
 from relora_jax.training.sharding import row_sharding, shardings
 from relora_jax.training.state import TrainState, is_low_rank
-from relora_jax.training.steps import Phase
+from relora_jax.training.steps import Due, Phase
+
+Around = Callable[[jax.Array], AbstractContextManager[Any]]
 
 
 class Program:
@@ -56,15 +60,19 @@ class Program:
         """Shapes, types and shardings of the state after u updates, as a checkpoint at u holds it."""
         return self.low_rank if u > self.config.low_rank_start else self.full_rank
 
-    def begin_update(self, u: int, state: TrainState) -> TrainState:
-        """The state with what `steps.due` says of update u done: its low-rank phase begun, or a restart.
+    def begin_update(
+        self, u: int, state: TrainState, *, around: Around = nullcontext
+    ) -> tuple[TrainState, Due]:
+        """(state, what was due): the low-rank phase begun, or a restart, where update u begins with one.
 
-        The state is donated where something is due, and returned as it is elsewhere.
+        The state is donated then, and all is done inside `around(state.update)`: such as a clock's pause.
         """
         due = steps.due(self.config, u)
-        if due.start_low_rank:
-            return self.start_low_rank(state)
-        return self.restart(state, reset=due.reset) if due.merge else state
+        if not any(due):
+            return state, due
+        with around(state.update):
+            state = self.start_low_rank(state) if due.start_low_rank else self.restart(state, reset=due.reset)
+        return state, due
 
     def train_step(
         self, state: TrainState, batch: Batch, rate: float

@@ -48,7 +48,9 @@ def test_texts_are_those_of_the_grammar() -> None:
     ),
 )
 def test_other_text_is_refused_with_the_grammar(text: str) -> None:
-    with pytest.raises(ValueError, match=r"cannot be read: write zero, magnitude\(prune_fraction\), "):
+    with pytest.raises(
+        ValueError, match=r"cannot be read: write zero, magnitude\(0\.9\), random\(0\.99\) or none"
+    ):
         parse(text)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from relora_jax.data import batches as data
+from relora_jax.training.evaluation import unigram_perplexity
 from tests.support.documents import write_store
 
 ROWS, LENGTH, PIECES = 37, 6, 50
@@ -153,10 +154,10 @@ def test_unigram_perplexity_is_that_of_the_smoothed_counts_over_counted_targets(
     targets = [t for row, length in zip(ids, lengths, strict=True) for t in row[1 : max(length, 1)]]
     probability = (counts + 1) / (counts + 1).sum()
     expected = np.exp(-np.mean([np.log(probability[t]) for t in targets]))
-    assert data.unigram_perplexity(counts, batches) == pytest.approx(expected, rel=1e-12)
-    assert data.unigram_perplexity(np.full(PIECES, 4), batches) == pytest.approx(PIECES, rel=1e-12)
+    assert unigram_perplexity(counts, batches) == pytest.approx(expected, rel=1e-12)
+    assert unigram_perplexity(np.full(PIECES, 4), batches) == pytest.approx(PIECES, rel=1e-12)
     train = [train_batch(store, 0, batch=ROWS, microbatch=ROWS)]  # an update's batch counts the same
-    assert data.unigram_perplexity(counts, train) == pytest.approx(expected, rel=1e-12)
+    assert unigram_perplexity(counts, train) == pytest.approx(expected, rel=1e-12)
 
 
 def documents_of(row, eos):
@@ -193,7 +194,7 @@ def test_unigram_perplexity_leaves_out_what_follows_an_eos_where_documents_are_a
     probability = np.array([2, 3, 4, 9]) / 18
     expected = np.exp(-np.mean([np.log(probability[t]) for t in targets]))
     batches = validation_batches(store, apart=True)
-    assert data.unigram_perplexity(np.array([1, 2, 3, 8]), batches) == pytest.approx(expected, rel=1e-12)
+    assert unigram_perplexity(np.array([1, 2, 3, 8]), batches) == pytest.approx(expected, rel=1e-12)
 
 
 def test_prefetch_gives_each_batch_in_order_a_few_ahead():

@@ -15,7 +15,7 @@ WRITTEN = {
 }
 UNREADABLE = {
     "": "cannot be read",
-    "linear": "cannot be read: write none, linear(factor)",
+    "linear": "cannot be read: write none, linear(4.0), dynamic(2.0, 2048.0)",
     "linear()": "cannot be read: write none",
     "linear(4, 5)": "cannot be read: write none",
     "none(1)": "cannot be read: write none",

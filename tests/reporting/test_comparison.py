@@ -155,6 +155,8 @@ def test_command_takes_patterns_and_compares_more_than_one(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     for name in ("x/run", "y/run", "z"):
         make(tmp_path / name)
+    (tmp_path / "begins" / "run").mkdir(parents=True)
+    (tmp_path / "begins" / "run" / "lock").touch()
     assert report.main(["report", "--workdir", "x/run", "y/run", "x/run"]) == 0
     assert report.main(["report", "--workdir=*/run", "--output=pages/two.md"]) == 0
     assert report.main(["report", "--workdir", "z", "--output=one.md"]) == 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from relora_jax.checkpoint.saved import updates_saved
+from relora_jax.errors import UserError
 from relora_jax.run import directory
 from relora_jax.storage.writer import Writer
 from tests.support import small
@@ -187,8 +188,23 @@ def test_command_refuses_to_go_on_with_other_rows(place: Place) -> None:
 
 
 def test_start_killed_while_it_wrote_its_config_is_no_obstacle(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "config.tmp").write_text("{")
-    directory.check(tmp_path, small.config())
+    for left in ("config.tmp", "config.json.1.new", "lock"):
+        (tmp_path / left).write_text("{")
+    with directory.locked(Writer(tmp_path), small.config()):
+        assert not (tmp_path / "config.json.1.new").exists()
+
+
+def test_what_is_refused_inside_leaves_no_lock(tmp_path: pathlib.Path) -> None:
+    for workdir in (tmp_path / "new", tmp_path):
+        with pytest.raises(UserError, match="no"), directory.locked(Writer(workdir), small.config()):
+            raise UserError("no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_process_writes_meanwhile_of_a_report_is_left_alone(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "report.md.7.new").touch()
+    with directory.locked(Writer(tmp_path), small.config()):
+        assert (tmp_path / "report.md.7.new").exists()
 
 
 @pytest.mark.slow
@@ -289,7 +305,8 @@ def test_only_one_at_a_time_is_inside_a_workdir(tmp_path: pathlib.Path) -> None:
         refused = other()
         assert refused.stdout == "" and f"in use by process {os.getpid()}: wait" in refused.stderr
     assert other().stdout == "9\n"
-    directory.check(tmp_path / "run", small.config())  # a run may begin where only the lock is left
+    with directory.locked(Writer(tmp_path / "run"), small.config()):
+        pass  # a run may begin where only the lock is left
 
 
 def wait_for(process: subprocess.Popen[str], word: str) -> None:

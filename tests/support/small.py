@@ -97,11 +97,11 @@ def batch(made: Config, program: Program, u: int) -> Batch:
 
 
 def run(made: Config, program: Program, *, state: Any = None, start: int = 0, stop: int | None = None) -> Any:
-    """(state, losses) after updates start..stop of the loop of train.py, without its files."""
+    """(state, losses) after updates start..stop as loop.py has them, without its files."""
     state = program.init() if state is None else state
     losses = []
     for u in range(start, made.train.updates if stop is None else stop):
-        state = program.begin_update(u, state)
+        state, _ = program.begin_update(u, state)
         state, values = program.train_step(state, batch(made, program, u), steps.rate(made, u))
         losses.append(float(values["loss"]))
     return state, losses

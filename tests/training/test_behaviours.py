@@ -1,6 +1,5 @@
 """A choice of one's own is one class: a prune and a base type from outside of the package, trained with."""
 
-import dataclasses
 import pathlib
 from typing import Any, ClassVar
 
@@ -20,7 +19,6 @@ from relora_jax.validate import validate
 from tests.support import small
 
 
-@dataclasses.dataclass(frozen=True)
 class EveryNth(prune.Prune):
     """Every nth entry survives, whatever it is."""
 
@@ -82,7 +80,7 @@ def test_choices_of_ones_own_train_and_are_saved_and_read_like_ours(
     stored = {name: held[f"frozen/blocks/attention/q/{name}"] for name in ("kernel", "kernel_scale")}
     assert np.array_equal(kernel, np.asarray(Int8().read(stored))) and kernel.dtype == np.float32
 
-    state = program.begin_update(12, restored[1])  # a restart
+    state, _ = program.begin_update(12, restored[1])  # a restart
     for path, leaf in flatten(state).items():
         if "/mu/" in path and "lora" in path:
             layers = np.asarray(leaf).reshape(leaf.shape[0], -1)

@@ -166,7 +166,7 @@ def our_run(made: Config, batches: Any) -> Ours:
     state = program.init()
     ours = Ours(named(flatten(state)), [], {}, {})
     for u in range(made.train.updates):
-        state = program.begin_update(u, state)
+        state, _ = program.begin_update(u, state)
         if any(steps.due(made, u)):
             flat = flatten(state)
             ours.draws |= {(u, name): value for name, value in named(flat).items() if "." in name}
