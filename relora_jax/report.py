@@ -1,6 +1,7 @@
 """python -m relora_jax.report --workdir RUN [RUN ...] [--output=comparison.md]
 
-A run's directory -> its report.md with pictures; several's -> one page that compares them.
+A run's directory -> its report.md with pictures; several's -> one page that compares them. Each
+page is also written as one file that holds its pictures: report.html, comparison.html.
 Reads files only: config.json, run.json, metrics.jsonl and two checkpoints.
 """
 

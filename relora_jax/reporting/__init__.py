@@ -1,1 +1,1 @@
-"""report.md and its pictures, runs side by side, spectra."""
+"""report.md, report.html and their pictures, runs side by side, spectra."""

@@ -12,7 +12,8 @@ from urllib.parse import quote
 import numpy as np
 
 from relora_jax.errors import UserError
-from relora_jax.reporting import pictures
+from relora_jax.reporting import html, pictures
+from relora_jax.reporting.samples import shown
 from relora_jax.run import metrics_file
 from relora_jax.run.format import duration, number
 from relora_jax.run.record import LOCK, REPORT, Run, read
@@ -60,7 +61,7 @@ def _begun(path: Path) -> bool:
 
 
 def write(workdirs: Sequence[Path], output: Path) -> Path:
-    """`output`, a page in Markdown, and its picture beside it. UserError for what is no run."""
+    """`output`, a page in Markdown; beside it its picture, and both in one .html. UserError for no run."""
     if output.suffix != ".md":
         raise UserError(f"--output {str(output)!r} is a page in Markdown: let its name end in .md")
     if output.resolve() in {(workdir / REPORT).resolve() for workdir in workdirs}:
@@ -75,7 +76,9 @@ def write(workdirs: Sequence[Path], output: Path) -> Path:
     pictures.runs(picture, curves, _starts(runs))
     image = f"![Perplexity and loss of the runs over tokens seen]({quote(picture.name)})\n"
     parts = ["# Runs\n", _table(runs), *_differences(runs), NOTE, image]
-    atomic.write(output, "\n".join(parts).encode())
+    text = "\n".join(parts)
+    html.write(output.with_suffix(".html"), text)
+    atomic.write(output, text.encode())
     return output
 
 
@@ -117,7 +120,7 @@ def _starts(runs: dict[str, Run]) -> dict[str, float]:
 
 def _table(runs: dict[str, Run]) -> str:
     lines = [HEAD, ("---", "---", *("---:",) * (len(HEAD) - 2))]
-    lines += [(name.replace("|", r"\|"), *_row(run)) for name, run in runs.items()]
+    lines += [(shown(name), *_row(run)) for name, run in runs.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -151,7 +154,7 @@ def _differences(runs: dict[str, Run]) -> list[str]:
             values.setdefault(str(each.get(key, "-")), []).append(name)
         if len(values) > 1:
             # the first characters of a hash tell which it is
-            told = [f"{value[:24]} in {', '.join(names)}" for value, names in values.items()]
+            told = [f"{shown(value[:24])} in {shown(', '.join(names))}" for value, names in values.items()]
             lines.append(f"- {key}: {'; '.join(told)}")
     return [NOT_COMPARABLE, "\n".join(lines) + "\n"] if lines else []
 

@@ -1,4 +1,4 @@
-"""A run's directory -> its report.md with pictures."""
+"""A run's directory -> its report.md with pictures, and the same in one file, report.html."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from relora_jax.errors import UserError
-from relora_jax.reporting import pictures, samples, spectrum
+from relora_jax.reporting import html, pictures, samples, spectrum
 from relora_jax.run import metrics_file
 from relora_jax.run.format import duration, number
 from relora_jax.run.record import CONFIG, REPORT, Run, read
@@ -36,8 +36,9 @@ ones is pruned. The sum of many low-rank updates can reach a high rank.
 
 
 def write(workdir: Path) -> Path:
-    """workdir/report.md and workdir/report/*.png from what the run, which may go on, has written so far.
+    """workdir/report.md, report.html and report/*.png from what the run, which may go on, has written so far.
 
+    The path of report.md, which comes last: where it lies, the others do.
     UserError where `workdir` holds no run.
     """
     run = read(workdir)
@@ -48,7 +49,9 @@ def write(workdir: Path) -> Path:
     parts = [_title(run), _facts(run), *_curves(run, folder), _summed_update(run, folder), _config(run)]
     parts += samples.section(run)
     report = run.workdir / REPORT
-    atomic.write(report, "\n".join(parts).encode())
+    text = "\n".join(parts)
+    html.write(report.with_suffix(".html"), text)
+    atomic.write(report, text.encode())
     return report
 
 
@@ -62,12 +65,14 @@ def _title(run: Run) -> str:
         known = f"{last / unigram:.2f} of what the pieces' frequencies alone give" if last and unigram else ""
         text += f", {known}." if known else "."
     method = (FACTORS if run.low_rank else "") + (RESTARTS if run.config.arm == "relora" else "")
-    return f"# {run.config.name}, arm {run.config.arm}\n\n{text}\n{method}"
+    return f"# {samples.shown(run.config.name)}, arm {run.config.arm}\n\n{text}\n{method}"
 
 
 def _facts(run: Run) -> str:
     table = _settings(run) | _outcome(run)
-    return "| | |\n|---|---|\n" + "".join(f"| {key} | {value} |\n" for key, value in table.items())
+    return "| | |\n|---|---|\n" + "".join(
+        f"| {key} | {samples.shown(value)} |\n" for key, value in table.items()
+    )
 
 
 def _settings(run: Run) -> dict[str, str]:
@@ -168,7 +173,8 @@ def _summed_update(run: Run, folder: Path) -> str:
             writes = merges if rank else update - start
             floor[kind] = spectrum.rounding(now[names.kernel_of(names.LAYERS[kind])], writes=writes)
     except Exception as error:  # Orbax raises plain Exceptions, and the report without this part tells much
-        return f"## Summed update\n\nLeft out: {(str(error) or type(error).__name__).splitlines()[0]}.\n"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return f"## Summed update\n\nLeft out: {samples.shown(reason)}.\n"
     pictures.spectrum(folder / "spectrum.png", found, ranks=ranks, merges=merges, floor=floor)
     text = (
         f"What the updates from {start:,} to {update:,} added to the kernels, taken apart into directions: "

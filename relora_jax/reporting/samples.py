@@ -5,7 +5,8 @@ import re
 from relora_jax.config import SAMPLE_TEMPERATURE, SAMPLE_TOP_P
 from relora_jax.run.record import Run
 
-SIGNS = r"[\\`*_~\[\]<>&|$]"  # those that Markdown or HTML may read as more than themselves
+# Signs that Markdown or HTML may read as more than themselves; an underscore inside a word is none.
+SIGNS = r"[\\`*~\[\]<>&|$]|(?<![^\W_])_|_(?![^\W_])"
 NOTE = f"""\
 How the model goes on from beginnings of held-out text, in bold: the same beginnings and the same chances at
 each evaluation. Temperature {SAMPLE_TEMPERATURE:g}; among the fewest pieces whose probabilities reach \

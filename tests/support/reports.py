@@ -88,9 +88,14 @@ def text_of(workdir: Path) -> str:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """The figures that a report draws, by file name, instead of files."""
+    """The figures that a report draws, by file name; their files are empty."""
     drawn: dict[str, Figure] = {}
-    monkeypatch.setattr(pictures, "_save", lambda figure, file: drawn.__setitem__(file.name, figure))
+
+    def keep(figure: Figure, file: Path) -> None:
+        drawn[file.name] = figure
+        file.touch()
+
+    monkeypatch.setattr(pictures, "_save", keep)
     return drawn
 
 

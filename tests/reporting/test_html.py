@@ -1,0 +1,138 @@
+"""report.html: report.md in one file that fetches nothing, and in which a run's text stays text."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from relora_jax.reporting import comparison, html, page
+from relora_jax.storage import atomic
+from tests.support.reports import figures, make, rows  # noqa: F401  (a fixture)
+
+HOSTILE = "<script>x</script> <b>y <img src=z.png> **b** _e_ `c` ![i](http://j/k.png) [l](m) | \\ &amp; a_b"
+LOADING = {"script", "link", "iframe", "object", "embed", "base", "video", "audio", "source", "svg", "form"}
+PREFIX = "data:image/png;base64,"
+
+
+class Read(HTMLParser):
+    """A page's tags in order, their attributes, and the text between them."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        self.tags.append(f"/{tag}")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def pictures(self) -> list[bytes]:
+        sources = [value or "" for name, value in self.attributes if name == "src"]
+        assert all(source.startswith(PREFIX) for source in sources)
+        return [base64.b64decode(source.removeprefix(PREFIX)) for source in sources]
+
+
+def report_of(workdir: Path) -> Read:
+    return Read(page.write(workdir).with_suffix(".html"))
+
+
+def run_that_says(text: str, workdir: Path) -> Path:
+    """A run in whose directory `text` stands wherever a run or its user may write what they like."""
+    samples = [{"kind": "sample", "update": u, "prompt": text, "text": text} for u in (0, 400)]
+    workdir = make(workdir, lines=[*rows(), *samples])
+    for name, changes in {
+        "config.json": {"name": text},
+        "run.json": {"devices": [text], "versions": {text: text}, "rows": {"train": {"text": text[:20]}}},
+    }.items():
+        file = workdir / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes, indent=2))
+    return workdir
+
+
+def test_page_holds_its_pictures_and_fetches_nothing(tmp_path: Path) -> None:
+    made = report_of(make(tmp_path))
+    named = re.findall(r"!\[.*\]\((.*)\)", (tmp_path / "report.md").read_text())
+    assert len(named) == 3 and made.pictures() == [(tmp_path / name).read_bytes() for name in named]
+    assert (
+        not LOADING & set(made.tags) and not {"href", "srcset", "background"} & dict(made.attributes).keys()
+    )
+    assert "url(" not in html.STYLE and "@import" not in html.STYLE
+    assert ("content", html.POLICY) in made.attributes and html.POLICY.startswith("default-src 'none'; ")
+
+
+def test_page_names_its_charset_its_width_and_its_title(tmp_path: Path) -> None:
+    made = report_of(run_that_says("Größe <1>", tmp_path))
+    assert ("charset", "utf-8") in made.attributes
+    assert ("content", "width=device-width, initial-scale=1") in made.attributes
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert source.startswith("<!doctype html>") and "<title>Größe &lt;1&gt;, arm relora</title>" in source
+
+
+def test_tables_samples_and_config_are_shown(tmp_path: Path) -> None:
+    samples = [{"kind": "sample", "update": 0, "prompt": "To be,\n", "text": "or not\nto be"}]
+    made = report_of(make(tmp_path, lines=[*rows(), *samples]))
+    source = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td><b>To be,<br></b>or not<br>to be</td>" in source
+    assert "<td>parameters trained</td>\n<td>1,234,567</td>" in source
+    folded = made.tags[made.tags.index("details") : made.tags.index("/details")]
+    assert folded == ["details", "summary", "/summary", "pre", "code", "/code", "/pre"]
+    assert (tmp_path / "config.json").read_text().strip() in made.text
+
+
+def test_what_a_run_says_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures) -> None:  # noqa: F811
+    def made(text: str, name: str) -> Read:
+        def failing(workdir: Path) -> list[int]:
+            raise Exception(text)
+
+        monkeypatch.setattr("relora_jax.checkpoint.saved.updates_saved", failing)
+        return report_of(run_that_says(text, tmp_path / name))
+
+    hostile = made(HOSTILE, "hostile")
+    assert hostile.tags == made("plain", "plain").tags
+    # title, heading, device, a version's name and number, why a section is left out, two prompts, two texts
+    assert hostile.text.count(HOSTILE) == 10
+
+
+def test_comparison_is_one_file_too_and_names_stay_text(tmp_path: Path) -> None:
+    def made(name: str, text: str) -> Read:
+        runs = [run_that_says(words, tmp_path / name / words) for words in (text, "other")]
+        return Read(comparison.write(runs, tmp_path / name / "all of them.md").with_suffix(".html"))
+
+    name = HOSTILE.replace("/", "")
+    hostile = made("1", name)
+    assert hostile.tags == made("2", "plain").tags
+    assert hostile.pictures() == [(tmp_path / "1" / "all of them.png").read_bytes()]
+    assert not LOADING & set(hostile.tags)
+    assert (
+        f"train text: {name[:20]} in {name}; other in other" in hostile.text and hostile.text.count(name) == 2
+    )
+
+
+def test_page_is_whole_before_report_md_says_that_the_run_is_reported(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    figures,  # noqa: F811
+) -> None:
+    def cut(aside: Path, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    workdir, publish, published = make(tmp_path), atomic.publish, []
+    with monkeypatch.context() as power:
+        power.setattr(atomic, "publish", cut)
+        with pytest.raises(KeyboardInterrupt):
+            page.write(workdir)
+    assert not (workdir / "report.html").exists() and not (workdir / "report.md").exists()
+    monkeypatch.setattr(atomic, "publish", lambda *two: (published.append(two[1].name), publish(*two)))
+    page.write(workdir)
+    assert published == ["report.html", "report.md"]
