@@ -110,8 +110,8 @@ esac
 
 
 def supervised(folder: pathlib.Path) -> subprocess.Popen[str]:
-    """The loop of docs/running.md around RUN."""
-    page = (pathlib.Path(__file__).parents[2] / "docs/running.md").read_text()
+    """The loop of docs/train.md around RUN."""
+    page = (pathlib.Path(__file__).parents[2] / "docs/train.md").read_text()
     [loop] = [block for block in re.findall(r"```\n(.*?)```", page, re.DOTALL) if "until [" in block]
     (folder / "python").write_text(RUN)
     (folder / "python").chmod(0o755)
