@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -515,12 +516,24 @@ MUTANTS = [
         "    except ValueError as error:\n        raise RuntimeError(",
         "tests/test_bad_input.py::test_wrong_setting_is_named_in_one_line[--config.model.rope_scaling=fast]",
     ),
+    Mutant(
+        "control pieces count among the ids of a text",
+        "tokenizer/sentencepiece.py",
+        "if not self._model.is_control(i))",
+        "if True)",
+        "tests/tokenizer/test_tokenizer.py::test_control_pieces_at_the_end_are_in_no_row_but_as_the_ids_of_the_run",
+    ),
 ]
 
 
-def main(word: str) -> int:
-    """Prints a row for each mutant whose mistake contains `word`; how many survived."""
-    chosen = [mutant for mutant in MUTANTS if word in mutant.mistake]
+def of_each_room() -> list[Mutant]:
+    """The first mutant of each room of the package."""
+    rooms = {mutant.file.rpartition("/")[0]: mutant for mutant in reversed(MUTANTS)}
+    return [mutant for room, mutant in rooms.items() if room]
+
+
+def main(chosen: Sequence[Mutant]) -> int:
+    """Prints a row for each of these mutants; how many survived."""
     with tempfile.TemporaryDirectory() as folder:
         copies: queue.Queue[pathlib.Path] = queue.Queue()
         for number in range(AT_ONCE):
@@ -588,4 +601,5 @@ def _pytest(copy: pathlib.Path, *tests: str) -> subprocess.CompletedProcess[str]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else ""))
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    sys.exit(main([mutant for mutant in MUTANTS if word in mutant.mistake]))

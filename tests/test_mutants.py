@@ -7,11 +7,20 @@ from tests import mutants
 
 @pytest.mark.slow
 def test_no_mutant_survives(capfd: pytest.CaptureFixture[str]) -> None:
-    survived = mutants.main("")
+    survived = mutants.main(mutants.MUTANTS)
     printed = capfd.readouterr().out
     assert survived == 0, printed
     assert printed.strip().splitlines()[-1] == f"{len(mutants.MUTANTS)} mutants, 0 survived"
     assert len(mutants.MUTANTS) >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.ci
+def test_no_mutant_of_each_room_survives(capfd: pytest.CaptureFixture[str]) -> None:
+    chosen = mutants.of_each_room()
+    rooms = {init.parent.name for init in (mutants.ROOT / "relora_jax").glob("*/__init__.py")}
+    assert {mutant.file.partition("/")[0] for mutant in chosen} == rooms
+    assert mutants.main(chosen) == 0, capfd.readouterr().out
 
 
 def test_every_mutant_still_applies() -> None:

@@ -208,6 +208,7 @@ def test_what_another_process_writes_meanwhile_of_a_report_is_left_alone(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.ci
 def test_what_a_save_left_that_did_not_end_is_gone_with_the_next_start(place: Place) -> None:
     killed(place, "half", 10, signal.SIGKILL, -signal.SIGKILL)
     half = place.folder / "half/checkpoints/7.orbax-checkpoint-tmp"
