@@ -24,7 +24,7 @@ from relora_jax.storage import places
 FEATURES = ("text", "timestamp", "url")
 
 
-def examples(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def examples(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, features) of each line, in order. UserError names a broken one."""
     with file.open("rb") as raw:
         stream = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
@@ -34,8 +34,8 @@ def examples(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json_lines.parse(line)
                 if not isinstance(row.get("text"), str):
                     raise json_lines.Broken("without a `text`")
-                yield f"{file.name}:{number}", {name: str(row.get(name, "")) for name in FEATURES}
-        except (json_lines.Broken, json_lines.Damaged) as error:
+                yield f"{file.name}:{number}", {name: str(row.get(name, "")).encode() for name in FEATURES}
+        except (json_lines.Broken, json_lines.Damaged, UnicodeEncodeError) as error:
             raise UserError(
                 f"{file}, line {getattr(error, 'line', number)} is {error}: fix the file"
             ) from error

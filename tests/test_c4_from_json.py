@@ -51,7 +51,7 @@ def test_dataset_has_the_documents_in_order_a_shard_for_each_file(files: pathlib
     assert len(list((files / "tfds/c4/en/3.1.0").glob("*train*"))) == 3
 
 
-@pytest.mark.parametrize("line", [b"{", b'{"text": 3}', b'{"txt": "x"}', b"\xff"])
+@pytest.mark.parametrize("line", [b"{", b'{"text": 3}', b'{"txt": "x"}', b"\xff", b'{"text": "\\ud800"}'])
 def test_a_broken_line_is_named_and_no_dataset_is_made(files: pathlib.Path, capsys: Any, line: bytes) -> None:
     (files / "c4-train.x.json").write_bytes(b'{"text": "a"}\n' + line + b"\n")
     assert made("--input=c4-*") == 2
