@@ -137,10 +137,13 @@ def save(folder: Path, groups: Sequence[Callable[[], dict[str, np.ndarray]]], *,
     for number, group in enumerate(groups, 1):
         several = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
         path, tensors = folder / f"{stem}{several}.safetensors", group()
+        path.touch()
+        mode = path.stat().st_mode
         try:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written ({json_file.shown(error)})") from error
+        path.chmod(mode)  # the library lets nobody else read it
         atomic.sync(path)
         places |= dict.fromkeys(tensors, path.name)
         parameters += sum(array.size for array in tensors.values())

@@ -63,6 +63,13 @@ def test_what_is_written_is_read_again_from_any_number_of_files(
         }
 
 
+def test_others_may_read_what_they_may_read_of_any_other_file(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "other").touch()
+    tensor_files.save(tmp_path, [lambda: {"w": np.zeros(3, np.float32)}])
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes["model.safetensors"] == modes["other"]
+
+
 def test_files_without_their_index_are_not_taken_for_a_model(tmp_path: pathlib.Path) -> None:
     def lost() -> dict[str, np.ndarray]:
         raise OSError("lost")
