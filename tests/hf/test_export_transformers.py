@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from relora_jax import export, loop
+from relora_jax import export
 from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.core import low_rank
 from relora_jax.data.prepared import Prepared, prepare
-from relora_jax.run import directory, record
+from relora_jax.run import directory, record, warm_start
 from relora_jax.storage.writer import Writer
 from relora_jax.training.program import Program
 from relora_jax.training.state import flatten, model_of
@@ -145,7 +145,8 @@ def test_what_is_imported_and_not_trained_comes_out_bit_for_bit(
     config = record.read_config(tmp_path / "run")
     config.arm, config.train = "relora", dataclasses.replace(config.train, init_from=str(tmp_path / "run"))
     program = Program(config, small.mesh())
-    u, state = loop.begin(config, program)
+    found = warm_start.find(config)
+    u, state = found.update, warm_start.load(found, program)
     again = tmp_path / "again"
     with directory.locked(Writer(again), config), Checkpoints(again, config) as checkpoints:
         directory.begin(Writer(again), config, rows={}, imported_from="transformers")
