@@ -1,12 +1,14 @@
 """Token-weighted loss and perplexity over the first rows of a split: of a run as it goes, or of a checkpoint.
 
     python -m relora_jax.evaluate --workdir=RUN [--update=U] [--split=validation] [--tokens=10M]
-                                  [--microbatch=N] [--text='data/*.jsonl.gz'] [--tokenizer=PATH] [--json]
+                                  [--microbatch=N] [--text='data/*.jsonl.gz'] [--validation_text=PATTERN]
+                                  [--tokenizer=PATH] [--json]
 
 evaluates the newest checkpoint of a run, or that of --update. --split: `validation` or `train`, the run's
 own, or a split of its dataset in TFDS's words ("test", "validation[:10%]"). --text: where the run's own text
-lies now, or what an imported model is evaluated on. --tokenizer: where the run's own lies now, if it was
-moved. Nothing is written into RUN, which may go on meanwhile.
+lies now, or what an imported model is evaluated on; --validation_text beside it: where its files of held-out
+text lie, if it has such. --tokenizer: where the run's own lies now, if it was moved. Nothing is written into
+RUN, which may still be training.
 Without --tokens (10M, 500k, 32768) and --microbatch, as the run evaluates itself.
 Exit codes: 0 done, 2 wrong usage or nothing there to evaluate, 74 data or disk failed.
 """
@@ -42,7 +44,10 @@ def main(argv: Sequence[str]) -> int:
     place, split = words.workdir.expanduser(), words.split
     config = restored.config_of(place)
     if words.text:
-        config.data = dataclasses.replace(config.data, text=words.text, validation_text="")
+        text = {"text": words.text, "validation_text": words.validation_text or ""}
+        config.data = dataclasses.replace(config.data, **text)
+    elif words.validation_text:
+        raise UserError(f"--validation_text={words.validation_text} goes with --text: give both")
     if config.data.text and split not in OWN_SPLITS:
         own = " and ".join(OWN_SPLITS)
         raise UserError(f"--split={split}: data.text of {place} has the splits {own} alone")
@@ -86,6 +91,7 @@ def _parse(words: Sequence[str]) -> Any:
     parser.add_argument("--tokens", type=_count)
     parser.add_argument("--microbatch", type=int)
     parser.add_argument("--text", type=_named)
+    parser.add_argument("--validation_text", type=_named)
     parser.add_argument("--tokenizer", default="")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
@@ -94,7 +100,7 @@ def _parse(words: Sequence[str]) -> Any:
 def _named(text: str) -> str:
     """A name that is not empty, as that of a variable of the shell that is not set would be."""
     if not text:
-        raise ArgumentTypeError("it names nothing: write --text=PATTERN, or leave it out")
+        raise ArgumentTypeError("it names nothing: write a pattern of files, or leave it out")
     return text
 
 

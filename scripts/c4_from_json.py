@@ -10,6 +10,7 @@ import contextlib
 import glob
 import gzip
 import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -44,7 +45,7 @@ def examples(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 def main(argv: Sequence[str]) -> int:
     """Makes the dataset and says where it lies; the exit code."""
     pattern = cli.options(argv, input="")["input"]
-    files = sorted(Path(name) for name in glob.glob(pattern))
+    files = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern)))
     if not files:
         raise UserError(f"no file is named --input={pattern}: write a pattern such as 'c4/c4-*.json.gz'")
     import tensorflow_datasets as tfds
@@ -70,6 +71,8 @@ def main(argv: Sequence[str]) -> int:
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it writes
         builder = C4(data_dir=places.datasets_dir(), file_format="array_record")
+        if builder.data_path.exists():  # TFDS would say nothing and keep it
+            raise UserError(f"{builder.data_dir} is there already: remove it to make it of these files")
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     counts = ", ".join(f"{split.num_examples:,} in {name}" for name, split in builder.info.splits.items())
     print(f"{builder.data_dir}: {counts}", file=sys.stdout)

@@ -20,29 +20,32 @@ from relora_jax import cli
 from relora_jax.config import Config
 from relora_jax.data.batches import Batch
 from relora_jax.training.program import Program
-from relora_jax.training.sharding import make_mesh
+from relora_jax.training.sharding import make_mesh, start_devices
+from relora_jax.validate import validate
 
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table of the command line's config."""
     config, strings = cli.parse(argv, rounds="20")
+    rounds = cli.count("rounds", strings["rounds"], at_least=1)
+    validate(config, devices=len(start_devices()))
     variants = {
         "full": dataclasses.replace(config, arm="full"),
         "relora apart": _with(config, product="apart"),
         "relora folded": _with(config, product="folded", dropout=0.0),
     }
     updates = {name: _update(variant) for name, variant in variants.items()}
-    rounds = [{name: update() for name, update in updates.items()} for _ in range(int(strings["rounds"]))]
+    timed = [{name: update() for name, update in updates.items()} for _ in range(rounds)]
     tokens = config.train.batch * config.data.sequence_length
     rows = {}
     for name in variants:
-        median = statistics.median(times[name] for times in rounds)
-        ratio = statistics.median(times[name] / times["full"] for times in rounds)
+        median = statistics.median(times[name] for times in timed)
+        ratio = statistics.median(times[name] / times["full"] for times in timed)
         rows[name] = {"ms": round(1e3 * median, 1), "to_full": round(ratio, 3)}
         print(f"{name:14} {1e3 * median:8.1f} ms  {ratio:6.3f} of full  {tokens / median:10,.0f} tokens/s")
     facts = {"config": config.name, "device": str(jax.devices()[0]), "machine": platform.machine()}
     facts |= {name: version(name) for name in ("jax", "flax")}
-    print(json.dumps(facts | {"rounds": len(rounds), "updates": rows}))
+    print(json.dumps(facts | {"rounds": rounds, "updates": rows}))
     return 0
 
 

@@ -20,7 +20,7 @@ from tests.support.tokenizers import json_file
 SETTINGS = {
     "--config.relora.rank=0": "relora.rank 0 does not fit a 16 x 16 kernel: choose 1 to 16",
     "--config.relora.rank=-3": "relora.rank -3 does not fit",
-    "--config.relora.rank=9": "relora.rank 9 does not fit a 16 x 8 kernel: choose 1 to 8",
+    "--config.relora.rank=9": "relora.rank 9 does not fit a 16 x 8 kernel: choose 1 to 8 (the kernel k)",
     "--config.relora.rank=two": "relora.rank=two",
     "--config.relora.rank=1.5": "relora.rank=1.5",
     "--config.relora.rnk=3": "relora.rnk",

@@ -49,6 +49,8 @@ def test_dataset_has_the_documents_in_order_a_shard_for_each_file(files: pathlib
     assert list(tfds_source.open_dataset("c4/en", "train")) == texts(30)
     assert next(iter(tfds_source.open_dataset("c4/en:3.1.0", "validation"))) == "é \0 held out"
     assert len(list((files / "tfds/c4/en/3.1.0").glob("*train*"))) == 3
+    assert made("--input=c4-train*.json.gz") == 2
+    assert "c4/en/3.1.0 is there already: remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", [b"{", b'{"text": 3}', b'{"txt": "x"}', b"\xff", b'{"text": "\\ud800"}'])

@@ -229,6 +229,32 @@ def test_run_is_evaluated_on_the_version_that_it_was_trained_on(
     assert told(capsys, made.place)["loss"] == made.at[8].loss
 
 
+def test_text_that_was_moved_is_that_of_the_run_with_its_files_of_held_out_text(
+    made: Made, place: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    for name, documents in (("train", texts(60)), ("validation", texts(20, seed=1))):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        (tmp_path / "old" / f"{name}.jsonl").write_text(lines)
+    files = lambda folder: {  # noqa: E731
+        "text": str(tmp_path / folder / "train.jsonl"),
+        "validation_text": str(tmp_path / folder / "validation.jsonl"),
+    }
+    own = dataclasses.replace(
+        MADE, data=dataclasses.replace(MADE.data, dataset="", validation_fraction=0.3, **files("old"))
+    )
+    own.data.tokenizer = str(made.prepared.tokenizer.path)
+    (place / "config.json").write_text(to_json(own))
+    directory.begin(Writer(place), own, unigram_perplexity=1.0, rows=directory.keys_of(prepare(own.data)))
+    shutil.rmtree(place / "checkpoints")
+    with Checkpoints(place, own) as checkpoints:
+        checkpoints._write(8, flatten(made.state))
+    (tmp_path / "old").rename(tmp_path / "new")
+    words = [f"--{name}={pattern}" for name, pattern in files("new").items()]
+    assert told(capsys, place, *words)["loss"] == made.at[8].loss
+    assert "trained on other rows" in ended(capsys, f"--workdir={place}", words[0], code=2)
+
+
 def test_devices_and_microbatch_change_rounding_alone(made: Made, place: pathlib.Path, capsys: Any) -> None:
     assert dict(restored.mesh_of(MADE).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
     other = small.config(mesh__fsdp=3)
@@ -267,6 +293,8 @@ BAD = {
     "--tokens=-5": "'-5' is no number of tokens",
     "--tokens=99999999999999999999999B": "is no number of tokens",
     "--text=": "--text: it names nothing",
+    "--validation_text=": "--validation_text: it names nothing",
+    "--validation_text=*.txt": "--validation_text=*.txt goes with --text: give both",
     "--tokens=ten": "'ten' is no number of tokens",
     "--tokens=1.5": "'1.5' is no number of tokens",
     "--tokens=10m": "'10m' is no number of tokens",

@@ -134,6 +134,16 @@ def test_mistake_ends_in_one_line_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_config_that_was_edited_is_named_in_one_line(made: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
+    place = shutil.copytree(made.place, tmp_path / "run")
+    config = json.loads((place / "config.json").read_text())
+    config["model"]["rope_scaling"] = "fast"
+    (place / "config.json").write_text(json.dumps(config))
+    line = ended(capsys, f"--workdir={place}", f"--output={tmp_path}/out", code=2)
+    assert "config.json: model.rope_scaling: rope scaling 'fast' cannot be read" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_variable_is_read_at_a_time(
     made: Made, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
 ) -> None:

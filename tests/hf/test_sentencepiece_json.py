@@ -66,8 +66,9 @@ def test_ids_are_equal_under_a_normalization_rule_but_for_few_of_the_hardest_doc
 
 @pytest.mark.slow
 @pytest.mark.skipif(not T5.is_file(), reason=f"{T5} is not there: python scripts/get_t5_tokenizer.py")
-def test_t5s_ids_are_equal():
-    assert check(parse(T5.read_bytes())) < 20
+@pytest.mark.ci
+def test_t5s_ids_are_equal_but_for_few_of_the_hardest_documents():
+    assert check(parse(T5.read_bytes()), most=5) < 30  # of a thousand: its rule, and ties
 
 
 def test_ties_are_of_equal_scores_and_no_more():

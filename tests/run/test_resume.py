@@ -1,12 +1,15 @@
 """A run killed at any moment and started again ends as if nothing had happened: bit for bit on CPU."""
 
+import errno
 import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,6 +195,19 @@ def test_start_killed_while_it_wrote_its_config_is_no_obstacle(tmp_path: pathlib
         (tmp_path / left).write_text("{")
     with directory.locked(Writer(tmp_path), small.config()):
         assert not (tmp_path / "config.json.1.new").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_refused(tmp_path: pathlib.Path, monkeypatch: Any) -> None:
+    def full(**_: Any) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with (
+        pytest.raises(UserError, match=r"cannot be written \(Read-only file system\): take another"),
+        directory.locked(Writer(tmp_path), small.config()),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_refused_inside_leaves_no_lock(tmp_path: pathlib.Path) -> None:

@@ -2,9 +2,13 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import itertools
+import os
+import stat
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +39,22 @@ def test_a_directory_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         raise OSError("full")
     assert tree(tmp_path) == {"deep/new/config.json": "new", "empty/config.json": "new"}
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_system_that_cannot_sync_directories_is_no_obstacle(tmp_path: Path, monkeypatch: Any) -> None:
+    code = [errno.EINVAL]
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) or code != [errno.EINVAL]:
+            raise OSError(code[0], "no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    atomic.write(tmp_path / "file", b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
+    code[0] = errno.EIO
+    with pytest.raises(OSError, match="no"):
+        atomic.write(tmp_path / "other", b"lost")
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_a_kill_left_aside_is_gone_with_the_next(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The laws of an update, of the start of the low-rank phase and of a restart."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,6 +42,22 @@ def logits(program: Program, state: Any) -> np.ndarray:
 
 def same(a: Any, b: Any) -> bool:
     return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_what_is_due_is_done_inside_what_is_put_around_it_and_nothing_is_where_nothing_is(plain: Any) -> None:
+    _, program, state = plain
+    inside: list[Any] = []
+
+    @contextlib.contextmanager
+    def around(update: Any) -> Iterator[None]:
+        inside.append(int(update))
+        yield
+        inside.append(all(leaf.is_deleted() for leaf in jax.tree.leaves(donated.trained)))
+
+    donated = copied(state)
+    assert program.begin_update(7, donated, around=around) == (donated, steps.Due()) and not inside
+    _, due = program.begin_update(8, donated, around=around)
+    assert due == steps.Due(merge=True, reset=True) and inside == [7, True]
 
 
 @pytest.fixture(scope="module")
