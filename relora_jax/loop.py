@@ -124,7 +124,7 @@ class Recorder:
         if stop or self.checkpoints.due(u):
             with self.metrics.pause(state.update):
                 self.metrics.flush()
-                self.checkpoints.save(u, state, low_priority=not stop and u < settings.updates)
+                self.checkpoints.save(u, state)
         return stop
 
     def _evaluate(self, u: int, state: TrainState) -> None:

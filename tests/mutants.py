@@ -264,20 +264,6 @@ MUTANTS = [
         "tests/data/test_stores.py::test_blocks_are_whole_when_the_first_that_reach_the_budget_are_there",
     ),
     Mutant(
-        "a save competes with the updates for the cores",
-        "checkpoint/manager.py",
-        "            os.nice(NICE)",
-        "            os.nice(0)",
-        "tests/checkpoint/test_manager.py::test_a_save_leaves_the_cores_to_the_updates_where_some_follow",
-    ),
-    Mutant(
-        "all that a save needs competes at the lowest priority",
-        "checkpoint/manager.py",
-        "                _start_writers()\n",
-        "",
-        "tests/checkpoint/test_manager.py::test_a_save_leaves_the_cores_to_the_updates_where_some_follow",
-    ),
-    Mutant(
         "checkpoints are compressed",
         "checkpoint/manager.py",
         "PyTreeCheckpointHandler(use_compression=False)",

@@ -40,7 +40,7 @@ class Around:
         metrics.sample.side_effect = lambda u, **_: self.told.append(f"sample {u}")
         metrics.flush.side_effect = lambda: self.told.append("flush")
         checkpoints.due.side_effect = lambda u: u % 3 == 0 or u == 20
-        checkpoints.save.side_effect = lambda u, _, low_priority: self.told.append(f"save {u} {low_priority}")
+        checkpoints.save.side_effect = lambda u, _: self.told.append(f"save {u}")
         batches = [Mock(spec=Batch) for _ in range(BATCHES)]
         parts: Any = (program, metrics, checkpoints, batches, openings, self.signals)
         self.recorder = Recorder(small.config(**EVERY), *parts)
@@ -51,8 +51,7 @@ class Around:
         return made
 
 
-ROWS, SAVED = ["eval {}", "sample {}"], ["flush", "save {} True"]
-WAITED_FOR = ["flush", "save {} False"]  # at the run's own priority: no update follows
+ROWS, SAVED = ["eval {}", "sample {}"], ["flush", "save {}"]
 
 
 @pytest.mark.parametrize(
@@ -64,12 +63,12 @@ WAITED_FOR = ["flush", "save {} False"]  # at the run's own priority: no update 
         (5, 5, None, 0, []),  # a run goes on from an evaluation that was made
         (7, 5, None, 0, []),
         (9, 5, None, 0, SAVED),
-        (20, 15, None, BATCHES + 1, [*ROWS, *WAITED_FOR]),  # the end
-        (7, 5, 0, 0, WAITED_FOR),  # a signal in an update
-        (10, 5, 0, 0, WAITED_FOR),  # whose evaluation would be due
-        (10, 5, 1, 1, WAITED_FOR),  # in the evaluation
-        (10, 5, BATCHES, BATCHES, WAITED_FOR),
-        (10, 5, BATCHES + 1, BATCHES + 1, WAITED_FOR),  # in the samples
+        (20, 15, None, BATCHES + 1, [*ROWS, *SAVED]),  # the end
+        (7, 5, 0, 0, SAVED),  # a signal in an update
+        (10, 5, 0, 0, SAVED),  # whose evaluation would be due
+        (10, 5, 1, 1, SAVED),  # in the evaluation
+        (10, 5, BATCHES, BATCHES, SAVED),
+        (10, 5, BATCHES + 1, BATCHES + 1, SAVED),  # in the samples
         (10, 5, BATCHES + 2, BATCHES + 1, ROWS),  # later: in the next update
     ],
 )

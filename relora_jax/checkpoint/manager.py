@@ -4,25 +4,18 @@ A checkpoint at u holds the state before the restart that u may begin with, so a
 """
 
 import contextlib
-import os
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore as ts
 from orbax.checkpoint import checkpoint_managers as policies
 
 from relora_jax.checkpoint import saved
 from relora_jax.checkpoint.saved import META, STATE, checkpoints_dir, system_code
 from relora_jax.config import Config
 from relora_jax.training.state import TrainState, flatten
-
-NICE = 15  # of the threads that arrange a save, above the run's: a thirtieth of a core where all compute
 
 
 class Checkpoints:
@@ -35,7 +28,6 @@ class Checkpoints:
         if train.keep_every:
             keep.append(policies.EveryNSteps(train.keep_every))
         self._config = config
-        self._low_priority = ThreadPoolExecutor(1, "save", _lower_priority)
         self._manager = ocp.CheckpointManager(
             checkpoints_dir(workdir),
             item_handlers={
@@ -55,23 +47,16 @@ class Checkpoints:
         by_cadence = u > 0 and u % config.train.save_every_updates == 0
         return by_cadence or u in (snapshot_update(config), config.train.updates)
 
-    def save(self, u: int, state: TrainState, *, low_priority: bool = False) -> None:
-        """Begins to save; the state may be donated once this returns. OSError, also of the save before.
-
-        `low_priority`: the updates that follow come first. Not where the run waits for the save.
-        """
+    def save(self, u: int, state: TrainState) -> None:
+        """Begins to save; the state may be donated once this returns. OSError, also of the save before."""
         if u not in self._manager.all_steps():
-            self._write(u, flatten(state), low_priority=low_priority)
+            self._write(u, flatten(state))
 
-    def _write(self, u: int, arrays: dict[str, jax.Array], *, low_priority: bool = False) -> None:
+    def _write(self, u: int, arrays: dict[str, jax.Array]) -> None:
         meta = saved.meta_of(u, self._config, arrays)
         args = ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(arrays), META: ocp.args.JsonSave(meta)})
         with _as_os_error(self._manager.directory):
-            if low_priority:
-                _start_writers()
-                self._low_priority.submit(self._manager.save, u, args=args).result()
-            else:
-                self._manager.save(u, args=args)
+            self._manager.save(u, args=args)
 
     def wait(self) -> None:
         """Until the newest save is whole. OSError where it could not be written."""
@@ -85,23 +70,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._low_priority.shutdown()
             self._manager.close()
-
-
-def _lower_priority() -> None:
-    """This thread and those that it starts leave the cores to the updates; only Linux has that by thread."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # a sandbox may forbid it
-            os.nice(NICE)
-
-
-def _start_writers() -> None:
-    """tensorstore's threads, which copy and write the bytes, in the run's own priority.
-
-    They end when idle and begin in that of the thread that needs them; a save of gigabytes must not starve.
-    """
-    ts.array(np.zeros(1)).read().result()
 
 
 @contextlib.contextmanager

@@ -1,22 +1,14 @@
 """What is saved is what is restored, bit for bit, in place on the devices; another model is refused."""
 
-import contextlib
 import json
-import os
 import pathlib
-import sys
-import threading
-import time
 from typing import Any
-from unittest.mock import Mock
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 
-from relora_jax.checkpoint import manager
 from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.checkpoint.restore import restore_newest
 from relora_jax.checkpoint.saved import checkpoints_dir, updates_saved
@@ -84,52 +76,6 @@ def test_state_at_w_is_the_one_before_the_low_rank_phase() -> None:
     program = Program(small.config(), small.mesh())
     assert not jax.tree.leaves(program.state_at(4).frozen)
     assert jax.tree.leaves(program.state_at(5).frozen)
-
-
-def writers() -> set[int]:
-    """The priorities of tensorstore's threads, which end when they are idle, also while this looks."""
-    found = set()
-    for task in pathlib.Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if "ts_pool" in (task / "comm").read_text():
-                found.add(os.getpriority(os.PRIO_PROCESS, int(task.name)))
-    return found
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="priorities of threads are Linux's")
-def test_a_save_leaves_the_cores_to_the_updates_where_some_follow(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, seen, write = os.nice(0), [], ocp.CheckpointManager.save
-    until = time.monotonic() + 120
-    while writers() and time.monotonic() < until:  # of other tests
-        time.sleep(0.1)
-    assert not writers()
-
-    def save(*args: Any, **kwargs: Any) -> Any:
-        inherits = threading.Thread(target=lambda: seen.append(os.nice(0)))
-        inherits.start()
-        inherits.join()
-        return write(*args, **kwargs)
-
-    monkeypatch.setattr(ocp.CheckpointManager, "save", save)
-    state = Program(small.config(), small.mesh()).init()
-    with Checkpoints(tmp_path, small.config()) as checkpoints:
-        for u in (0, 1):
-            checkpoints.save(u, state, low_priority=True)
-        checkpoints.wait()
-        assert writers() == {before}
-        checkpoints.save(2, state)
-    assert seen == [min(before + manager.NICE, 19)] * 2 + [before] and os.nice(0) == before
-
-
-def test_a_save_needs_no_permission_to_be_of_lower_priority(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "nice", Mock(side_effect=PermissionError))
-    with Checkpoints(tmp_path, small.config()) as checkpoints:
-        checkpoints.save(0, Program(small.config(), small.mesh()).init(), low_priority=True)
-    assert updates_saved(tmp_path) == [0]
 
 
 def test_arrays_are_not_compressed(tmp_path: pathlib.Path) -> None:
