@@ -88,7 +88,7 @@ class OptimizerConfig:
 
     peak_lr: float
     warm_up_updates: int
-    floor: float = 0.1
+    min_lr_ratio: float = 0.1
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     config = restored.config_of(place)
     u, length = restored.update_of(place, words.update), config.data.sequence_length
     tokenizer = restored.tokenizer_of(place, config, words.tokenizer)
-    prompt = opening(words.prompt, tokenizer, config.data)
+    prompt = prompt_ids(words.prompt, tokenizer, config.data)
     if len(prompt) > length:
         raise UserError(f"--prompt has {len(prompt)} tokens and the model's length is {length}: shorten it")
     room = length + 1 - len(prompt)  # the last position guesses one id more
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def opening(prompt: str, tokenizer: Tokenizer, data: DataConfig) -> list[int]:
+def prompt_ids(prompt: str, tokenizer: Tokenizer, data: DataConfig) -> list[int]:
     """The ids that a prompt is to the model; those of an empty one are bos, or the end of a document before.
 
     Where documents do not see each other, what follows an end begins anew, and what begins one was never
@@ -103,7 +103,7 @@ def requests(prompt: list[int], words: Any, tokenizer: Tokenizer, *, length: int
             max_tokens=min(words.max_tokens, length),
             temperature=words.temperature,
             top_p=words.top_p,
-            pieces=tokenizer.pieces,
+            vocab_size=tokenizer.vocab_size,
             eos=tokenizer.eos,
             pad=tokenizer.pad,
         )

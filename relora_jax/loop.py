@@ -85,7 +85,7 @@ def train(run: OpenRun, signals: Signals) -> int | None:
             state, due = program.begin_update(u, state, around=metrics.pause)
             if due.merge:
                 metrics.restart(u, merged=due.merge, reset=due.reset)
-            learning_rate = steps.rate(config, u)
+            learning_rate = steps.learning_rate(config, u)
             state, values = program.train_step(state, batch, learning_rate)
             recorder.log(u + 1, learning_rate, values)
             if recorder.record(u + 1, state):

@@ -92,7 +92,7 @@ def paper_config(
             rank=128,
             alpha=32.0,
             dropout=0.1,
-            product="apart",  # folded has no branch to drop out of
+            product="separate",  # fused has no branch to drop out of
             base_dtype="float32",
             warm_start_updates=0 if arm == "lora" else warm_start_updates,
             cycle_updates=cycle_updates,

@@ -62,7 +62,7 @@ def _optimizer(config: Config) -> None:
     optimizer, updates = config.optimizer, config.train.updates
     _rate("optimizer.peak_lr", optimizer.peak_lr)
     _rate("optimizer.eps", optimizer.eps)
-    for name, top in (("floor", 1.0), ("weight_decay", math.inf), ("clip_norm", math.inf)):
+    for name, top in (("min_lr_ratio", 1.0), ("weight_decay", math.inf), ("clip_norm", math.inf)):
         _between(f"optimizer.{name}", getattr(optimizer, name), 0, top)
     for name in ("b1", "b2"):
         _between(f"optimizer.{name}", getattr(optimizer, name), 0, 1, below=True)

@@ -26,7 +26,7 @@ SETTINGS = f"""
     data.sequence_length=32 train.batch=4 train.microbatch=2 train.updates={UPDATES}
     train.save_every_updates=5 train.evaluate_every_updates=16 train.eval_tokens=1024
     relora.warm_start_updates={W} relora.cycle_updates={CYCLE} relora.warm_up_updates=2
-    relora.restart_warm_up_updates=2 relora.dropout=0.1 relora.product=apart optimizer.warm_up_updates=4
+    relora.restart_warm_up_updates=2 relora.dropout=0.1 relora.product=separate optimizer.warm_up_updates=4
 """
 # As `python -m relora_jax.train`, but the batches of some updates hold an id beyond the vocabulary, whose
 # embedding is NaN.

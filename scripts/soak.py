@@ -40,12 +40,12 @@ class Watch:
         setattr(Checkpoints, "save", lambda *args, **how: self.save(*args, **how))  # noqa: B010
         jax.monitoring.register_event_duration_secs_listener(self.hear)
 
-    def step(self, program: Program, state: Any, batch: Any, rate: float) -> Any:
+    def step(self, program: Program, state: Any, batch: Any, learning_rate: float) -> Any:
         """One update, clocked from its call until it is computed."""
         self.u = int(state.update)
         jax.block_until_ready((state, batch))
         since = time.perf_counter()
-        made = jax.block_until_ready(self._step(program, state, batch, rate))
+        made = jax.block_until_ready(self._step(program, state, batch, learning_rate))
         self.update_s[self.u] = time.perf_counter() - since
         self.u += 1
         self.rss_mb[self.u] = resident_mb()

@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     validate(config, devices=len(start_devices()))
     variants = {
         "full": dataclasses.replace(config, arm="full"),
-        "relora apart": _with(config, product="apart"),
-        "relora folded": _with(config, product="folded", dropout=0.0),
+        "relora separate": _with(config, product="separate"),
+        "relora fused": _with(config, product="fused", dropout=0.0),
     }
     updates = {name: _update(variant) for name, variant in variants.items()}
     timed = [{name: update() for name, update in updates.items()} for _ in range(rounds)]

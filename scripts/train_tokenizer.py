@@ -1,4 +1,4 @@
-"""python scripts/train_tokenizer.py --output=FILE.model --config=configs/350m.py [--kind=bpe] [--pieces=N]
+"""python scripts/train_tokenizer.py --output=FILE.model --config=configs/60m.py [--kind=bpe] [--vocab_size=N]
 python scripts/train_tokenizer.py --output=FILE.model --text='data/*.jsonl.gz' [--text_field=text] ...
 
 Trains a SentencePiece model, bpe or unigram, on the train documents of a config or of files of one's own (the
@@ -15,7 +15,7 @@ from relora_jax.data import prepared
 from relora_jax.errors import UserError
 from relora_jax.tokenizer import tokenizer
 
-FLAGS = {"kind": "bpe", "pieces": "32000", "output": ""}
+FLAGS = {"kind": "bpe", "vocab_size": "32000", "output": ""}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,7 +28,10 @@ def main(argv: Sequence[str]) -> int:
         if not told["text"]:
             raise UserError("say what to train on: --config=configs/350m.py or --text='data/*.jsonl.gz'")
         data = DataConfig(text=told["text"], text_field=told["text_field"], tokenizer="", sequence_length=1)
-    pieces, output = cli.count("pieces", told["pieces"], at_least=1), Path(told["output"]).expanduser()
+    vocab_size, output = (
+        cli.count("vocab_size", told["vocab_size"], at_least=1),
+        Path(told["output"]).expanduser(),
+    )
     if told["kind"] not in ("bpe", "unigram"):
         raise UserError(f"--kind={told['kind']} is not known: bpe or unigram")
     if output.suffix != ".model":
@@ -36,9 +39,9 @@ def main(argv: Sequence[str]) -> int:
     if output.exists():
         raise UserError(f"--output={output} is there already: remove it, or name another file")
     documents = prepared.train_texts(data)
-    print(f"reading text and training {pieces:,} pieces", file=sys.stderr)
-    made = tokenizer.train(documents, kind=told["kind"], pieces=pieces, path=output)
-    print(f"{told['kind']} model of {made.pieces:,} pieces: {output} (sha256 {made.sha256})")
+    print(f"reading text and training {vocab_size:,} pieces", file=sys.stderr)
+    made = tokenizer.train(documents, kind=told["kind"], vocab_size=vocab_size, path=output)
+    print(f"{told['kind']} model of {made.vocab_size:,} pieces: {output} (sha256 {made.sha256})")
     return 0
 
 

@@ -89,7 +89,7 @@ MUTANTS = [
         "tests/training/test_steps.py::test_restarts_draw_other_factors_by_update_kernel_and_layer",
     ),
     Mutant(
-        "a gradient of the frozen kernel, by plain autodiff of the folded product",
+        "a gradient of the frozen kernel, by plain autodiff of the fused product",
         "core/product.py",
         "        return _folded(x, w, a, b, base, scale, precision)\n    a, b",
         "        return jnp.matmul(x, _fold(x.dtype, w, a, b, base, scale, precision))\n    a, b",
@@ -316,8 +316,8 @@ MUTANTS = [
     Mutant(
         "a document sees those before it in its row",
         "model/llama.py",
-        "documents[:, :, None] == documents[:, None, :]",
-        "documents[:, :, None] >= documents[:, None, :]",
+        "segment_ids[:, :, None] == segment_ids[:, None, :]",
+        "segment_ids[:, :, None] >= segment_ids[:, None, :]",
         "tests/model/test_llama.py::test_documents_apart_are_the_oracle_of_each_alone",
     ),
     Mutant(
@@ -330,7 +330,7 @@ MUTANTS = [
     Mutant(
         "the first id of the next document is guessed from an EOS",
         "model/loss.py",
-        "        counted &= documents[..., 1:] == documents[..., :-1]",
+        "        counted &= segment_ids[..., 1:] == segment_ids[..., :-1]",
         "        pass",
         "tests/model/test_llama.py::test_documents_apart_are_the_oracle_of_each_alone",
     ),
@@ -344,8 +344,8 @@ MUTANTS = [
     Mutant(
         "a mask of documents that lies one id too far",
         "training/steps.py",
-        "batch.documents[:, :-1]",
-        "batch.documents[:, 1:]",
+        "batch.segment_ids[:, :-1]",
+        "batch.segment_ids[:, 1:]",
         "tests/test_evaluate.py::test_evaluation_of_documents_apart_is_that_of_each_alone",
     ),
     Mutant(
@@ -493,7 +493,7 @@ MUTANTS = [
         "core/grammar.py",
         "        dataclasses.dataclass(frozen=True)(cls)",
         "        pass",
-        "tests/training/test_behaviours.py::test_choices_of_ones_own_train_and_are_saved_and_read_like_ours[apart]",
+        "tests/training/test_behaviours.py::test_choices_of_ones_own_train_and_are_saved_and_read_like_ours[separate]",
     ),
     Mutant(
         "a user's mistake ends in a stack trace",

@@ -63,7 +63,7 @@ SETTINGS = {
     "--config.relora.peak_lr=-1e-3": "relora.peak_lr -0.001",
     "--config.optimizer.peak_lr=nan": "optimizer.peak_lr nan",
     "--config.optimizer.peak_lr=inf": "optimizer.peak_lr inf",
-    "--config.optimizer.floor=1.5": "optimizer.floor 1.5",
+    "--config.optimizer.min_lr_ratio=1.5": "optimizer.min_lr_ratio 1.5",
     "--config.optimizer.b2=1": "optimizer.b2 1",
     "--config.optimizer.weight_decay=-0.1": "optimizer.weight_decay -0.1",
     "--config.optimizer.clip_norm=-1": "optimizer.clip_norm -1",
@@ -71,7 +71,7 @@ SETTINGS = {
     "--config.relora.dropout=1": "relora.dropout 1",
     "--config.relora.dropout=-0.1": "relora.dropout -0.1",
     "--config.relora.dropout=nan": "relora.dropout nan",
-    "--config.relora.dropout=0.1 --config.relora.product=folded": "folded",
+    "--config.relora.dropout=0.1 --config.relora.product=fused": "fused",
     "--config.relora.product=sum": "relora.product 'sum'",
     "--config.relora.prune=magnitude(1.5)": "magnitude(1.5)",
     "--config.relora.prune=half": "'half'",
@@ -159,7 +159,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         write_dataset("empty:1.0.0", {"train": ["", ""], "validation": texts(20)})
         write_dataset("images:1.0.0", {"train": ["t"], "validation": ["v"]}, feature="label")
         write_dataset("latin:1.0.0", {"train": ["fine", b"caf\xe9 "], "validation": texts(20)})
-    tokenizer.train(tokenizer._lines(texts(60)), kind="bpe", pieces=380, path=folder / "toy.model")
+    tokenizer.train(tokenizer._lines(texts(60)), kind="bpe", vocab_size=380, path=folder / "toy.model")
     good = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts(60))
     (folder / "good.jsonl").write_bytes(good)
     (folder / "latin.jsonl").write_bytes(good[: good.index(b"\n") + 1] + b'{"text": "caf\xe9"}\n')

@@ -38,7 +38,7 @@ def test_every_config_and_arm_is_valid_and_survives_its_file(
     validate(made, devices=8)
     assert (made.name, made.arm) == (name, arm)
     assert config.from_json(config.to_json(made)) == made
-    assert made.relora.dropout == 0 or made.relora.product == "apart"
+    assert made.relora.dropout == 0 or made.relora.product == "separate"
     module = importlib.import_module(f"configs.{name}")
     assert module.__doc__ and f"--config=configs/{name}.py" in module.__doc__
 

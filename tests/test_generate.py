@@ -124,7 +124,7 @@ def test_greedy_text_is_the_argmax_of_the_full_model_on_the_growing_prefix(
     start = len(ids)
     while len(ids) < start + 2 and ids[-1] != made.tokenizer.eos:
         logits = made.logits(u, ids[None])[0, -1]
-        logits[[made.tokenizer.pad, *range(made.tokenizer.pieces, 400)]] = -np.inf
+        logits[[made.tokenizer.pad, *range(made.tokenizer.vocab_size, 400)]] = -np.inf
         ids = np.append(ids, logits.argmax().astype(np.int32))
     assert first["text"] == made.tokenizer.decode(ids).removeprefix(PROMPT) != ""
     assert second == {**first, "sample": 1}
@@ -184,7 +184,7 @@ def test_a_terminal_is_shown_no_control_characters() -> None:
 def test_empty_prompt_is_the_end_of_the_document_before(made: Made, capsys: Any) -> None:
     [first, _] = samples(capsys, made.place, "--n=2", "--temperature=0", "--max_tokens=1")
     logits = made.logits(6, np.array([[made.tokenizer.eos]], np.int32))[0, -1]
-    logits[[made.tokenizer.pad, *range(made.tokenizer.pieces, 400)]] = -np.inf
+    logits[[made.tokenizer.pad, *range(made.tokenizer.vocab_size, 400)]] = -np.inf
     assert first["text"] == made.tokenizer.decode([int(logits.argmax())])
 
 
@@ -193,16 +193,19 @@ def test_prompt_of_documents_apart_begins_after_its_last_end(made: Made) -> None
     cut = dataclasses.replace(made.tokenizer, eos=ids[1])
     for change in ({"packing": "truncate"}, {"attend_across_documents": False}):
         apart = dataclasses.replace(MADE.data, **change)
-        assert generate.opening(PROMPT, made.tokenizer, apart) == ids
-        assert generate.opening(PROMPT, cut, apart) == ids[2:]
+        assert generate.prompt_ids(PROMPT, made.tokenizer, apart) == ids
+        assert generate.prompt_ids(PROMPT, cut, apart) == ids[2:]
         for prompt, tokenizer in (("", cut), (PROMPT, dataclasses.replace(cut, eos=ids[-1]))):
             with pytest.raises(ValueError, match="never learnt what one begins with"):
-                generate.opening(prompt, tokenizer, apart)
-    assert generate.opening(PROMPT, cut, MADE.data) == ids
-    assert generate.opening("", cut, MADE.data) == [cut.eos]
+                generate.prompt_ids(prompt, tokenizer, apart)
+    assert generate.prompt_ids(PROMPT, cut, MADE.data) == ids
+    assert generate.prompt_ids("", cut, MADE.data) == [cut.eos]
     begun = dataclasses.replace(made.tokenizer, bos=9)
     for data in (MADE.data, apart):
-        assert generate.opening("", begun, data) == [9] and generate.opening(PROMPT, begun, data) == [9, *ids]
+        assert generate.prompt_ids("", begun, data) == [9] and generate.prompt_ids(PROMPT, begun, data) == [
+            9,
+            *ids,
+        ]
 
 
 BAD = {

@@ -77,7 +77,7 @@ def test_failed_download_is_one_line(cache, capsys, monkeypatch, tmp_path):
 )
 def test_t5_itself_has_its_pieces_and_collapses_whitespace():
     made = tokenizer.load(Path(T5_PATH))
-    assert (made.pieces, made.pad, made.eos) == (32_000, 0, 1)
+    assert (made.vocab_size, made.pad, made.eos) == (32_000, 0, 1)
     assert [made.model._model.id_to_piece(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]  # pyright: ignore
     documents = ["The house is wonderful.", "The \n\n house  is\twonderful. ", "\u65e5"]
     plain, spaced, unknown = (ids.tolist() for ids in made.encode_documents(documents))

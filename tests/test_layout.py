@@ -14,7 +14,7 @@ COMMANDS = {"train", "prepare", "evaluate", "generate", "export", "import_hf", "
 # From the ground up, rooms and single files of the face; each imports from lower floors, or from itself.
 FLOORS = [
     {"core", "errors"},
-    {"storage", "config", "prune"},
+    {"storage", "config"},
     {"tokenizer", "cli"},
     {"data", "model", "shapes"},
     {"training"},

@@ -22,14 +22,16 @@ def run(*words):
     cli.main(train_tokenizer.main, train_tokenizer.__doc__, ["train_tokenizer", *words])
 
 
-@pytest.mark.parametrize(("kind", "pieces"), [("bpe", 350), ("unigram", 310)])
-def test_model_of_the_train_documents_loses_nothing(kind, pieces, capsys):
+@pytest.mark.parametrize(("kind", "vocab_size"), [("bpe", 350), ("unigram", 310)])
+def test_model_of_the_train_documents_loses_nothing(kind, vocab_size, capsys):
     with pytest.raises(SystemExit) as stop:
-        run("--config=toy.py", f"--kind={kind}", f"--pieces={pieces}", "--output=new/my.model")
+        run("--config=toy.py", f"--kind={kind}", f"--vocab_size={vocab_size}", "--output=new/my.model")
     assert stop.value.code == 0
     made = tokenizer.find("new/my.model", list, "key")
-    assert f"{kind} model of {pieces} pieces: new/my.model (sha256 {made.sha256})" in capsys.readouterr().out
-    assert made.pieces == pieces
+    assert (
+        f"{kind} model of {vocab_size} pieces: new/my.model (sha256 {made.sha256})" in capsys.readouterr().out
+    )
+    assert made.vocab_size == vocab_size
     # one piece for a known word, bytes for a letter that only the other split has
     assert [len(ids) for ids in made.encode_documents(["people", "\u65e5"])] == [1, 3]
     for text in (*texts(9), "\u65e5 \n\n  x"):
@@ -44,9 +46,12 @@ def test_model_of_the_train_documents_loses_nothing(kind, pieces, capsys):
         ("--config=toy.py --output=x.json", "--output=x.json is no name of a model"),
         ("--config=toy.py", "--output= is no name of a model"),
         ("--config=toy.py --output=x.model --kind=word", "--kind=word is not known: bpe or unigram"),
-        ("--config=toy.py --output=x.model --pieces=many", "--pieces=many is no whole number"),
-        ("--config=toy.py --output=x.model --pieces=0", "--pieces=0"),
-        ("--config=toy.py --output=x.model --pieces=100000", "no bpe model of 100000 pieces can be trained"),
+        ("--config=toy.py --output=x.model --vocab_size=many", "--vocab_size=many is no whole number"),
+        ("--config=toy.py --output=x.model --vocab_size=0", "--vocab_size=0"),
+        (
+            "--config=toy.py --output=x.model --vocab_size=100000",
+            "no bpe model of 100000 pieces can be trained",
+        ),
         ("--config=nowhere.py --output=x.model", "nowhere.py"),
         ("--config=toy.py --config.data.dataset=none --output=x.model", "none is not in"),
         ("--output=x.model", "say what to train on: --config="),

@@ -6,11 +6,13 @@ and `meta`, JSON: format, update, config, a checksum of each array, and a digest
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from relora_jax.errors import UserError
 FORMAT = 1  # of a checkpoint: raise it with any change of the state's paths or of the meta
 STATE, META = "state", "meta"
 _ORBAX = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # what it puts beside the items
+_OF_A_FILE = ("Event loop is closed", "Encountered error while reading array index")
 _OF_THE_FILES = (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)  # no error of disk or memory
 _KINDS = {"format": int, "update": int, "config": str, "checksums": dict}  # of the meta's values
 
@@ -37,10 +40,18 @@ class OtherModelError(UserError):
     """The arrays of the checkpoint have other paths, shapes or types than those asked for."""
 
 
+@functools.cache
 def hush() -> None:
-    """Orbax reports an error once, by raising it, and not in the log as well."""
+    """Orbax says an error once, by raising it: not in the log as well, nor for each file that follows."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def hear(error: Any) -> None:
+        if not str(error.exc_value).startswith(_OF_A_FILE):
+            hook(error)
+
+    sys.unraisablehook = hear
 
 
 def meta_of(update: int, config: Config, arrays: dict[str, jax.Array]) -> dict[str, Any]:

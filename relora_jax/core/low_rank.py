@@ -55,7 +55,7 @@ class LowRankDense(nnx.Module):
         alpha: float,
         key: Key[Array, ""],
         dropout: float = 0.0,
-        product: str = "apart",
+        product: str = "separate",
         base_dtype: Any = jnp.float32,
         base_init: str = "keep",
     ) -> None:
@@ -131,7 +131,7 @@ def wrap(
     targets: Callable[[Path, nnx.Linear], bool],
     rngs: nnx.Rngs,
     dropout: float = 0.0,
-    product: str = "apart",
+    product: str = "separate",
     base_dtype: Any = jnp.float32,
     base_init: str = "keep",
 ) -> Any:
@@ -234,7 +234,7 @@ def check(
     rank: int,
     alpha: float,
     dropout: float = 0.0,
-    product: str = "apart",
+    product: str = "separate",
     base_init: str = "keep",
 ) -> None:
     """ValueError, which begins with the argument's name, where no `LowRankDense` can be made of the kernel.

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from relora_jax.core.base import Base, Stored
 
-FORMS = ("apart", "folded")
+FORMS = ("separate", "fused")
 
 
 def check(form: str, dropout: float) -> None:
@@ -21,8 +21,8 @@ def check(form: str, dropout: float) -> None:
         raise ValueError(f"product {form!r} is not known: one of {', '.join(FORMS)}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout {dropout} must lie in [0, 1)")
-    if form == "folded" and dropout > 0:
-        raise ValueError(f"product folded has no branch for dropout {dropout}: use apart")
+    if form == "fused" and dropout > 0:
+        raise ValueError(f"product fused has no branch for dropout {dropout}: use separate")
 
 
 def product(
@@ -38,12 +38,12 @@ def product(
     key: Any = None,
     precision: Any = None,
 ) -> Float[Array, "*tokens out"]:
-    """x @ W + scale * (x @ A) @ B in the type of x: "apart" as written, "folded" as x @ (W + scale * A @ B).
+    """x @ W + scale * (x @ A) @ B in the type of x: "separate" as written, "fused" x @ (W + scale * A @ B).
 
-    Folded multiplies by tokens once and sums the kernel in at least float32. Neither form makes a
+    Fused multiplies by tokens once and sums the kernel in at least float32. Neither form makes a
     gradient of W.
     """
-    if form == "folded":
+    if form == "fused":
         return _folded(x, w, a, b, base, scale, precision)
     a, b = (v.astype(x.dtype) for v in (a, b))
     branch = x

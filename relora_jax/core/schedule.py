@@ -7,13 +7,16 @@ Plain numbers in and out, so that nothing keeps a count of its own. The jagged s
 import math
 
 
-def cosine(s: int, *, total: int, warm_up: int, floor: float) -> float:
-    """C(s) = m + (1 - m)(1 + cos(pi (s - w0) / (T - w0))) / 2, with floor m and warm-up w0."""
-    return floor + (1 - floor) * (1 + math.cos(math.pi * (s - warm_up) / max(total - warm_up, 1))) / 2
+def cosine(s: int, *, total: int, warm_up: int, min_lr_ratio: float) -> float:
+    """C(s) = m + (1 - m)(1 + cos(pi (s - w0) / (T - w0))) / 2, with min_lr_ratio m and warm-up w0."""
+    return (
+        min_lr_ratio
+        + (1 - min_lr_ratio) * (1 + math.cos(math.pi * (s - warm_up) / max(total - warm_up, 1))) / 2
+    )
 
 
 def multiplier(
-    s: int, *, total: int, warm_up: int, floor: float, cycle: int = 0, restart_warm_up: int = 0
+    s: int, *, total: int, warm_up: int, min_lr_ratio: float, cycle: int = 0, restart_warm_up: int = 0
 ) -> float:
     """s / w0 in the warm-up, then C(s); in the first wr updates of a later cycle n, (k / wr) C(n R + wr).
 
@@ -25,9 +28,11 @@ def multiplier(
     k = s % cycle if cycle else 0
     if cycle and s >= cycle and k < restart_warm_up:
         return (
-            k / restart_warm_up * cosine(s - k + restart_warm_up, total=total, warm_up=warm_up, floor=floor)
+            k
+            / restart_warm_up
+            * cosine(s - k + restart_warm_up, total=total, warm_up=warm_up, min_lr_ratio=min_lr_ratio)
         )
-    return cosine(s, total=total, warm_up=warm_up, floor=floor)
+    return cosine(s, total=total, warm_up=warm_up, min_lr_ratio=min_lr_ratio)
 
 
 def is_merge(s: int, *, cycle: int, merges_per_cycle: int = 1) -> bool:

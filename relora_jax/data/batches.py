@@ -27,12 +27,12 @@ SHUFFLE_ROUNDS = 4
 class Batch(NamedTuple):
     """Rows on devices: of an update ids [a, m, S], lengths [a, m]; of an evaluation [m, S] and [m].
 
-    `documents`: the number of each id's document in its row, where documents do not see each other.
+    `segment_ids`: the number of each id's document in its row, where documents do not see each other.
     """
 
     ids: Int32[jax.Array, "*batch S"]
     lengths: Int32[jax.Array, "*batch"]
-    documents: Int32[jax.Array, "*batch S"] | None = None
+    segment_ids: Int32[jax.Array, "*batch S"] | None = None
 
 
 def row_index(i: int, *, rows: int, seed: int) -> int:

@@ -97,11 +97,11 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     highest, vocabulary = tokenizer.highest, config.model.vocab_size
     if highest < vocabulary:
         return
-    remedy = f"set it to {tokenizer.pieces}"
+    remedy = f"set it to {tokenizer.vocab_size}"
     if config.train.init_from:  # which has the vocabulary that it has
         remedy = "take that of train.init_from as data.tokenizer, and as data.pad_id an id that the model has"
     raise UserError(
-        f"the tokenizer has {tokenizer.pieces} pieces and model.vocab_size is {vocabulary}: {remedy}"
+        f"the tokenizer has {tokenizer.vocab_size} pieces and model.vocab_size is {vocabulary}: {remedy}"
     )
 
 

@@ -26,9 +26,9 @@ MANIFEST, COUNTS = "manifest.json", "counts.npy"
 SPARE_FILES = 512  # open files for everything else
 
 
-def record_type(*, sequence_length: int, pieces: int) -> np.dtype:
+def record_type(*, sequence_length: int, vocab_size: int) -> np.dtype:
     """One record: true length (uint32), then S ids (uint16 where they fit, else uint32); little-endian."""
-    ids = "<u2" if pieces <= 2**16 else "<u4"
+    ids = "<u2" if vocab_size <= 2**16 else "<u4"
     return np.dtype([("length", "<u4"), ("ids", ids, (sequence_length + 1,))])
 
 
@@ -40,10 +40,10 @@ class RowStore:
     rows: int
     sequence_length: int
     tokens: int
-    pieces: int
+    vocab_size: int
     eos: int
     manifest: dict[str, Any]
-    counts: Int64[np.ndarray, " pieces"]
+    counts: Int64[np.ndarray, " vocab_size"]
     _source: ArrayRecordDataSource
 
     @classmethod
@@ -55,7 +55,9 @@ class RowStore:
                 raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
             counts = np.load(path / COUNTS)
             shards = [str(path / shard["file"]) for shard in manifest["shards"] if shard["rows"]]
-            facts = {name: manifest[name] for name in ("rows", "sequence_length", "tokens", "pieces", "eos")}
+            facts = {
+                name: manifest[name] for name in ("rows", "sequence_length", "tokens", "vocab_size", "eos")
+            }
             allow_open_files(len(shards))
             source = ArrayRecordDataSource(shards)
             if not len(source) == facts["rows"] == sum(shard["rows"] for shard in manifest["shards"]):
@@ -72,7 +74,7 @@ class RowStore:
 
         OSError, which names the shard, where one is gone or damaged.
         """
-        record = record_type(sequence_length=self.sequence_length, pieces=self.pieces)
+        record = record_type(sequence_length=self.sequence_length, vocab_size=self.vocab_size)
         try:
             records = self._source.__getitems__(indices) if len(indices) else []
         except (RuntimeError, OSError, IndexError) as error:
@@ -104,10 +106,10 @@ class RowWriter:
     `rows` and `counts` of each piece tell what it holds. OSError where the disk does not take it.
     """
 
-    def __init__(self, path: Path, *, sequence_length: int, pieces: int) -> None:
+    def __init__(self, path: Path, *, sequence_length: int, vocab_size: int) -> None:
         self._path, self._writer = path, None
-        self._type = record_type(sequence_length=sequence_length, pieces=pieces)
-        self.rows, self.counts = 0, np.zeros(pieces, np.int64)
+        self._type = record_type(sequence_length=sequence_length, vocab_size=vocab_size)
+        self.rows, self.counts = 0, np.zeros(vocab_size, np.int64)
 
     def write(self, ids: Int32[np.ndarray, "n S"], lengths: Int32[np.ndarray, " n"]) -> None:
         """Adds rows."""

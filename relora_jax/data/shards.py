@@ -97,7 +97,7 @@ class Job:
             return False
 
     def _counts(self, block: Block) -> np.ndarray:
-        """[2, n]: places in an array [parts, pieces], and the counts there; read where they are used."""
+        """[2, n]: places in an array [parts, vocab_size], and the counts there; read where they are used."""
         return np.load(self._record(block.file, block.number).with_suffix(COUNTED), mmap_mode="r")
 
     def _record(self, file: int, number: int) -> Path:
@@ -132,7 +132,7 @@ class Job:
 
     def finish(self, blocks: Sequence[Block], facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """The parts become stores of `blocks`, in that order; shards of other blocks go. Their manifests."""
-        counts = np.zeros((len(self.parts), self.tokenizer.pieces), np.int64)
+        counts = np.zeros((len(self.parts), self.tokenizer.vocab_size), np.int64)
         for block in blocks:
             counted, of_block = self._counts(block)
             counts.reshape(-1)[counted] += of_block
@@ -150,7 +150,7 @@ class Job:
 
     def _manifest(self, blocks: Sequence[Block], at: int) -> dict[str, Any]:
         """What part `at` holds; `dropped` is the share of its tokens that are in no row."""
-        record = record_type(sequence_length=self.sequence_length, pieces=self.tokenizer.pieces)
+        record = record_type(sequence_length=self.sequence_length, vocab_size=self.tokenizer.vocab_size)
         shards = [
             {"file": f"{_name(block.file, block.number)}.array_record", **block.parts[at]} for block in blocks
         ]
@@ -160,7 +160,7 @@ class Job:
             "part": self.parts[at],
             "packing": self.packing,
             "sequence_length": self.sequence_length,
-            "pieces": self.tokenizer.pieces,
+            "vocab_size": self.tokenizer.vocab_size,
             "eos": self.tokenizer.eos,
             "pad": self.tokenizer.pad,
             **total,
@@ -176,7 +176,7 @@ class _Shard:
     def __init__(self, job: Job, part: str, file: str) -> None:
         ids = {"eos": job.tokenizer.eos, "pad": job.tokenizer.pad, "bos": job.tokenizer.bos}
         self._packer = Packer(job.packing, length=job.sequence_length, **ids)
-        shape = {"sequence_length": job.sequence_length, "pieces": job.tokenizer.pieces}
+        shape = {"sequence_length": job.sequence_length, "vocab_size": job.tokenizer.vocab_size}
         self.writer = RowWriter(job.folder / part / file, **shape)
         self._documents = 0
 

@@ -164,7 +164,7 @@ def within(tokenizer: Tokenizer, vocabulary: int) -> Tokenizer:
         raise UserError(
             f"{path} gives the id {fitting.highest} ({tokenizer.model.name(fitting.highest)!r}), and the "
             f"model knows {vocabulary:,}: take it out of the file, or give it a row in transformers "
-            f"(model.resize_token_embeddings({tokenizer.pieces})), save the model, and import that"
+            f"(model.resize_token_embeddings({tokenizer.vocab_size})), save the model, and import that"
         )
     if fitting is not tokenizer:
         name = tokenizer.model.name(tokenizer.pad)

@@ -62,7 +62,7 @@ def of_model(model: ModelConfig, run: str, arm: str, *, compute_dtype: str, ids:
         relora=ReloraConfig(
             rank=rank,
             alpha=rank / 4,
-            product="folded",
+            product="fused",
             base_dtype="float32",  # bfloat16: half of the frozen part's memory, rounded at each merge
             warm_start_updates=0,  # the model is the warm start
             cycle_updates=1_000,

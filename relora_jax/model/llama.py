@@ -32,8 +32,8 @@ def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
 class Llama(nnx.Module):
     """Logits [B, L, V] of ids [B, L]; each depends on the ids up to its own position.
 
-    With `documents` [B, L], the number of each id's document in its row, on those of its document alone:
-    the logits are those of the documents run apart.
+    With `segment_ids` [B, L], the number of each id's document in its row, on those of its document alone:
+    the logits are those of the documents run one at a time.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -60,15 +60,15 @@ class Llama(nnx.Module):
     def __call__(
         self,
         ids: Int[Array, "B L"],
-        documents: Int[Array, "B L"] | None = None,
+        segment_ids: Int[Array, "B L"] | None = None,
         *,
         at: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B out V"]:
         """Logits in at least float32: at every position, or `at` one of each row alone."""
         graph, layers = nnx.split(self.blocks)
         positions, mask = jnp.arange(ids.shape[1])[None], None
-        if documents is not None:
-            positions, mask = apart(documents)
+        if segment_ids is not None:
+            positions, mask = positions_and_mask(segment_ids)
 
         def block(x: Array, layer: Any) -> tuple[Array, None]:
             return nnx.merge(graph, layer)(x, positions, mask), None
@@ -141,12 +141,12 @@ class Mlp(nnx.Module):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
-def apart(documents: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L L"]]:
+def positions_and_mask(segment_ids: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L L"]]:
     """(place of each id within its document, whether two ids are of one document)."""
-    places = jnp.broadcast_to(jnp.arange(documents.shape[1])[None], documents.shape)
-    begins = jnp.diff(documents, axis=1, prepend=documents[:, :1]) != 0
+    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
+    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     starts = lax.cummax(jnp.where(begins, places, 0), axis=1)
-    return places - starts, documents[:, :, None] == documents[:, None, :]
+    return places - starts, segment_ids[:, :, None] == segment_ids[:, None, :]
 
 
 def rotate(

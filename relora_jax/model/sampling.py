@@ -25,7 +25,7 @@ class Request(NamedTuple):
     max_tokens: int  # at least 1
     temperature: float
     top_p: float
-    pieces: int  # of the tokenizer: no id from there on is drawn
+    vocab_size: int  # of the tokenizer: no id from there on is drawn
     eos: int
     pad: int  # never drawn, unless it is eos
 
@@ -77,7 +77,7 @@ def draw(key: Array, logits: Float[Array, " V"], *, temperature: Any, top_p: Any
 def _possible(logits: Float[Array, "n V"], asked: Request) -> Float[Array, "n V"]:
     """-inf where an id means nothing; what is not finite, of a diverged model, made so."""
     ids = jnp.arange(logits.shape[1])
-    means = (ids < asked.pieces) & ((ids != asked.pad) | (ids == asked.eos))
+    means = (ids < asked.vocab_size) & ((ids != asked.pad) | (ids == asked.eos))
     return jnp.where(means, jnp.nan_to_num(logits), -jnp.inf)
 
 

@@ -130,7 +130,7 @@ def _curves(run: Run, folder: Path) -> list[str]:
         text = "How badly the model predicts the next piece, in training batches and in held-out text."
         sections.append(_section("Loss", "loss", text + _marks(timeline)))
     if rates := run.points("train", "lr"):
-        pictures.rate(folder / "learning_rate.png", rates, timeline)
+        pictures.learning_rate(folder / "learning_rate.png", rates, timeline)
         text = "How large a step the optimizer takes, at the updates that were logged."
         if timeline.restarts and relora.jagged:
             back = f"{relora.restart_warm_up_updates:,} updates"
@@ -159,7 +159,7 @@ def _marks(timeline: pictures.Timeline) -> str:
 def _summed_update(run: Run, folder: Path) -> str:
     """Spectrum, counts and ranks of the summed update, or one sentence that says why they are not there."""
     relora, start = run.config.relora, run.low_rank_start
-    merges, floor = 0, dict[str, float]()
+    merges, rounding = 0, dict[str, float]()
     try:
         then, now, update = _checkpoints(run)
         scale, stored = (
@@ -171,11 +171,11 @@ def _summed_update(run: Run, folder: Path) -> str:
         merges = sum(row["merged"] and start < row["update"] < update for row in run.of("restart"))
         for kind, rank in ranks.items():
             writes = merges if rank else update - start
-            floor[kind] = spectrum.rounding(now[names.kernel_of(names.LAYERS[kind])], writes=writes)
+            rounding[kind] = spectrum.rounding(now[names.kernel_of(names.LAYERS[kind])], writes=writes)
     except Exception as error:  # Orbax raises plain Exceptions, and the report without this part tells much
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return f"## Summed update\n\nLeft out: {samples.shown(reason)}.\n"
-    pictures.spectrum(folder / "spectrum.png", found, ranks=ranks, merges=merges, floor=floor)
+    pictures.spectrum(folder / "spectrum.png", found, ranks=ranks, merges=merges, rounding=rounding)
     text = (
         f"What the updates from {start:,} to {update:,} added to the kernels, taken apart into directions: "
     )
@@ -184,15 +184,15 @@ def _summed_update(run: Run, folder: Path) -> str:
         text += f" One low-rank update has no more than r = {rank} directions; with {merges} merged before "
         reach = f"{merges + 1} x {rank} = {rank * (merges + 1)}"
         text += f"it the sum may have {reach}, or as many as the kernel's smaller side."
-    return _section("Summed update", "spectrum", text) + "\n" + _counts(found, ranks, floor)
+    return _section("Summed update", "spectrum", text) + "\n" + _counts(found, ranks, rounding)
 
 
-def _counts(found: dict[str, np.ndarray], ranks: dict[str, int], floor: dict[str, float]) -> str:
+def _counts(found: dict[str, np.ndarray], ranks: dict[str, int], rounding: dict[str, float]) -> str:
     """The table of values below 0.1 and of numerical ranks, a row per kind of kernel."""
     head = "kernel | smaller side | values below 0.1 | numerical rank | against r"
     lines = [f"| {head} |", "|---|---:|---:|---:|---:|"]
     for kind, values in found.items():
-        numerical = spectrum.rank(values, floor[kind])
+        numerical = spectrum.rank(values, rounding[kind])
         low, mean, high = numerical.min(), numerical.mean(), numerical.max()
         spread = f"{low}" if low == high else f"{mean:.1f} ({low} to {high})"
         count = f"{spectrum.below(values):,} of {values.size:,}"
@@ -202,8 +202,10 @@ def _counts(found: dict[str, np.ndarray], ranks: dict[str, int], floor: dict[str
         "Counts are summed over the layers; ranks are the layers' mean and range. A rank counts the values "
     )
     note += "that rounding of the stored kernels cannot explain"
-    note += f": those above {max(floor.values()):.2g} or less, by kernel." if any(floor.values()) else "."
-    if max(floor.values()) > 0.1:
+    note += (
+        f": those above {max(rounding.values()):.2g} or less, by kernel." if any(rounding.values()) else "."
+    )
+    if max(rounding.values()) > 0.1:
         note += " Here that rounding can lift values above 0.1: the counts are too low."
     return "\n".join(lines) + f"\n\n{note}\n"
 

@@ -56,7 +56,7 @@ def loss(file: Path, train: Points, evaluations: Points, timeline: Timeline) -> 
     _finish(figure, axes, file, timeline)
 
 
-def rate(file: Path, train: Points, timeline: Timeline) -> None:
+def learning_rate(file: Path, train: Points, timeline: Timeline) -> None:
     """The learning rate that each logged update had."""
     updates, values = _arrays(train)
     power = int(np.floor(np.log10(values.max() * 1.05))) if values.max() > 0 else 0
@@ -89,17 +89,17 @@ def spectrum(
     *,
     ranks: Mapping[str, int],
     merges: int,
-    floor: Mapping[str, float],
+    rounding: Mapping[str, float],
 ) -> None:
     """One panel per kind of kernel: singular values by index, a thin line per layer, their median bold.
 
     Marked are the rank r of one low-rank update (0: kernels of this kind were trained in full) and the most
-    that it and those merged before can have together. Values below `floor` are rounding: they lie outside.
+    that it and those merged before can have together. Values below `rounding` are rounding: they lie outside.
     """
     figure = Figure(figsize=(11, 5.4), dpi=120, layout="constrained")
     grid = figure.subplots(2, 4, sharey=True)
     top = max(float(values.max()) for values in spectra.values())
-    bottom = min(max(*floor.values(), top * 1e-6), 0.02)  # the line at 0.1 is always in the picture
+    bottom = min(max(*rounding.values(), top * 1e-6), 0.02)  # the line at 0.1 is always in the picture
     for axes, (kind, values) in zip(grid.flat, spectra.items(), strict=False):
         _panel(axes, kind, values, rank=ranks[kind], merges=merges)
         axes.set_ylim(bottom, max(top, 0.1) * 2)

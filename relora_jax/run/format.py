@@ -6,11 +6,11 @@ from typing import Any
 
 def describe(row: dict[str, Any], *, left_s: float) -> list[str]:
     """A train row in words: loss, perplexity, learning rate, tokens/s, time left."""
-    loss, rate, speed = row["loss"], row["lr"], row["tokens_per_s"]
+    loss, learning_rate, speed = row["loss"], row["lr"], row["tokens_per_s"]
     parts = [
         f"loss {number(loss, '.3f')}",
         f"perplexity {number(perplexity(loss), ',.1f')}",
-        f"lr {number(rate, '.1e')}",
+        f"lr {number(learning_rate, '.1e')}",
         f"{number(speed, ',.0f')} tokens/s",
     ]
     if math.isfinite(left_s):

@@ -23,7 +23,7 @@ _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_confi
 
 
 class HuggingFace:
-    """A tokenizer.json: `pieces` is the highest id + 1, `eos` and `pad` are None where nothing tells them.
+    """A tokenizer.json: `vocab_size` is the highest id + 1; `eos`, `pad` are None where nothing names them.
 
     `highest` is the highest id of a text: of the model's pieces, which special tokens added to it are not,
     and of added ones that are not special.
@@ -35,9 +35,11 @@ class HuggingFace:
         os.environ["TOKENIZERS_PARALLELISM"] = default if parallel else "false"
         self._model = _parse(path, content)
         ids = self._model.get_vocab(with_added_tokens=True).values()
-        self.pieces = max(ids, default=-1) + 1
-        if not 0 < self.pieces <= HIGHEST_ID:
-            raise UserError(f"{path} is no tokenizer: its highest id is {self.pieces - 1}: name another file")
+        self.vocab_size = max(ids, default=-1) + 1
+        if not 0 < self.vocab_size <= HIGHEST_ID:
+            raise UserError(
+                f"{path} is no tokenizer: its highest id is {self.vocab_size - 1}: name another file"
+            )
         added = self._model.get_added_tokens_decoder()
         special = {_shown(token.content): i for i, token in sorted(added.items()) if token.special}
         ordinary = {i for i, token in added.items() if not token.special}
@@ -69,7 +71,7 @@ class HuggingFace:
             number = number[0] if isinstance(number, list) and number else number
             if isinstance(token, str):
                 number = special.get(token, self._model.token_to_id(token))
-            if type(number) is int and 0 <= number < self.pieces:
+            if type(number) is int and 0 <= number < self.vocab_size:
                 return number
         return next((special[token] for token in usual if token in special), None)
 

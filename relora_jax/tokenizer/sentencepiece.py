@@ -21,10 +21,10 @@ class SentencePiece:
         except RuntimeError as error:
             raise UserError(f"{path} is no SentencePiece model: name another file, or bpe(4096)") from error
         self._threads = -1 if parallel else 1
-        self.pieces = self._model.get_piece_size()
+        self.vocab_size = self._model.get_piece_size()
         ids = self._model.eos_id(), self._model.pad_id(), self._model.bos_id()
         self.eos, self.pad, self.bos = (i if i >= 0 else None for i in ids)
-        given = (i for i in reversed(range(self.pieces)) if not self._model.is_control(i))  # pyright: ignore
+        given = (i for i in reversed(range(self.vocab_size)) if not self._model.is_control(i))  # pyright: ignore
         self.highest = next(given)
 
     def encode(self, texts: list[str]) -> list[list[int]]:

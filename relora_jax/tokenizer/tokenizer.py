@@ -50,7 +50,7 @@ _SPEC = re.compile(r"\s*(bpe|unigram)\s*\(\s*([^()]*?)\s*\)\s*")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Texts <-> ids below `pieces`. `pad` fills rows and is never counted: eos where a model has none.
+    """Texts <-> ids below `vocab_size`. `pad` fills rows and is never counted: eos where a model has none.
 
     `bos` begins each document; None: nothing does.
     Pickled it is only its path and ids, read again where it is unpickled, there without threads.
@@ -58,7 +58,7 @@ class Tokenizer:
 
     path: Path
     sha256: str
-    pieces: int
+    vocab_size: int
     eos: int
     pad: int
     model: HuggingFace | SentencePiece = dataclasses.field(repr=False)
@@ -102,10 +102,10 @@ def load(
         raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from error
     model = (HuggingFace if path.suffix == ".json" else SentencePiece)(path, content, parallel=parallel)
     for name, given in (("eos", eos_id), ("pad", pad_id), ("bos", bos_id)):
-        if not -1 <= given < model.pieces:
+        if not -1 <= given < model.vocab_size:
             raise UserError(
-                f"data.{name}_id {given} is no id of tokenizer {path}: name one of 0 to {model.pieces - 1}, "
-                f"or -1 for {'none' if name == 'bos' else 'its own'}"
+                f"data.{name}_id {given} is no id of tokenizer {path}: name one of 0 to "
+                f"{model.vocab_size - 1}, or -1 for {'none' if name == 'bos' else 'its own'}"
             )
     eos = model.eos if eos_id < 0 else eos_id
     if eos is None:
@@ -114,7 +114,7 @@ def load(
     return Tokenizer(
         path=path,
         sha256=hashlib.sha256(content).hexdigest(),
-        pieces=model.pieces,
+        vocab_size=model.vocab_size,
         eos=eos,
         pad=eos if pad is None else pad,
         model=model,
@@ -140,14 +140,14 @@ def _load_again(path: Path, sha256: str, eos: int, pad: int, bos: int | None) ->
     return tokenizer
 
 
-def train(documents: Iterable[str], *, kind: str, pieces: int, path: Path) -> Tokenizer:
-    """A "bpe" or "unigram" model of exactly `pieces` pieces at `path`: the same for the same text.
+def train(documents: Iterable[str], *, kind: str, vocab_size: int, path: Path) -> Tokenizer:
+    """A "bpe" or "unigram" model of exactly `vocab_size` pieces at `path`: the same for the same text.
 
     It sees the lines of the first TRAINING_BYTES, without their ends: those are pieces already. `path` is
     written whole or not at all.
     """
     written = io.BytesIO()
-    settings = {**_SETTINGS, "model_type": kind, "vocab_size": pieces, "model_writer": written}
+    settings = {**_SETTINGS, "model_type": kind, "vocab_size": vocab_size, "model_writer": written}
     sentences = list(
         _lines(documents)
     )  # so that an error of the lines is raised here, not inside SentencePiece
@@ -158,7 +158,7 @@ def train(documents: Iterable[str], *, kind: str, pieces: int, path: Path) -> To
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or str(error)
         raise UserError(
-            f"no {kind} model of {pieces} pieces can be trained on this text: {reason}"
+            f"no {kind} model of {vocab_size} pieces can be trained on this text: {reason}"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(path, written.getvalue())
@@ -174,11 +174,11 @@ def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: Any
     """
     folder = places.cache_dir() / "tokenizers"
     if is_trained(spec):
-        kind, pieces = _parse(spec)
+        kind, vocab_size = _parse(spec)
         told = hashlib.sha256(f"{TRAINER} {key}".encode()).hexdigest()[:16]
         path = atomic.make_once(
-            folder / f"{kind}-{pieces}-{told}.model",
-            lambda aside: train(documents(), kind=kind, pieces=pieces, path=aside),
+            folder / f"{kind}-{vocab_size}-{told}.model",
+            lambda aside: train(documents(), kind=kind, vocab_size=vocab_size, path=aside),
             variable="XDG_CACHE_HOME",
         )
         return load(path, **ids)

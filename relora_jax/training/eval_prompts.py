@@ -36,7 +36,7 @@ class EvalPrompts:
             max_tokens=CONTINUATION,
             temperature=SAMPLE_TEMPERATURE,
             top_p=SAMPLE_TOP_P,
-            pieces=tokenizer.pieces,
+            vocab_size=tokenizer.vocab_size,
             eos=tokenizer.eos,
             pad=tokenizer.pad,
         )

@@ -45,8 +45,8 @@ def unigram_perplexity(counts: Int64[np.ndarray, " pieces"], batches: Iterable[B
     """
     targets = np.zeros(len(counts), np.int64)
     for batch in batches:
-        ids, lengths, documents = jax.device_get(batch)
-        counted = counted_targets(ids, lengths, documents)
+        ids, lengths, segment_ids = jax.device_get(batch)
+        counted = counted_targets(ids, lengths, segment_ids)
         targets += np.bincount(ids[..., 1:][counted], minlength=len(counts))
     smoothed = counts.astype(np.float64) + 1
     nats = -np.log(smoothed / smoothed.sum())

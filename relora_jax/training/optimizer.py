@@ -25,7 +25,7 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW of `params`, clipped by the global norm of all, in the groups "factors" and "rest".
 
-    `update(grads, state, params, rate=...)` takes the update's rate; factors take factor_lr_ratio times it.
+    `update(grads, state, params, learning_rate=...)`; factors take factor_lr_ratio times that rate.
     Decay is decoupled, times the leaf's rate, on matrices only. clip_norm 0 means no clipping.
     """
 
@@ -39,10 +39,12 @@ def make_optimizer(
 
 
 def scale_by_rate(factor: float) -> optax.GradientTransformationExtraArgs:
-    """Updates times `factor` times the argument `rate` of `update`: no schedule keeps a count of its own."""
+    """Updates times `factor` times `update`'s argument `learning_rate`: no schedule keeps its own count."""
 
-    def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any) -> tuple[Any, Any]:
-        return jax.tree.map(lambda u: (factor * rate) * u, updates), state
+    def update(
+        updates: Any, state: Any, params: Any = None, *, learning_rate: Any, **_: Any
+    ) -> tuple[Any, Any]:
+        return jax.tree.map(lambda u: (factor * learning_rate) * u, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # pyright: ignore
 

@@ -75,10 +75,10 @@ class Program:
         return state, due
 
     def train_step(
-        self, state: TrainState, batch: Batch, rate: float
+        self, state: TrainState, batch: Batch, learning_rate: float
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """`steps.train_step` of the phase that the state is in; the state is donated."""
-        return (self._low_train if is_low_rank(state) else self._train)(state, batch, rate)
+        return (self._low_train if is_low_rank(state) else self._train)(state, batch, learning_rate)
 
     def restart(self, state: TrainState, *, reset: bool) -> TrainState:
         """`steps.restart`; the state is donated."""

@@ -54,20 +54,20 @@ def key(config: Config, purpose: int, update: Any) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), purpose), update)
 
 
-def rate(config: Config, u: int) -> float:
+def learning_rate(config: Config, u: int) -> float:
     """The learning rate of update u: before W the full-rank cosine over all N, after it the phase's own."""
-    start, relora, floor = config.low_rank_start, config.relora, config.optimizer.floor
+    start, relora, min_lr_ratio = config.low_rank_start, config.relora, config.optimizer.min_lr_ratio
     if u < start:
         warm_up = config.optimizer.warm_up_updates
         return config.optimizer.peak_lr * schedule.multiplier(
-            u, total=config.train.updates, warm_up=warm_up, floor=floor
+            u, total=config.train.updates, warm_up=warm_up, min_lr_ratio=min_lr_ratio
         )
     dips = config.arm == "relora" and relora.jagged
     return relora.peak_lr * schedule.multiplier(
         u - start,
         total=config.train.updates - start,
         warm_up=relora.warm_up_updates,
-        floor=floor,
+        min_lr_ratio=min_lr_ratio,
         cycle=relora.cycle_updates if dips else 0,
         restart_warm_up=relora.restart_warm_up_updates,
     )
@@ -144,7 +144,7 @@ def restart(config: Config, phase: Phase, state: TrainState, *, reset: bool) -> 
 
 
 def train_step(
-    config: Config, phase: Phase, state: TrainState, batch: Batch, rate: Any
+    config: Config, phase: Phase, state: TrainState, batch: Batch, learning_rate: Any
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update at this rate, and its loss (mean nats per counted target), gradient norm and counters.
 
@@ -154,7 +154,7 @@ def train_step(
     loss, grads, targets = _gradients(config, phase, state, batch)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(loss) & jnp.isfinite(norm) & (targets > 0)
-    updates, opt_state = phase.tx.update(grads, state.opt_state, state.trained, rate=rate)
+    updates, opt_state = phase.tx.update(grads, state.opt_state, state.trained, learning_rate=learning_rate)
     trained, opt_state = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
         (optax.apply_updates(state.trained, updates), opt_state),
@@ -182,8 +182,8 @@ def eval_step(phase: Phase, trained: Any, frozen: Any, batch: Batch) -> tuple[ja
 
 
 def _summed_nats(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    documents = None if batch.documents is None else batch.documents[:, :-1]
-    return token_loss(model(batch.ids[:, :-1], documents), *batch)
+    segment_ids = None if batch.segment_ids is None else batch.segment_ids[:, :-1]
+    return token_loss(model(batch.ids[:, :-1], segment_ids), *batch)
 
 
 def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
@@ -213,7 +213,7 @@ def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) ->
 
 def _optimizer(config: Config, params: Any) -> Any:
     settings = dataclasses.asdict(config.optimizer)
-    del settings["peak_lr"], settings["warm_up_updates"], settings["floor"]
+    del settings["peak_lr"], settings["warm_up_updates"], settings["min_lr_ratio"]
     relora = config.relora
     return optimizer.make_optimizer(
         params,

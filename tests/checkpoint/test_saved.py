@@ -5,6 +5,8 @@ import json
 import os
 import pathlib
 import shutil
+import sys
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -296,3 +298,16 @@ def test_report_and_others_read_no_damaged_model(run: pathlib.Path) -> None:
     with pytest.raises(saved.DamagedError):
         dict(variables_of(run, 6))
     assert step(run).is_dir()
+
+
+def test_each_file_of_a_failed_save_or_restore_is_not_heard_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: heard.append(str(error.exc_value)))
+    saved.hush.__wrapped__()
+    for said in (
+        "a",
+        "Event loop is closed",
+        "Encountered error while reading array index: 0",
+    ):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(said)))  # type: ignore[arg-type]
+    assert heard == ["a"]

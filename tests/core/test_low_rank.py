@@ -22,7 +22,7 @@ from relora_jax.model.llama import Llama
 from relora_jax.model.loss import token_loss
 
 EVERY = lambda path, module: True  # noqa: E731
-FORMS = ("apart", "folded")
+FORMS = ("separate", "fused")
 TOKENS, IN, OUT, RANK = 7, 6, 5, 2
 
 
@@ -179,8 +179,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "alpha not finite": (refused(alpha=float("inf")), "alpha inf must be finite"),
     "dropout one": (refused(dropout=1.0), r"dropout 1.0 must lie in \[0, 1\)"),
     "dropout not a number": (refused(dropout=float("nan")), "dropout nan must lie"),
-    "dropout folded": (refused(dropout=0.1, product="folded"), "product folded has no branch .*: use apart"),
-    "product": (refused(product="fold"), "product 'fold' is not known: one of apart, folded"),
+    "dropout fused": (refused(dropout=0.1, product="fused"), "product fused has no branch .*: use separate"),
+    "product": (refused(product="fold"), "product 'fold' is not known: one of separate, fused"),
     "base_init": (refused(base_init="zeros"), "base_init 'zeros' is not known: one of keep, zero"),
     "base_dtype": (refused(base_dtype=jnp.float16), "base_dtype 'float16' cannot be read: write float32"),
     "nothing picked": (refused(targets=lambda p, m: False), "picks none .*layers: .*ends/out, inlet"),
@@ -605,9 +605,9 @@ def test_gradient_of_the_scanned_model_forms_no_product_shaped_like_a_base_kerne
 
 
 def test_zero_base_gives_every_factor_of_every_layer_a_gradient() -> None:
-    _, trained, frozen = llama("apart", base_init="zero")
+    _, trained, frozen = llama("separate", base_init="zero")
     ids = np.random.default_rng(0).integers(0, 61, (ROWS, LENGTH + 1), dtype=np.int32)
-    grads = gradient_of_llama("apart")[0](trained, frozen, ids)
+    grads = gradient_of_llama("separate")[0](trained, frozen, ids)
     factors = [v[...] for _, v in nnx.to_flat_state(grads) if isinstance(v, nnx.LoRAParam)]
     assert len(factors) == 14 and all(np.all(np.any(np.abs(f) > 1e-9, axis=(1, 2))) for f in factors)
 

@@ -338,8 +338,8 @@ def test_wrapped_updates_are_bitwise_those_of_the_inner_transformation() -> None
     plain, wrapped = make(), with_reset(make(), prune=zero(), is_factor=is_factor)
     one, other = plain.init(PARAMS), wrapped.init(PARAMS)
     for seed in range(3):
-        mine, other = wrapped.update(drawn(seed), other, PARAMS, rate=0.1)
-        theirs, one = plain.update(drawn(seed), one, PARAMS, rate=0.1)
+        mine, other = wrapped.update(drawn(seed), other, PARAMS, learning_rate=0.1)
+        theirs, one = plain.update(drawn(seed), one, PARAMS, learning_rate=0.1)
         jax.tree.map(np.testing.assert_array_equal, (mine, other.inner_state), (theirs, one))
 
 
@@ -433,7 +433,9 @@ def test_make_optimizer_is_adamw_as_written_in_float64(clip_norm: float) -> None
         update = jax.jit(tx.update)
         for t in range(1, 7):
             g, rate = values(t), 0.1 / t
-            updates, state = update(variables(jax.tree.map(jnp.asarray, g)), state, params, rate=rate)
+            updates, state = update(
+                variables(jax.tree.map(jnp.asarray, g)), state, params, learning_rate=rate
+            )
             params = optax.apply_updates(params, updates)
             norm = np.sqrt(sum(np.sum(x**2) for x in g.values()))
             for name in w:
@@ -449,7 +451,7 @@ def test_make_optimizer_is_adamw_as_written_in_float64(clip_norm: float) -> None
 
 def test_rate_is_an_argument_and_nothing_in_the_state_counts_it() -> None:
     tx = scale_by_rate(-2.0)
-    updates, state = tx.update(PARAMS, tx.init(PARAMS), rate=jnp.float32(0.25))
+    updates, state = tx.update(PARAMS, tx.init(PARAMS), learning_rate=jnp.float32(0.25))
     jax.tree.map(lambda u, p: np.testing.assert_array_equal(u, -0.5 * p), updates, PARAMS)
     assert not jax.tree.leaves(state)
     with pytest.raises(TypeError, match="rate"):

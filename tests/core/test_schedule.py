@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from relora_jax.core.schedule import cosine, is_merge, is_reset, multiplier
 
-PAPER: dict[str, Any] = {"total": 15000, "warm_up": 500, "floor": 0.1, "cycle": 5000, "restart_warm_up": 100}
+PAPER: dict[str, Any] = {
+    "total": 15000,
+    "warm_up": 500,
+    "min_lr_ratio": 0.1,
+    "cycle": 5000,
+    "restart_warm_up": 100,
+}
 GOLDEN = {
     **{0: 0, 1: 0.002, 499: 0.998, 500: 1, 4999: 0.802615},
     **{5000: 0, 5001: 0.007944, 5050: 0.397203, 5099: 0.786462, 5100: 0.794406},
@@ -32,8 +38,14 @@ def legal(draw: st.DrawFn) -> dict[str, Any]:
     cycle = draw(st.integers(1, 60))
     wr = draw(st.integers(0, cycle))
     total = draw(st.integers(1, 5)) * cycle + draw(st.one_of(st.just(0), st.integers(wr, max(cycle - 1, wr))))
-    warm_up, floor = draw(st.integers(0, cycle)), draw(st.floats(0, 1))
-    return {"total": total, "warm_up": warm_up, "floor": floor, "cycle": cycle, "restart_warm_up": wr}
+    warm_up, min_lr_ratio = draw(st.integers(0, cycle)), draw(st.floats(0, 1))
+    return {
+        "total": total,
+        "warm_up": warm_up,
+        "min_lr_ratio": min_lr_ratio,
+        "cycle": cycle,
+        "restart_warm_up": wr,
+    }
 
 
 @given(settings=legal())
@@ -44,13 +56,17 @@ def test_multiplier_lies_between_0_and_1_and_above_its_floor_outside_of_ramps(se
         ramp = s < settings["warm_up"] or (
             s >= settings["cycle"] and s % settings["cycle"] < settings["restart_warm_up"]
         )
-        assert ramp or value >= settings["floor"] - 1e-12
+        assert ramp or value >= settings["min_lr_ratio"] - 1e-12
 
 
 @given(settings=legal())
 def test_due_reset_meets_multiplier_zero_and_the_ramp_ends_on_the_cosine(settings: Any) -> None:
     cycle, wr = settings["cycle"], settings["restart_warm_up"]
-    plain = {"total": settings["total"], "warm_up": settings["warm_up"], "floor": settings["floor"]}
+    plain = {
+        "total": settings["total"],
+        "warm_up": settings["warm_up"],
+        "min_lr_ratio": settings["min_lr_ratio"],
+    }
     for s in range(settings["total"]):
         if not is_reset(s, cycle=cycle) or s < settings["warm_up"]:
             continue
@@ -74,8 +90,8 @@ def test_without_a_cycle_the_schedule_never_dips(settings: Any) -> None:
 
 def test_no_warm_up_begins_at_the_top() -> None:
     assert multiplier(0, **{**PAPER, "warm_up": 0}) == 1
-    assert multiplier(0, total=1, warm_up=0, floor=0.0) == 1
-    assert multiplier(4, total=4, warm_up=4, floor=0.5) == 1  # the end of a run that is all warm-up
+    assert multiplier(0, total=1, warm_up=0, min_lr_ratio=0.0) == 1
+    assert multiplier(4, total=4, warm_up=4, min_lr_ratio=0.5) == 1  # the end of a run that is all warm-up
 
 
 def test_no_restart_warm_up_means_no_dip() -> None:
@@ -84,7 +100,7 @@ def test_no_restart_warm_up_means_no_dip() -> None:
     assert (
         multiplier(5000, **settings)
         == pytest.approx(middle)
-        == cosine(5000, total=15000, warm_up=500, floor=0.1)
+        == cosine(5000, total=15000, warm_up=500, min_lr_ratio=0.1)
     )
 
 

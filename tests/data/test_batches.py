@@ -13,18 +13,18 @@ from relora_jax.data import batches as data
 from relora_jax.training.evaluation import unigram_perplexity
 from tests.support.documents import write_store
 
-ROWS, LENGTH, PIECES = 37, 6, 50
+ROWS, LENGTH, VOCAB_SIZE = 37, 6, 50
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Row k begins with k; lengths differ; three shards."""
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, PIECES, (ROWS, LENGTH + 1))
+    ids = rng.integers(0, VOCAB_SIZE, (ROWS, LENGTH + 1))
     ids[:, 0] = np.arange(ROWS)
     lengths = rng.integers(0, LENGTH + 2, ROWS)
     return write_store(
-        tmp_path_factory.mktemp("d") / "s", [ids[:20], ids[20:21], ids[21:]], lengths, pieces=PIECES
+        tmp_path_factory.mktemp("d") / "s", [ids[:20], ids[20:21], ids[21:]], lengths, vocab_size=VOCAB_SIZE
     )
 
 
@@ -148,14 +148,14 @@ def test_validation_is_the_first_rows_of_the_store_with_the_last_batch_filled_up
 
 
 def test_unigram_perplexity_is_that_of_the_smoothed_counts_over_counted_targets(store):
-    counts = np.random.default_rng(1).integers(0, 9, PIECES)
+    counts = np.random.default_rng(1).integers(0, 9, VOCAB_SIZE)
     batches = list(validation_batches(store, microbatch=8))
     ids, lengths = store.read(range(ROWS))
     targets = [t for row, length in zip(ids, lengths, strict=True) for t in row[1 : max(length, 1)]]
     probability = (counts + 1) / (counts + 1).sum()
     expected = np.exp(-np.mean([np.log(probability[t]) for t in targets]))
     assert unigram_perplexity(counts, batches) == pytest.approx(expected, rel=1e-12)
-    assert unigram_perplexity(np.full(PIECES, 4), batches) == pytest.approx(PIECES, rel=1e-12)
+    assert unigram_perplexity(np.full(VOCAB_SIZE, 4), batches) == pytest.approx(VOCAB_SIZE, rel=1e-12)
     train = [train_batch(store, 0, batch=ROWS, microbatch=ROWS)]  # an update's batch counts the same
     assert unigram_perplexity(counts, train) == pytest.approx(expected, rel=1e-12)
 
@@ -178,15 +178,15 @@ def test_an_eos_belongs_to_the_document_that_it_ends(rows):
 def test_documents_are_numbered_where_they_are_apart_and_nothing_is_there_where_they_are_not(store):
     for batch in (train_batch(store, 2, devices=2, apart=True), *validation_batches(store, apart=True)):
         numbers = data.number_documents(np.asarray(batch.ids), store.eos)
-        assert np.asarray(batch.documents).tolist() == numbers.tolist()
-        assert batch.documents.sharding == batch.ids.sharding
+        assert np.asarray(batch.segment_ids).tolist() == numbers.tolist()
+        assert batch.segment_ids.sharding == batch.ids.sharding
     for batch in (train_batch(store, 2), *validation_batches(store)):
-        assert batch.documents is None and len(jax.tree.leaves(batch)) == 2
+        assert batch.segment_ids is None and len(jax.tree.leaves(batch)) == 2
 
 
 def test_unigram_perplexity_leaves_out_what_follows_an_eos_where_documents_are_apart(tmp_path):
     ids, lengths = np.random.default_rng(5).integers(0, 4, (9, LENGTH + 1)), np.arange(9) % (LENGTH + 2)
-    store = write_store(tmp_path / "s", [ids], lengths, pieces=4, eos=3)
+    store = write_store(tmp_path / "s", [ids], lengths, vocab_size=4, eos=3)
     parts = [
         d for row, n in zip(ids.tolist(), lengths, strict=True) for d in documents_of(row[:n], store.eos)
     ]

@@ -42,7 +42,7 @@ def toy(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     lines = tokenizers._lines(texts(40))
-    return tokenizers.train(lines, kind="bpe", pieces=380, path=tmp_path_factory.mktemp("t") / "t.model")
+    return tokenizers.train(lines, kind="bpe", vocab_size=380, path=tmp_path_factory.mktemp("t") / "t.model")
 
 
 def rows_of(store: RowStore) -> np.ndarray:
@@ -123,7 +123,17 @@ def test_manifest_tells_what_decides_the_rows_and_what_they_are(tokenizer):
         "block_documents": 65536,
         "train_tokens": 0,
     }
-    names = ("format", "rows", "tokens", "documents", "pieces", "sequence_length", "eos", "pad", "packing")
+    names = (
+        "format",
+        "rows",
+        "tokens",
+        "documents",
+        "vocab_size",
+        "sequence_length",
+        "eos",
+        "pad",
+        "packing",
+    )
     facts = [manifest[name] for name in names]
     assert facts == [2, store.rows, store.tokens, 3, 380, 30, 1, 0, "concatenate"]
     assert manifest["text"] == {"files": 2, "of_files": 2, "of_documents": 3}
@@ -139,7 +149,9 @@ def test_rows_begin_their_documents_with_the_bos_that_the_config_gives():
 
 def test_anything_that_decides_the_rows_gives_a_store_of_its_own(tokenizer, tmp_path):
     write_dataset("toy:1.1.0", {"train": texts(20), "validation": texts(3)})
-    other = tokenizers.train(tokenizers._lines(texts(9)), kind="bpe", pieces=330, path=tmp_path / "o.model")
+    other = tokenizers.train(
+        tokenizers._lines(texts(9)), kind="bpe", vocab_size=330, path=tmp_path / "o.model"
+    )
     first = dataclasses.replace(DATA, dataset="toy:1.0.0")
     paths = {
         row_store(first, tokenizer).path,

@@ -8,25 +8,25 @@ from relora_jax.data import rows
 from relora_jax.data.rows import RowStore, RowWriter, record_type
 from tests.support.documents import write_store
 
-LENGTH, PIECES = 6, 50
+LENGTH, VOCAB_SIZE = 6, 50
 
 
 @pytest.fixture
 def store(tmp_path):
-    """Three shards of 600, 10 and 300 rows; row k begins with k % PIECES."""
-    ids = np.random.default_rng(0).integers(0, PIECES, (910, LENGTH + 1))
-    ids[:, 0] = np.arange(910) % PIECES
+    """Three shards of 600, 10 and 300 rows; row k begins with k % VOCAB_SIZE."""
+    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, (910, LENGTH + 1))
+    ids[:, 0] = np.arange(910) % VOCAB_SIZE
     lengths = np.random.default_rng(1).integers(0, LENGTH + 2, 910)
-    return write_store(tmp_path / "s", [ids[:600], ids[600:610], ids[610:]], lengths, pieces=PIECES)
+    return write_store(tmp_path / "s", [ids[:600], ids[600:610], ids[610:]], lengths, vocab_size=VOCAB_SIZE)
 
 
 def test_rows_are_read_in_the_order_asked_for(store):
     asked = [36, 0, 620, 620, 5, 909, 605, 19]
     ids, lengths = store.read(asked)
-    assert ids[:, 0].tolist() == [k % PIECES for k in asked] and ids.dtype == lengths.dtype == np.int32
+    assert ids[:, 0].tolist() == [k % VOCAB_SIZE for k in asked] and ids.dtype == lengths.dtype == np.int32
     every, every_length = store.read(range(910))
     assert (every[asked] == ids).all() and (every_length[asked] == lengths).all()
-    assert store.counts.tolist() == np.bincount(every.ravel(), minlength=PIECES).tolist()
+    assert store.counts.tolist() == np.bincount(every.ravel(), minlength=VOCAB_SIZE).tolist()
     assert store.read([])[0].shape == (0, LENGTH + 1)
 
 
@@ -65,12 +65,12 @@ def emptied(file):
 
 
 def shorter(file):
-    with RowWriter(file, sequence_length=LENGTH, pieces=PIECES) as writer:
+    with RowWriter(file, sequence_length=LENGTH, vocab_size=VOCAB_SIZE) as writer:
         writer.write(np.zeros((2, LENGTH + 1), np.int32), np.full(2, LENGTH + 1, np.int32))
 
 
 def wider(file):
-    with RowWriter(file, sequence_length=LENGTH + 1, pieces=PIECES) as writer:
+    with RowWriter(file, sequence_length=LENGTH + 1, vocab_size=VOCAB_SIZE) as writer:
         writer.write(np.zeros((300, LENGTH + 2), np.int32), np.full(300, LENGTH, np.int32))
 
 
@@ -101,31 +101,31 @@ def test_soft_limit_of_open_files_rises_with_the_shards_and_no_further_than_the_
 def test_shard_has_its_name_only_when_it_is_whole(tmp_path):
     file = tmp_path / "a"
     ids, lengths = np.full((3, 7), 4, np.int32), np.array([7, 2, 1], np.int32)
-    with pytest.raises(KeyError), RowWriter(file, sequence_length=6, pieces=9) as writer:
+    with pytest.raises(KeyError), RowWriter(file, sequence_length=6, vocab_size=9) as writer:
         writer.write(ids, lengths)
         raise KeyError
     assert not file.exists()
-    with RowWriter(file, sequence_length=6, pieces=9) as writer:
+    with RowWriter(file, sequence_length=6, vocab_size=9) as writer:
         writer.write(ids[:1], lengths[:1])
         writer.write(ids[:0], lengths[:0])
         writer.write(ids[1:], lengths[1:])
         assert not file.exists()
     assert file.exists() and writer.rows == 3 and writer.counts.tolist() == [0, 0, 0, 0, 10, 0, 0, 0, 0]
-    with RowWriter(tmp_path / "none", sequence_length=6, pieces=9):
+    with RowWriter(tmp_path / "none", sequence_length=6, vocab_size=9):
         pass
     assert not (tmp_path / "none").exists()
 
 
 def test_disk_that_takes_no_rows_is_an_error_of_the_disk(tmp_path):
-    writer = RowWriter(tmp_path / "nowhere" / "a", sequence_length=6, pieces=9)
+    writer = RowWriter(tmp_path / "nowhere" / "a", sequence_length=6, vocab_size=9)
     with pytest.raises(OSError, match="nowhere/a cannot be written"), writer:
         writer.write(np.zeros((3, 7), np.int32), np.full(3, 7, np.int32))
 
 
-@pytest.mark.parametrize(("pieces", "width"), [(65_536, 2), (65_537, 4)])
+@pytest.mark.parametrize(("vocab_size", "width"), [(65_536, 2), (65_537, 4)])
 def test_record_holds_the_largest_id(tmp_path, pieces, width):
-    record = record_type(sequence_length=30, pieces=pieces)
+    record = record_type(sequence_length=30, vocab_size=pieces)
     assert record.itemsize == 4 + 31 * width and record["ids"].base == np.dtype(f"<u{width}")
-    with RowWriter(tmp_path / "a", sequence_length=30, pieces=pieces) as writer:
+    with RowWriter(tmp_path / "a", sequence_length=30, vocab_size=pieces) as writer:
         writer.write(np.full((2, 31), pieces - 1, np.int32), np.full(2, 31, np.int32))
     assert writer.counts[pieces - 1] == 62

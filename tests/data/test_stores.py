@@ -340,7 +340,7 @@ def test_tokenizer_is_trained_on_what_is_not_held_out(folder, tmp_path):
     trained = prepare(config(folder, tokenizer="bpe(330)")).tokenizer
     train = [text for parts in blocks_of(folder) for text in parts[0]]
     lines = tokenizers._lines(train)
-    assert trained.sha256 == tokenizers.train(lines, kind="bpe", pieces=330, path=tmp_path / "o").sha256
+    assert trained.sha256 == tokenizers.train(lines, kind="bpe", vocab_size=330, path=tmp_path / "o").sha256
 
 
 def command(folder, place, count, size):

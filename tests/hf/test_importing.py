@@ -339,7 +339,7 @@ def test_a_pad_beyond_the_model_gives_way_to_eos_and_the_run_begins(
     config = cli.parse(["train", f"--config={place / 'config.py'}"])[0]
     assert config.model.vocab_size == 331 and config.data.pad_id == config.data.eos_id == 2
     own = tokenizer.find(config.data.tokenizer, list, key="", eos_id=2, pad_id=2)
-    assert (own.pieces, own.highest) == (332, 330)
+    assert (own.vocab_size, own.highest) == (332, 330)
     (ids,) = own.encode_documents(["a <pad> of zebra<pad>"])
     assert ids.max() == 330
     prepared.check_vocabulary(config, own)

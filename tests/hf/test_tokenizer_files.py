@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 def made(folder):
     """Tokenizers by name."""
     named = {
-        kind: tokenizer.train(LINES, kind=kind, pieces=pieces, path=folder / f"{kind}.model")
+        kind: tokenizer.train(LINES, kind=kind, vocab_size=pieces, path=folder / f"{kind}.model")
         for kind, pieces in (("bpe", 420), ("unigram", 310))
     }
     llama = foreign(folder / "llama.model", **LLAMA)
@@ -95,7 +95,7 @@ def test_given_ids_win_and_a_piece_of_texts_is_not_looked_for_in_texts(made):
 def test_file_is_the_converted_model(made, name):
     files = tokenizer_files.files(made[name], length=LENGTH)
     raw = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
-    assert raw.get_vocab_size() == made[name].pieces
+    assert raw.get_vocab_size() == made[name].vocab_size
     for ids, other in zip(made[name].encode_documents(LINES), raw.encode_batch(LINES), strict=True):
         assert ids.tolist() == other.ids
         assert raw.decode(other.ids) == made[name].decode(ids)

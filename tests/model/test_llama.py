@@ -13,7 +13,7 @@ from relora_jax import shapes
 from relora_jax.config import ModelConfig
 from relora_jax.data.batches import number_documents
 from relora_jax.model import rope
-from relora_jax.model.llama import Llama, apart
+from relora_jax.model.llama import Llama, positions_and_mask
 from relora_jax.model.loss import token_loss
 from tests.support import oracle, small
 from tests.support.small import PLACES
@@ -176,7 +176,7 @@ def test_documents_apart_are_the_oracle_of_each_alone(changes: dict[str, Any]) -
 def test_positions_begin_anew_with_each_document_and_no_document_sees_another() -> None:
     # by hand: rotary positions are relative, so that a shift of a whole document shows in no logit
     numbers = jnp.array([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]])
-    positions, mask = apart(numbers)
+    positions, mask = positions_and_mask(numbers)
     assert positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
     for row, seen in zip(numbers.tolist(), mask.tolist(), strict=True):
         assert seen == [[key == query for key in row] for query in row]

@@ -10,7 +10,7 @@ import pytest
 
 from relora_jax.model.sampling import Request, draw, in_text, sample
 
-V, EOS, PAD, PIECES, SIZE = 1000, 1, 0, 990, 13
+V, EOS, PAD, VOCAB_SIZE, SIZE = 1000, 1, 0, 990, 13
 DRAWS = 20_000
 
 
@@ -24,7 +24,7 @@ def request(*lengths: int, **changes: Any) -> Request:
     """Four prompts of these lengths, all of the id 2, before ids that mean nothing."""
     ids = np.where(np.arange(SIZE) < np.array(lengths)[:, None], 2, 7).astype(np.int32)
     plain = {"seed": 0, "max_tokens": SIZE, "temperature": 1.0, "top_p": 1.0}
-    plain |= {"pieces": PIECES, "eos": EOS, "pad": PAD, "numbers": np.arange(4, dtype=np.int32)}
+    plain |= {"vocab_size": VOCAB_SIZE, "eos": EOS, "pad": PAD, "numbers": np.arange(4, dtype=np.int32)}
     return Request(ids=ids, lengths=np.array(lengths, np.int32), **(plain | changes))
 
 
@@ -68,11 +68,11 @@ def test_temperature_0_takes_the_likeliest_and_of_equal_ones_the_first() -> None
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf, -math.inf])
 def test_ids_without_a_meaning_are_never_drawn_whatever_the_model_says(value: float) -> None:
-    table = jnp.full((SIZE, V), value, jnp.float32).at[:, jnp.array([PAD, *range(PIECES, V)])].set(9.0)
+    table = jnp.full((SIZE, V), value, jnp.float32).at[:, jnp.array([PAD, *range(VOCAB_SIZE, V)])].set(9.0)
     for changes in ({}, {"temperature": 0.0}, {"top_p": 0.5}):
         ids, lengths = map(np.asarray, run(table, request(1, 2, 3, 4, **changes)))
         found = {int(i) for row, n in zip(ids, lengths, strict=True) for i in row[:n]}
-        assert found <= set(range(1, PIECES)) and (lengths > [1, 2, 3, 4]).all()
+        assert found <= set(range(1, VOCAB_SIZE)) and (lengths > [1, 2, 3, 4]).all()
 
 
 def test_pad_that_ends_documents_is_drawn() -> None:

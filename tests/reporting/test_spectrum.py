@@ -39,8 +39,8 @@ def relora(then: dict[str, np.ndarray], *, merges: int, dtype: type = np.float32
 def ranks(then: dict[str, np.ndarray], now: dict[str, np.ndarray], *, merges: int) -> dict[str, list[int]]:
     base_dtype = now[f"{KINDS['q']}/kernel"].dtype.name
     found = spectrum.spectra(now, then, scale=SCALE, base_dtype=base_dtype)
-    floor = {kind: spectrum.rounding(now[f"{path}/kernel"], writes=merges) for kind, path in KINDS.items()}
-    return {kind: spectrum.rank(values, floor[kind]).tolist() for kind, values in found.items()}
+    rounding = {kind: spectrum.rounding(now[f"{path}/kernel"], writes=merges) for kind, path in KINDS.items()}
+    return {kind: spectrum.rank(values, rounding[kind]).tolist() for kind, values in found.items()}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])

@@ -65,7 +65,7 @@ def write_dataset(name: str, splits: dict[str, list[Any]], *, feature: str = "te
 
 
 def write_store(
-    path: Path, shards: list[np.ndarray], lengths: np.ndarray, *, pieces: int, eos: int = 1
+    path: Path, shards: list[np.ndarray], lengths: np.ndarray, *, vocab_size: int, eos: int = 1
 ) -> RowStore:
     """A row store of `shards` [rows, S] whose rows have the true `lengths`: uint32 length, uint16 ids."""
     path.mkdir(parents=True)
@@ -83,11 +83,11 @@ def write_store(
         "eos": eos,
         "rows": len(ids),
         "tokens": int(lengths.sum()),
-        "pieces": pieces,
+        "vocab_size": vocab_size,
         "shards": listed,
     }
     (path / "manifest.json").write_text(json.dumps({**facts, "sequence_length": ids.shape[1] - 1}))
-    np.save(path / "counts.npy", np.bincount(ids.ravel(), minlength=pieces))
+    np.save(path / "counts.npy", np.bincount(ids.ravel(), minlength=vocab_size))
     return RowStore.open(path)
 
 

@@ -64,7 +64,7 @@ class Settings:
     base_init: str  # "keep" | "zero"
     full_peak_lr: float  # the full-rank phase's
     full_warm_up: int
-    floor: float
+    min_lr_ratio: float
     b1: float
     b2: float
     eps: float
@@ -90,7 +90,7 @@ class Settings:
 
 
 def multiplier(
-    s: int, *, total: int, warm_up: int, cycle: int, restart_warm_up: int, floor: float, dips: bool
+    s: int, *, total: int, warm_up: int, cycle: int, restart_warm_up: int, min_lr_ratio: float, dips: bool
 ) -> float:
     """The learning rate's multiplier at update s of a phase of `total` updates.
 
@@ -99,7 +99,7 @@ def multiplier(
     """
 
     def curve(at: int) -> float:
-        return floor + (1 - floor) * (1 + cos(pi * (at - warm_up) / (total - warm_up))) / 2
+        return min_lr_ratio + (1 - min_lr_ratio) * (1 + cos(pi * (at - warm_up) / (total - warm_up))) / 2
 
     if s < warm_up:
         return s / warm_up
@@ -124,7 +124,7 @@ def rate(u: int, settings: Settings) -> float:
         warm_up=settings.full_warm_up if full else settings.warm_up,
         cycle=settings.cycle,
         restart_warm_up=settings.restart_warm_up,
-        floor=settings.floor,
+        min_lr_ratio=settings.min_lr_ratio,
         dips=not full and settings.arm == "relora" and settings.jagged,
     )
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     for k, size in enumerate(SIZES):
         lines = "".join(json.dumps({"text": next(left)}) + "\n" for _ in range(size))
         (folder / f"{k}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    tokenizers.train(tokenizers._lines(texts(40)), kind="bpe", pieces=380, path=folder / "t.model")
+    tokenizers.train(tokenizers._lines(texts(40)), kind="bpe", vocab_size=380, path=folder / "t.model")
     return folder
 
 

@@ -42,7 +42,7 @@ def config(arm: str = "relora", **changes: Any) -> Config:
         relora=ReloraConfig(
             rank=3,
             alpha=6.0,
-            product="apart",
+            product="separate",
             base_dtype="float32",
             warm_start_updates=0 if arm == "lora" else 4,
             cycle_updates=4,
@@ -102,7 +102,7 @@ def run(made: Config, program: Program, *, state: Any = None, start: int = 0, st
     losses = []
     for u in range(start, made.train.updates if stop is None else stop):
         state, _ = program.begin_update(u, state)
-        state, values = program.train_step(state, batch(made, program, u), steps.rate(made, u))
+        state, values = program.train_step(state, batch(made, program, u), steps.learning_rate(made, u))
         losses.append(float(values["loss"]))
     return state, losses
 

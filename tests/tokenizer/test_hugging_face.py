@@ -46,7 +46,7 @@ def test_added_tokens_count_as_pieces(tmp_path):
     path = json_file(tmp_path)
     made = tokenizer.load(path)
     zebra = next(t["id"] for t in json.loads(path.read_text())["added_tokens"] if t["content"] == "zebra")
-    assert made.pieces == zebra + 1
+    assert made.vocab_size == zebra + 1
     assert made.encode_documents(["zebra"])[0].tolist() == [zebra]
 
 

@@ -16,12 +16,14 @@ from tests.support.documents import texts
 from tests.support.tokenizers import json_file
 
 LINES = [line for text in texts(50) for line in text.split("\n\n")] + [string.printable.replace("\n", "")]
-PIECES = 420
+VOCAB_SIZE = 420
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    return tokenizer.train(LINES, kind="bpe", pieces=PIECES, path=tmp_path_factory.mktemp("t") / "t.model")
+    return tokenizer.train(
+        LINES, kind="bpe", vocab_size=VOCAB_SIZE, path=tmp_path_factory.mktemp("t") / "t.model"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +53,7 @@ PARTS = st.sampled_from([" ", "\n", "\t", "states", "é"]) | st.characters(
 def test_nothing_is_lost_in_ids(trained, text):
     (ids,) = trained.encode_documents([text])
     assert trained.decode(ids) == text
-    assert ids.dtype == np.int32 and ((ids > tokenizer.UNK) & (ids < PIECES)).all()
+    assert ids.dtype == np.int32 and ((ids > tokenizer.UNK) & (ids < VOCAB_SIZE)).all()
 
 
 def test_documents_are_encoded_each_alone_without_an_end(trained):
@@ -65,7 +67,7 @@ def test_documents_are_encoded_each_alone_without_an_end(trained):
 
 
 def test_special_pieces_stand_where_t5_has_them(trained):
-    assert (trained.pad, trained.eos, trained.pieces) == (0, 1, PIECES)
+    assert (trained.pad, trained.eos, trained.vocab_size) == (0, 1, VOCAB_SIZE)
     assert [trained.model._model.id_to_piece(i) for i in range(5)] == ["<pad>", "</s>", "<unk>", "\n", "\n\n"]
 
 
@@ -77,10 +79,10 @@ def test_word_has_the_same_pieces_after_a_lines_end_and_at_the_start(trained):
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_same_lines_give_the_same_model_and_say_nothing(kind, tmp_path, capfd):
     first, second = (
-        tokenizer.train(iter(LINES), kind=kind, pieces=380, path=tmp_path / f"{i}.model") for i in (1, 2)
+        tokenizer.train(iter(LINES), kind=kind, vocab_size=380, path=tmp_path / f"{i}.model") for i in (1, 2)
     )
     assert first.sha256 == second.sha256 == tokenizer.load(tmp_path / "1.model").sha256
-    assert first.pieces == 380
+    assert first.vocab_size == 380
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["1.model", "2.model"]
     assert capfd.readouterr() == ("", "")
 
@@ -162,7 +164,7 @@ def test_pickled_tokenizer_is_its_path_and_ids_read_again_without_threads(
     second = pickle.loads(pickled)
     assert len(pickled) < 500
     assert (second.eos, second.pad, second.bos) == (9, 8, 7)
-    assert (second.pieces, second.sha256) == (first.pieces, first.sha256)
+    assert (second.vocab_size, second.sha256) == (first.vocab_size, first.sha256)
     for a, b in zip(first.encode_documents(texts(9)), second.encode_documents(texts(9)), strict=True):
         assert (a == b).all()
     if name.endswith("json"):
@@ -176,7 +178,7 @@ def test_pickled_tokenizer_is_its_path_and_ids_read_again_without_threads(
 
 def test_model_without_pad_pads_with_eos(tmp_path):
     llama = tokenizer.load(model_file(tmp_path / "llama.model", pad_id=-1, bos_id=1, eos_id=2, unk_id=0))
-    assert (llama.eos, llama.pad, llama.pieces) == (2, 2, 110)
+    assert (llama.eos, llama.pad, llama.vocab_size) == (2, 2, 110)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +230,7 @@ def test_control_pieces_at_the_end_are_in_no_row_but_as_the_ids_of_the_run(tmp_p
     model.pieces.add(piece="<pad>", type=sentencepiece_json.CONTROL)
     path.write_bytes(model.SerializeToString())
     made = tokenizer.load(path, pad_id=2)
-    assert (made.pieces, made.highest, tokenizer.load(path, pad_id=110).highest) == (111, 109, 110)
+    assert (made.vocab_size, made.highest, tokenizer.load(path, pad_id=110).highest) == (111, 109, 110)
     assert made.model.name(110) == "<pad>" and made.encode_documents(["a<pad>"])[0].max() < 110
 
 

@@ -50,7 +50,7 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tables")
-@pytest.mark.parametrize("form", ["apart", "folded"])
+@pytest.mark.parametrize("form", ["separate", "fused"])
 def test_choices_of_ones_own_train_and_are_saved_and_read_like_ours(
     tmp_path: pathlib.Path, form: str
 ) -> None:

@@ -26,7 +26,7 @@ def store(folder: Path, written: list[list[int]], *, length: int) -> RowStore:
     ids = np.zeros((len(written), length + 1), np.int64)
     for row, its in zip(ids, written, strict=True):
         row[: len(its)] = its
-    return write_store(folder / "s", [ids], np.array([*map(len, written)]), pieces=50, eos=EOS)
+    return write_store(folder / "s", [ids], np.array([*map(len, written)]), vocab_size=50, eos=EOS)
 
 
 def test_openings_are_the_first_rows_that_reach_their_length_before_an_end(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ class Asked(Program):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tokenizer.Tokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "t.model"
-    return tokenizer.train(texts(40), kind="bpe", pieces=380, path=path)
+    return tokenizer.train(texts(40), kind="bpe", vocab_size=380, path=path)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_openings_and_what_follows_fit_the_model_whatever_its_length(
     ]
     [asked] = program.asked
     assert asked.ids.shape == (3, size) and asked.lengths.tolist() == [prompt] * 3
-    assert (asked.pieces, asked.eos, asked.pad) == (380, trained.eos, trained.pad)
+    assert (asked.vocab_size, asked.eos, asked.pad) == (380, trained.eos, trained.pad)
     assert asked.numbers.tolist() == [0, 1, 2]
 
 

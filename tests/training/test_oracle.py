@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "relora__restart_warm_up_updates": 0,
         "optimizer__eps": EPS,
     },
-    "folded": {"relora__product": "folded"},
+    "fused": {"relora__product": "fused"},
     "remat": {"model__remat": "dots"},
     "one microbatch": {"train__microbatch": 8},
     "arm full": {"arm": "full"},
@@ -172,7 +172,7 @@ def our_run(made: Config, batches: Any) -> Ours:
             ours.draws |= {(u, name): value for name, value in named(flat).items() if "." in name}
             ours.masks |= {(u, name): value != 0 for name, value in named(flat, "mu").items() if "." in name}
         parts = (jax.device_put(part, program.rows) for part in batches(u))
-        state, values = program.train_step(state, small.Batch(*parts), steps.rate(made, u))
+        state, values = program.train_step(state, small.Batch(*parts), steps.learning_rate(made, u))
         ours.losses.append(float(values["loss"]) if int(values["skipped_in_row"]) == 0 else float("nan"))
     ours.end = state
     return ours
@@ -220,7 +220,7 @@ def oracle_settings(made: Config) -> oracle.Settings:
         base_init=r.base_init,
         full_peak_lr=o.peak_lr,
         full_warm_up=o.warm_up_updates,
-        floor=o.floor,
+        min_lr_ratio=o.min_lr_ratio,
         b1=o.b1,
         b2=o.b2,
         eps=o.eps,

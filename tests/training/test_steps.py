@@ -330,14 +330,15 @@ def test_state_is_donated_where_it_is_returned(plain: tuple[Config, Program, Any
 
 def test_rate_dips_at_restarts_only_in_relora() -> None:
     rates = {
-        arm: [steps.rate(small.config(arm), u) for u in range(16)] for arm in ("full", "lora_warm", "relora")
+        arm: [steps.learning_rate(small.config(arm), u) for u in range(16)]
+        for arm in ("full", "lora_warm", "relora")
     }
     assert rates["relora"][:4] == rates["lora_warm"][:4] == rates["full"][:4]
     assert [u for u, value in enumerate(rates["relora"]) if value == 0] == [0, 4, 8, 12]
     assert [u for u, value in enumerate(rates["lora_warm"]) if value == 0] == [0, 4]
     assert [u for u, value in enumerate(rates["full"]) if value == 0] == [0]
     ablation = small.config(relora__jagged=False)
-    assert [steps.rate(ablation, u) for u in range(16)] == rates["lora_warm"]
+    assert [steps.learning_rate(ablation, u) for u in range(16)] == rates["lora_warm"]
 
 
 def test_due_restarts_are_the_first_act_of_their_update_and_none_is_at_the_end() -> None:

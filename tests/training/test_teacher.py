@@ -46,7 +46,7 @@ def trained(*, restarts: bool) -> tuple[float, list[np.ndarray]]:
         def update(carry: Any, rate: Any) -> Any:
             factors, opt_state = carry
             grads = jax.grad(lambda f: loss(nnx.merge(graph, f, frozen)))(factors)
-            updates, opt_state = tx.update(grads, opt_state, factors, rate=rate)
+            updates, opt_state = tx.update(grads, opt_state, factors, learning_rate=rate)
             return (optax.apply_updates(factors, updates), opt_state), None
 
         (factors, opt_state), _ = jax.lax.scan(update, (factors, opt_state), rates)
@@ -63,7 +63,7 @@ def trained(*, restarts: bool) -> tuple[float, list[np.ndarray]]:
         if n and restarts:
             factors, frozen, opt_state = restart(factors, frozen, opt_state, jax.random.key(n))
         dips = {"cycle": CYCLE, "restart_warm_up": 10} if restarts else {}
-        phase = {"total": CYCLE * CYCLES, "warm_up": 10, "floor": 0.1} | dips
+        phase = {"total": CYCLE * CYCLES, "warm_up": 10, "min_lr_ratio": 0.1} | dips
         rates = jnp.asarray([multiplier(s, **phase) for s in range(n * CYCLE, (n + 1) * CYCLE)])
         factors, opt_state, end, kernel = cycle(factors, frozen, opt_state, rates)
         summed.append(np.asarray(kernel, np.float64))
