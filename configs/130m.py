@@ -1,21 +1,21 @@
 """The paper's 130M row: ReLoRA against full-rank, LoRA and LoRA with a warm start.
 
     TEXT="--text=c4/c4-train.*.json.gz --validation_text=c4/c4-validation.*.json.gz"
-    python -m relora_jax.prepare --config=configs/130m.py $TEXT        once: C4's files to rows
+    python -m relora_jax.prepare --config=configs/130m.py $TEXT        once: packs C4's files into rows
     python -m relora_jax.train --config=configs/130m.py[:ARM] $TEXT    full, control, lora, lora_warm, relora
 
 Published perplexity on C4 (2.6B tokens): full-rank 23.65, LoRA 34.17, LoRA + warm start 25.46, ReLoRA
 25.04.
-Not run here: the figures are the paper's, as quoted by its readers.
+Not run here: the figures are the paper's, as quoted by others.
 
-From the published settings of that time: shape, length, batch, updates, full-rank rate and warm-up, rank,
+From the settings published at the time: shape, length, batch, updates, full-rank rate and warm-up, rank,
 alpha, dropout, betas, decay, warm start, cycle and its warm-up, pruning.
-Ours, where they leave a choice: twice the full-rank rate in the low-rank phase and its warm-up of 500,
-concatenated rows, clipping at 1.0 (none at first in the published code).
-Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
+Our choices for the rest: twice the full-rank rate in the low-rank phase and its warm-up of 500,
+concatenated rows, clipping at 1.0 (the first published code has none).
+Also ours: bfloat16 compute with float32 variables, microbatch, intervals, evaluation tokens.
 Needs C4's JSON files, or C4 as a TFDS dataset (without $TEXT; scripts/c4_from_json.py), and T5's tokenizer
 (scripts/get_t5_tokenizer.py).
-Rows are made of the first 3.1B tokens of C4: about 19 of its 1,024 train files.
+Rows are packed from the first 3.1B tokens of C4: about 19 of its 1,024 train files.
 """
 
 from relora_jax import magnitude
@@ -24,7 +24,7 @@ from relora_jax.shapes import paper_config
 
 
 def get_config(arm: str = "relora") -> Config:
-    """The run of one arm."""
+    """The config of one arm."""
     return paper_config(
         "130m",
         arm,

@@ -1,21 +1,21 @@
 """The paper's 1.3B row: ReLoRA against full-rank and LoRA with a warm start.
 
     TEXT="--text=c4/c4-train.*.json.gz --validation_text=c4/c4-validation.*.json.gz"
-    python -m relora_jax.prepare --config=configs/1b.py $TEXT        once: C4's files to rows
+    python -m relora_jax.prepare --config=configs/1b.py $TEXT        once: packs C4's files into rows
     python -m relora_jax.train --config=configs/1b.py[:ARM] $TEXT    full, control, lora, lora_warm, relora
 
 Published perplexity on C4 (23.1B tokens): full-rank 16.83, LoRA + warm start 18.23, ReLoRA 17.27.
-Not run here: the figures are the paper's, as quoted by its readers.
+Not run here: the figures are the paper's, as quoted by others.
 
-From the published settings of that time: shape, length, batch, updates, full-rank rate and warm-up, rank,
+From the settings published at the time: shape, length, batch, updates, full-rank rate and warm-up, rank,
 alpha, dropout, betas, decay, updates (30K), warm start (10K), re-warm-up (50).
-Ours, where they leave a choice: batch, length and rate of a script of May 2023 whose run was shorter (20K
-updates), warm-ups of 1,000 and 500, a cycle of 5,000, pruning .9, twice the full-rank rate in the low-
-rank phase, concatenated rows, clipping at 1.0 (none at first in the published code).
-Ours as well: computing in bfloat16 over float32 variables, microbatch, cadences, evaluation tokens.
+Our choices for the rest: batch, length and rate of a script from May 2023 whose run was shorter (20K
+updates), warm-ups of 1,000 and 500, a cycle of 5,000, pruning .9, twice the full-rank rate in the
+low-rank phase, concatenated rows, clipping at 1.0 (the first published code has none).
+Also ours: bfloat16 compute with float32 variables, microbatch, intervals, evaluation tokens.
 Needs C4's JSON files, or C4 as a TFDS dataset (without $TEXT; scripts/c4_from_json.py), and T5's tokenizer
 (scripts/get_t5_tokenizer.py).
-Rows are made of the first 30B tokens of C4: about 178 of its 1,024 train files.
+Rows are packed from the first 30B tokens of C4: about 178 of its 1,024 train files.
 """
 
 from relora_jax import magnitude
@@ -24,7 +24,7 @@ from relora_jax.shapes import paper_config
 
 
 def get_config(arm: str = "relora") -> Config:
-    """The run of one arm."""
+    """The config of one arm."""
     return paper_config(
         "1b",
         arm,

@@ -1,11 +1,11 @@
-"""ReLoRA on the State of the Union addresses, in minutes on a laptop's two cores.
+"""ReLoRA on the State of the Union addresses, in minutes on two laptop cores.
 
     python -m relora_jax.train --config=configs/quickstart.py[:ARM]    full, control, lora, lora_warm, relora
 
-Reproduces nothing published: it shows the method at a size that anyone can run. All settings are ours.
-Expect 2 minutes with cold caches, validation perplexity 204 (the unigram distribution's is 724), and a summed
-update of rank 96 = 6 r. One seed each: full 224, control 211, lora 714, lora_warm 203, relora 204; the rates
-were only roughly tuned, so their order says little (benchmarks/quickstart_cpu.json has what was tried).
+It reproduces no published result: it shows the method at a size that anyone can run. All settings are ours.
+Expect 2 minutes with cold caches, validation perplexity 204 (the unigram distribution has 724), and a summed
+update of rank 96 = 6 r. One seed each: full 224, control 211, lora 714, lora_warm 203, relora 204. The rates
+were only roughly tuned, so this order means little (benchmarks/quickstart_cpu.json has what was tried).
 """
 
 from relora_jax import magnitude
@@ -15,7 +15,7 @@ VOCAB_SIZE = 4096
 
 
 def get_config(arm: str = "relora") -> Config:
-    """The run of one arm; `control` is ours: narrower, with about as many parameters as `relora` trains."""
+    """The config of one arm; our `control` is narrower, with about as many parameters as `relora` trains."""
     hidden, mlp = (96, 264) if arm == "control" else (128, 352)
     return Config(
         name="quickstart",
@@ -33,7 +33,7 @@ def get_config(arm: str = "relora") -> Config:
         relora=ReloraConfig(
             rank=16,
             alpha=16.0,
-            product="fused",  # measured: 0.85 of the time of full, separate 1.01 (scripts/time_update.py)
+            product="fused",  # measured: 0.85 x the time of full, separate 1.01 x (scripts/time_update.py)
             base_dtype="float32",
             warm_start_updates=0 if arm == "lora" else 60,
             cycle_updates=30,

@@ -1,34 +1,34 @@
-"""ReLoRA pretraining (arXiv 2307.05695) in JAX and Flax: the parts to take into a model of one's own.
+"""ReLoRA pretraining (arXiv 2307.05695) in JAX and Flax: functions and classes to use with your own model.
 
-Each is imported when it is first asked for: commands and worker processes that only read text need no JAX.
+Names are imported lazily, so that commands and worker processes that only read text do not import JAX.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {  # name: the module of `core` that has it
+_PUBLIC = {  # name: the module of `core` that defines it
     "LowRankDense": "low_rank",  # x @ W + scale * (x @ A) @ B, W frozen
-    "BaseKernel": "low_rank",  # the type of a frozen variable
-    "wrap": "low_rank",  # a model's nnx.Linears -> LowRankDense, in place
-    "unwrap": "low_rank",  # and back, factors merged
-    "merge_and_reinit": "low_rank",  # the weights' half of a restart
-    "with_dropout_keys": "low_rank",  # dropout in models whose calls hand no key on
-    "with_reset": "reset",  # any optax transformation -> one whose factors can forget
-    "reset": "reset",  # the optimizer's half of a restart
-    "ResetState": "reset",  # what with_reset keeps
+    "BaseKernel": "low_rank",  # the nnx.Variable type of frozen kernels
+    "wrap": "low_rank",  # replaces a model's nnx.Linear layers by LowRankDense, in place
+    "unwrap": "low_rank",  # the inverse, with the factors merged
+    "merge_and_reinit": "low_rank",  # a restart's effect on the weights
+    "with_dropout_keys": "low_rank",  # dropout in models that do not pass keys to their layers
+    "with_reset": "reset",  # makes the factors' statistics of any optax transformation resettable
+    "reset": "reset",  # a restart's effect on the optimizer state
+    "ResetState": "reset",  # the state of with_reset
     "group_labels": "reset",  # "factors" and "rest", for optax.partition
     "Prune": "prune",  # which moments survive a reset:
     "zero": "prune",  # none of them
     "magnitude": "prune",  # the largest
-    "random": "prune",  # some, drawn
+    "random": "prune",  # a random choice
     "none": "prune",  # all
     "multiplier": "schedule",  # the jagged schedule
     "is_merge": "schedule",  # whether an update begins with a merge
-    "is_reset": "schedule",  # and with a reset
+    "is_reset": "schedule",  # whether an update begins with a reset
 }
 __all__ = list(_PUBLIC)  # pyright: ignore
 
-if TYPE_CHECKING:  # what a type checker sees
+if TYPE_CHECKING:  # eager imports for type checkers
     from relora_jax.core.low_rank import *  # noqa: F403
     from relora_jax.core.prune import *  # noqa: F403
     from relora_jax.core.reset import *  # noqa: F403

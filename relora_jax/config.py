@@ -1,9 +1,9 @@
-"""The settings of a run, as typed dataclasses; each field says what it decides.
+"""The settings of a run, as typed dataclasses.
 
-A field marked RUN decides only how a run runs (speed, memory, cadence): a resumed run may change
-it. Every other field decides the result: a run resumed under another value is refused. One marked CONTENT
-is a place or a name, which may change where what it stands for is the same. Where a
-field has no default, every config states it. `validate` (validate.py) judges the values.
+Fields marked RUN decide only how a run executes (speed, memory, cadence): a resumed run may change them. All
+others decide the result: a run is not resumed under another value. Fields marked CONTENT are paths or names,
+which may change as long as their content is the same. A field without a default is set by every config.
+`validate` (validate.py) checks the values.
 """
 
 import dataclasses
@@ -18,14 +18,14 @@ from relora_jax.errors import UserError
 
 ARMS = ("full", "control", "lora", "lora_warm", "relora")
 LOW_RANK_ARMS = ("lora", "lora_warm", "relora")
-SKIPS_IN_ROW = 20  # so many skipped updates, one after another, stop a run
-SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 1.0, 0.95  # of what a run writes at each evaluation
+MAX_CONSECUTIVE_SKIPS = 20  # skipped updates in a row that stop a run
+SAMPLE_TEMPERATURE, SAMPLE_TOP_P = 1.0, 0.95  # for the samples at each evaluation
 RUN: dict[str, Any] = {"decides": "run"}
-CONTENT: dict[str, Any] = {"decides": "result, by what lies there"}  # compared by run/directory.py
+CONTENT: dict[str, Any] = {"decides": "result, through its content"}  # compared by run/directory.py
 
 
 def run_field(default: Any = dataclasses.MISSING) -> Any:
-    """A field that decides only the run, not the result."""
+    """A field that decides how the run executes, not its result."""
     return dataclasses.field(default=default, metadata=RUN)
 
 
@@ -33,8 +33,8 @@ def run_field(default: Any = dataclasses.MISSING) -> Any:
 class ModelConfig:
     """The shape of the LLaMA decoder and how it is computed.
 
-    `rope_scaling` is written as model/rope.py has it. `max_positions`: the longest row that the model is made
-    for, as an imported one says it (0: that of its own rows); it decides what an export says, and no more.
+    `rope_scaling`: in the grammar of model/rope.py. `max_positions`: the longest row that an imported model
+    supports (0: the run's own sequence_length); written to exports, and otherwise only an upper bound.
     """
 
     vocab_size: int
@@ -57,9 +57,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class ReloraConfig:
-    """The low-rank phase: its shape, its restarts and its rates.
+    """The low-rank phase: its layers, its restarts and its learning rates.
 
-    `base_dtype` and `restart` are written as core/base.py and core/restart.py have them.
+    `base_dtype` and `restart`: in the grammars of core/base.py and core/restart.py.
     """
 
     product: str = run_field()
@@ -84,7 +84,7 @@ class ReloraConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW, and the cosine of the full-rank updates."""
+    """AdamW, and the cosine schedule of the full-rank updates."""
 
     peak_lr: float
     warm_up_updates: int
@@ -98,15 +98,15 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class DataConfig:
-    """What is read: a TFDS dataset with a `text` feature or files of one's own, a tokenizer, a row's length.
+    """The text (a TFDS dataset with a `text` feature, or your own files), the tokenizer and the packing.
 
-    `text`, a glob pattern, is read in place of `dataset` where it is given: .jsonl, .txt or .parquet, the
-    first two also .gz or .zst; `text_field` names the text of a line or of a column. `validation_text` names
-    the files that are held out; where it is empty, `validation_fraction` of the documents is. `tokenizer` is
-    the path of a SentencePiece model, of a tokenizer.json or of a directory with one, the name of a model
-    under the cache's `tokenizers/`, or "bpe(n)" / "unigram(n)": a model of n pieces trained on the train
-    split; `eos_id` and `pad_id` are its own where they are -1; `bos_id` begins each document, which nothing
-    does where it is -1. `train_tokens`: the rows end with the first block that reaches so many (0: all).
+    `text`, a glob pattern, replaces `dataset` if set: .jsonl, .txt or .parquet files, the first two also as
+    .gz or .zst; `text_field` is the JSON field or the column with the text. `validation_text` matches the
+    held-out files; if empty, `validation_fraction` of the documents is held out. `tokenizer`: the path of a
+    SentencePiece model, of a tokenizer.json or of a directory with one, the name of a model under the cache's
+    `tokenizers/`, or "bpe(n)" / "unigram(n)", a model of n pieces trained on the train split. `eos_id` and
+    `pad_id`: -1 takes the tokenizer's own; `bos_id` is put before each document unless it is -1.
+    `train_tokens`: the rows end with the first block that reaches this many tokens (0: all text).
     """
 
     dataset: str = dataclasses.field(default="", metadata=CONTENT)
@@ -128,10 +128,10 @@ class DataConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class TrainConfig:
-    """Counts and cadences in updates; `batch` and `microbatch` in sequences over all devices.
+    """Counts and cadences in updates; `batch` and `microbatch` in rows over all devices.
 
-    `init_from`: the directory of a run whose full-rank checkpoint at relora.warm_start_updates this run
-    begins with. `wandb`: the Weights & Biases project that metrics are sent to as well.
+    `init_from`: the workdir of a run whose full-rank checkpoint at relora.warm_start_updates this run starts
+    from. `wandb`: the Weights & Biases project that also receives the metrics.
     """
 
     updates: int
@@ -150,7 +150,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; data = -1 takes all that are left."""
+    """Devices along each axis of the mesh; data = -1 takes all remaining devices."""
 
     data: int = run_field(-1)
     fsdp: int = run_field(1)
@@ -159,7 +159,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class Config:
-    """Everything that a run is made from; `name` and `arm` also name its default workdir."""
+    """All settings of a run; `name` and `arm` also name its default workdir."""
 
     name: str = run_field()
     arm: str
@@ -172,7 +172,7 @@ class Config:
 
     @property
     def low_rank_start(self) -> int:
-        """W: the update that starts the low-rank phase; `updates` where there is none."""
+        """W: the update that starts the low-rank phase; `train.updates` if the arm has none."""
         return self.relora.warm_start_updates if self.arm in LOW_RANK_ARMS else self.train.updates
 
     @property
@@ -192,23 +192,23 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclass
 
 
 def check_types(config: Config) -> None:
-    """UserError for the first value that has not the type of its field: a config file is Python."""
+    """UserError for the first value that does not have its field's type: config files are Python code."""
     for key, value, field in flatten(config):
         kind: Any = typing.get_origin(field.type) or field.type
-        wanted = (int, float) if kind is float else kind
-        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"{key} = {value!r} must be of the type {kind.__name__}")
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"{key} = {value!r} must be of type {kind.__name__}")
 
 
 def to_json(config: Config) -> str:
-    """The config as JSON, nested like the dataclasses; a prune choice as its text."""
+    """The config as JSON, nested like the dataclasses, with the prune choice in its grammar."""
     groups = dataclasses.asdict(config)
     groups["relora"]["prune"] = str(config.relora.prune)
     return json.dumps(groups, indent=2) + "\n"
 
 
 def from_json(text: str) -> Config:
-    """The config that `to_json` wrote. UserError where the text holds other fields."""
+    """The config that `to_json` wrote; UserError if the fields are not those of this version."""
     try:
         groups = json.loads(text)
         groups["relora"]["prune"] = parse(str(groups["relora"]["prune"]))
@@ -224,17 +224,17 @@ def from_json(text: str) -> Config:
             mesh=MeshConfig(**groups["mesh"]),
         )
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        raise UserError(f"a saved config that this version cannot read: {error}") from error
+        raise UserError(f"this version cannot read the saved config: {error}") from error
 
 
-def changed_results(before: Config, now: Config) -> list[str]:
-    """Keys whose values differ and decide the result, as "key: before -> now".
+def changed_results(before: Config, after: Config) -> list[str]:
+    """The fields that decide the result and differ, as "key: before -> after".
 
-    The microbatch decides the result only where dropout draws a mask per microbatch.
+    The microbatch decides the result only with dropout, which draws a mask per microbatch.
     """
-    changed, drops = [], now.relora.dropout > 0 and now.arm in LOW_RANK_ARMS
-    for (key, old, field), (_, new, _) in zip(flatten(before), flatten(now), strict=True):
-        decides = field.metadata not in (RUN, CONTENT) or (key == "train.microbatch" and drops)
+    changed, has_dropout = [], after.relora.dropout > 0 and after.arm in LOW_RANK_ARMS
+    for (key, old, field), (_, new, _) in zip(flatten(before), flatten(after), strict=True):
+        decides = field.metadata not in (RUN, CONTENT) or (key == "train.microbatch" and has_dropout)
         if decides and old != new:
             changed.append(f"{key}: {old} -> {new}")
     return changed

@@ -1,14 +1,14 @@
-"""A user's mistake, and the exit codes of the commands.
+"""User errors and the exit codes of the commands.
 
-A mistake of the user is a `UserError`: one line with the value and the remedy, exit code 2. What the disk or
-the data refuse is an `OSError`: one line, exit code 74. Any other exception is a bug and shows its trace.
+A user's mistake is a `UserError`: one line with the value and the remedy, exit code 2. A failure of the disk
+or the data is an `OSError`: one line, exit code 74. Any other exception is a bug and shows its traceback.
 """
 
-BAD_SETTING = 2  # wrong usage or settings; starting again will not help
+BAD_SETTING = 2  # wrong usage or settings; starting again does not help
 DIVERGED = 70
-NO_DATA = 74  # data or disk failed
-STOPPED = 75  # by a signal: start the same command again
+NO_DATA = 74  # the data or the disk failed
+STOPPED = 75  # by a signal; the same command resumes
 
 
 class UserError(ValueError):
-    """What the user can fix: one line that names the value and the remedy."""
+    """A mistake that the user can fix: one line with the value and the remedy."""

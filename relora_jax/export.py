@@ -1,14 +1,17 @@
-"""A run's checkpoint -> a directory that transformers loads: LlamaForCausalLM, its tokenizer, its settings.
+"""Exports a run's checkpoint to a directory that transformers loads: a LlamaForCausalLM and its tokenizer.
 
-    python -m relora_jax.export --workdir=RUN --output=DIR [--update=U] [--dtype=bfloat16] [--adapter]
-                                [--tokenizer=PATH] [--overwrite]
+    python -m relora_jax.export --workdir=RUN --output=DIR [--FLAG=VALUE ...]
 
-The newest checkpoint, or that of --update, of any arm, its live factors merged. --dtype: float32 (default),
-as the run keeps its weights, or bfloat16, rounded to nearest. --adapter: the base kernels without the live
-factors, and these beside them in DIR/adapter, in PEFT's format. --tokenizer: where the run's own lies now,
-if it was moved. DIR is written aside and takes its name when it is whole; --overwrite replaces an older
-export. A SentencePiece model that no tokenizer.json gives the same ids goes out as it is, with a warning.
-Exit codes: 0 done, 2 wrong usage, 74 data or disk failed.
+Any arm can be exported. DIR only appears once it is complete.
+
+--update=U          the checkpoint (default: the newest)
+--dtype=DTYPE       float32 (default), as in the checkpoint, or bfloat16, rounded to nearest
+--adapter           write the live factors to DIR/adapter, in PEFT's format, instead of merging them
+--tokenizer=PATH    the run's tokenizer, if it was moved
+--overwrite         replace an older export in DIR
+
+A SentencePiece model is copied as it is, with a warning, if no tokenizer.json gives the same ids.
+Exit codes: 0 finished, 2 wrong usage, 74 data or disk failed.
 """
 
 from collections.abc import Sequence
@@ -22,20 +25,20 @@ from relora_jax.hf import exporting
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exports what the command line names and says where it lies; the exit code."""
-    words = _parse(argv[1:])
-    jax.config.update("jax_platforms", "cpu")  # all is done on the host, and accelerators may be at work
-    workdir, output = words.workdir.expanduser(), words.output.expanduser().absolute()
-    options = {"dtype": words.dtype, "adapter": words.adapter, "overwrite": words.overwrite}
-    made = exporting.export(workdir, output, update=words.update, tokenizer=words.tokenizer, **options)
-    what = "its live factors beside it" if words.adapter else "its live factors merged"
-    what = what if made.low_rank else "full-rank"
-    print(f"update {made.update} of {workdir}, {what}, in {words.dtype}: {output}")
+    """Exports the checkpoint and prints the path; returns the exit code."""
+    args = _parse(argv[1:])
+    jax.config.update("jax_platforms", "cpu")  # all work is on the host; accelerators may be busy
+    workdir, output = args.workdir.expanduser(), args.output.expanduser().absolute()
+    options = {"dtype": args.dtype, "adapter": args.adapter, "overwrite": args.overwrite}
+    result = exporting.export(workdir, output, update=args.update, tokenizer=args.tokenizer, **options)
+    factors = "its live factors in an adapter" if args.adapter else "its live factors merged"
+    content = factors if result.low_rank else "full-rank"
+    print(f"update {result.update} of {workdir}, {content}, in {args.dtype}: {output}")
     return 0
 
 
-def _parse(words: Sequence[str]) -> Any:
-    parser = cli.Words()
+def _parse(args: Sequence[str]) -> Any:
+    parser = cli.ArgumentParser()
     parser.add_argument("--workdir", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--update", type=int)
@@ -43,7 +46,7 @@ def _parse(words: Sequence[str]) -> Any:
     parser.add_argument("--tokenizer", default="")
     parser.add_argument("--adapter", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
-    return parser.parse_args(words)
+    return parser.parse_args(args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""A LLaMA of transformers -> a full-rank checkpoint that train.init_from begins with.
+"""Imports a LLaMA of transformers as a full-rank checkpoint for train.init_from.
 
     python -m relora_jax.import_hf --input=DIR --output=RUN [--overwrite]
 
-DIR holds config.json, safetensors in one file or several, and a tokenizer (without one there is a warning).
-RUN gets checkpoints/0 with the weights in float32, to which float32, bfloat16 and float16 go without loss;
-config.json and run.json, so that `generate` and `export` read it as they read a run; tokenizer/; and
-config.py, a config to begin with. What cannot be represented is refused by name before anything is
-written. --overwrite replaces an older RUN that holds nothing else. Nothing is unpickled or executed.
-Exit codes: 0 done, 2 wrong usage or a model that cannot be imported, 74 data or disk failed.
+DIR has config.json, one or more safetensors files, and a tokenizer (a warning if it is missing).
+RUN gets checkpoints/0, the weights in float32 (lossless for float32, bfloat16 and float16); tokenizer/;
+config.py, a config to start training from; config.json and run.json, so that `generate` and `export` can
+read RUN. A model that cannot be represented is refused, by name, before anything is written.
+--overwrite replaces an older RUN that contains nothing else. Nothing is unpickled or executed.
+Exit codes: 0 finished, 2 wrong usage or a model that cannot be imported, 74 data or disk failed.
 """
 
 import shlex
@@ -22,23 +22,23 @@ from relora_jax.hf import importing
 
 
 def main(argv: Sequence[str]) -> int:
-    """Imports what the command line names and says how to go on; the exit code."""
-    words = _parse(argv[1:])
-    source, workdir = words.input.expanduser(), words.output.expanduser().absolute()
-    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and accelerators may be at work
-    model = importing.import_model(source, workdir, overwrite=words.overwrite)
+    """Imports the model and prints the command that trains it; returns the exit code."""
+    args = _parse(argv[1:])
+    source, workdir = args.input.expanduser(), args.output.expanduser().absolute()
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed; accelerators may be busy
+    model = importing.import_model(source, workdir, overwrite=args.overwrite)
     train = shlex.join(["python", "-m", "relora_jax.train", f"--config={workdir / 'config.py'}"])
-    print(f"{source} is in {workdir}: {shapes.parameters(model):,} parameters; go on with")
+    print(f"imported {source} into {workdir}: {shapes.parameters(model):,} parameters; train it with")
     print(f"{train} --text='data/*.jsonl.gz'")
     return 0
 
 
-def _parse(words: Sequence[str]) -> Any:
-    parser = cli.Words()
+def _parse(args: Sequence[str]) -> Any:
+    parser = cli.ArgumentParser()
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--overwrite", action="store_true")
-    return parser.parse_args(words)
+    return parser.parse_args(args)
 
 
 if __name__ == "__main__":

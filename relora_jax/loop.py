@@ -1,4 +1,4 @@
-"""One run, read top to bottom: it is opened; each update begins with what is due, steps and is recorded."""
+"""One run, top to bottom: open it, then for each update restart if due, train, log, evaluate and save."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.config import Config, to_json
 from relora_jax.data import batches
 from relora_jax.data.batches import Batch
-from relora_jax.data.stores import How
+from relora_jax.data.stores import PrepareOptions
 from relora_jax.errors import DIVERGED, STOPPED
 from relora_jax.reporting import page
 from relora_jax.run import directory, record, wandb_sink
@@ -28,32 +28,30 @@ from relora_jax.training.state import TrainState
 from relora_jax.validate import validate
 
 
-def run(config: Config, workdir: Path, how: How, signals: Signals) -> int:
-    """Opens the run, trains it to its end or a signal, and reports; the exit code."""
+def run(config: Config, workdir: Path, options: PrepareOptions, signals: Signals) -> int:
+    """Opens the run, trains it to its end or to a signal, and reports; returns the exit code."""
     validate(config, devices=len(start_devices()))
     wandb_sink.check(config.train.wandb)
-    with open_run(config, workdir, how) as opened:
+    with open_run(config, workdir, options) as opened:
         if opened is None:
             return 0
         writer = opened.writer
         try:
             stopped_at = train(opened, signals)
         except Diverged as error:
-            writer.say(f"error: {error}", warning=True)
+            writer.print(f"error: {error}", warning=True)
             return DIVERGED
         if stopped_at is not None:
-            writer.say(
-                f"stopped after update {stopped_at}, which is saved: the same command goes on from there"
-            )
+            writer.print(f"stopped and saved after update {stopped_at}: run the same command again to resume")
             return STOPPED
         if writer.active:
             page.write(workdir)
-            writer.say(record.summary(workdir))
+            writer.print(record.summary(workdir))
         return 0
 
 
 def train(run: OpenRun, signals: Signals) -> int | None:
-    """Trains to the end, None, or to a signal: the updates done then, which are saved."""
+    """Trains to the end (None) or to a signal (the number of updates completed and saved)."""
     config, program, updates = run.config, run.program, run.config.train.updates
     validation = list(
         batches.validation_batches(
@@ -69,20 +67,20 @@ def train(run: OpenRun, signals: Signals) -> int | None:
     directory.begin(run.writer, config, rows=directory.keys_of(run.prepared), **facts)
     prompts = EvalPrompts(run.prepared.validation, run.prepared.tokenizer)
     stream = batches.prefetch(batches.stream(config, run.prepared.train, program.rows), run.update, updates)
-    start = {"restored_update": run.update, "anew": not run.resumed}
+    start = {"restored_update": run.update, "fresh": not run.resumed}
     with (
         Checkpoints(run.workdir, config) as checkpoints,
         Metrics(run.writer, updates=updates, sinks=_sinks(run), **start) as metrics,
         closing(stream),
     ):
-        signals.at_once, state = False, run.state
+        signals.exit_immediately, state = False, run.state
         recorder = Recorder(config, program, metrics, checkpoints, validation, prompts, signals)
         if run.resumed:
-            run.writer.say(f"goes on after update {run.update}")
+            run.writer.print(f"resumed after update {run.update}")
         if recorder.record(run.update, state):
             return run.update
         for u, batch in enumerate(stream, run.update):
-            state, due = program.begin_update(u, state, around=metrics.pause)
+            state, due = program.begin_update(u, state, context=metrics.pause)
             if due.merge:
                 metrics.restart(u, merged=due.merge, reset=due.reset)
             learning_rate = steps.learning_rate(config, u)
@@ -95,7 +93,7 @@ def train(run: OpenRun, signals: Signals) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class Recorder:
-    """What follows an update: its row, its evaluation and samples, its checkpoint. No state is changed."""
+    """After an update: its train row, evaluation, samples and checkpoint. Never changes the state."""
 
     config: Config
     program: Program
@@ -106,21 +104,21 @@ class Recorder:
     signals: Signals
 
     def log(self, u: int, learning_rate: float, values: dict[str, Any]) -> None:
-        """The train row of u updates done, where due."""
+        """Writes the train row after u updates, if due."""
         if u % self.config.train.log_every_updates == 0 or u == self.config.train.updates:
             self.metrics.train(u, lr=learning_rate, restarts=steps.restarts_done(self.config, u), **values)
 
     def record(self, u: int, state: TrainState) -> bool:
-        """Evaluates and saves the state after u updates, where due; rows are on the disk first.
+        """Evaluates and saves the state after u updates, if due; metrics reach the disk before a checkpoint.
 
-        True where a signal asked to stop: then it is saved in any case, and the next start evaluates it.
+        True if a signal asked to stop: the state is then saved in any case, and the next start evaluates it.
         """
-        settings, evaluated = self.config.train, self.metrics.evaluated
-        due = evaluated < 0 or u % settings.evaluate_every_updates == 0 or u == settings.updates
-        if due and u > evaluated and not self.signals.asked:
+        cadence, evaluated = self.config.train, self.metrics.evaluated
+        due = evaluated < 0 or u % cadence.evaluate_every_updates == 0 or u == cadence.updates
+        if due and u > evaluated and not self.signals.stop_requested:
             with self.metrics.pause(state.update):
                 self._evaluate(u, state)
-        stop = self.signals.asked
+        stop = self.signals.stop_requested
         if stop or self.checkpoints.due(u):
             with self.metrics.pause(state.update):
                 self.metrics.flush()
@@ -128,24 +126,24 @@ class Recorder:
         return stop
 
     def _evaluate(self, u: int, state: TrainState) -> None:
-        """The rows of eval and sample; none where a signal came before all of them were there."""
-        result = evaluate(self.program, state, self._until_asked())
-        continued = [] if self.signals.asked else self.prompts.continued(self.program, state)
-        if not self.signals.asked:
+        """Writes the eval and sample rows, or none if a signal comes before all of them are computed."""
+        result = evaluate(self.program, state, self._until_signal())
+        samples = [] if self.signals.stop_requested else self.prompts.continuations(self.program, state)
+        if not self.signals.stop_requested:
             self.metrics.eval(u, **result._asdict())
-            for prompt, text in continued:
+            for prompt, text in samples:
                 self.metrics.sample(u, prompt=prompt, text=text)
 
-    def _until_asked(self) -> Iterator[Batch]:
-        """The batches of the evaluation; at least one."""
+    def _until_signal(self) -> Iterator[Batch]:
+        """The validation batches, at least one, until a signal."""
         for batch in self.validation:
             yield batch
-            if self.signals.asked:
+            if self.signals.stop_requested:
                 return
 
 
 def _sinks(run: OpenRun) -> list[Sink]:
-    """Where rows go besides metrics.jsonl."""
+    """The sinks besides metrics.jsonl."""
     if not run.writer.active:
         return []
     purge_step = run.update + 1 if run.resumed else 0

@@ -1,8 +1,10 @@
-"""python -m relora_jax.report --workdir RUN [RUN ...] [--output=comparison.md]
+"""Writes the report of one run, or a comparison of several.
 
-A run's directory -> its report.md with pictures; several's -> one page that compares them. Each
-page is also written as one file that holds its pictures: report.html, comparison.html.
-Reads files only: config.json, run.json, metrics.jsonl and two checkpoints.
+    python -m relora_jax.report --workdir RUN [RUN ...] [--output=comparison.md]
+
+One RUN: its report.md with pictures; several: one page that compares them. Each page is also written as a
+single HTML file with its pictures: report.html, comparison.html.
+Reads only files: config.json, run.json, metrics.jsonl and two checkpoints.
 """
 
 from collections.abc import Sequence
@@ -13,14 +15,14 @@ from relora_jax.reporting import comparison, page
 
 
 def main(argv: Sequence[str]) -> int:
-    """Writes the page of one run or of several, and prints its path; the exit code."""
-    parser = cli.Words()
+    """Writes the page and prints its path; returns the exit code."""
+    parser = cli.ArgumentParser()
     parser.add_argument("--workdir", nargs="+", required=True)
     parser.add_argument("--output", type=Path)
-    given = parser.parse_args(argv[1:])
-    runs = comparison.places(given.workdir)
-    one = len(runs) == 1 and not given.output
-    print(page.write(runs[0]) if one else comparison.write(runs, given.output or Path("comparison.md")))
+    args = parser.parse_args(argv[1:])
+    runs = comparison.find_workdirs(args.workdir)
+    one = len(runs) == 1 and not args.output
+    print(page.write(runs[0]) if one else comparison.write(runs, args.output or Path("comparison.md")))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The paper's LLaMA models and runs: shapes, each with its control, and what the runs have in common.
+"""The paper's LLaMA sizes and runs: model shapes, the control of each size, the settings all runs share.
 
 Source: the published configurations of ReLoRA (arXiv 2307.05695); vocabulary 32,100 (T5's pieces).
 """
@@ -34,31 +34,23 @@ SHAPES = {
     "3b": (2560, 6848, 32, 32),
     "7b": (4096, 11008, 32, 32),
 }
-# The full-rank model with about as many parameters as the low-rank run of the size trains (the paper's
-# "control"). The quickstart's is ours: as its vocabulary is small, the trained part is found by the widths.
+# The paper's "control": the full-rank model with about as many parameters as the low-rank run of a size
+# trains. The quickstart's vocabulary is small, so its own control is narrower (configs/quickstart.py).
 CONTROL = {"60m": "40m", "130m": "71m", "250m": "100m", "350m": "130m", "1b": "250m"}
 KERNELS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 
 def llama(name: str, **settings: Any) -> ModelConfig:
-    """The model of that size with multi-head attention; `settings` are the other fields of ModelConfig."""
+    """The model of a size, with multi-head attention; `settings` override any field of ModelConfig."""
     hidden, mlp, layers, heads = SHAPES[name]
-    shape: dict[str, Any] = {
-        "hidden": hidden,
-        "mlp": mlp,
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": heads,
-    }
+    shape = {"hidden": hidden, "mlp": mlp, "layers": layers, "heads": heads, "kv_heads": heads}
     return ModelConfig(**{"vocab_size": 32100, "head_dim": hidden // heads, **shape, **settings})
 
 
 def control(name: str) -> str:
-    """The size of the control of `name`. UserError where the paper has none."""
+    """The size of the control of size `name`; UserError if the paper has none."""
     if name not in CONTROL:
-        raise UserError(
-            f"no control is known for {name}: the arm exists for {', '.join(CONTROL)} and quickstart"
-        )
+        raise UserError(f"size {name} has no control: the arm exists for {', '.join(CONTROL)} and quickstart")
     return CONTROL[name]
 
 
@@ -79,9 +71,9 @@ def paper_config(
     prune: Prune,
     restart_warm_up_updates: int = 100,
 ) -> Config:
-    """A run of the paper's table, on C4 with T5's tokenizer: what its sizes have in common, and the rest.
+    """A run of the paper's table, on C4 with T5's tokenizer; the arguments are what varies with the size.
 
-    Rank 128 and scale 1/4, dropout 0.1 on the low-rank branch, 500 updates of warm-up in the low-rank phase.
+    Shared: rank 128, scale 1/4, dropout 0.1 on the low-rank branch, 500 low-rank warm-up updates.
     """
     model = llama(control(size) if arm == "control" else size, compute_dtype="bfloat16")
     return Config(
@@ -92,7 +84,7 @@ def paper_config(
             rank=128,
             alpha=32.0,
             dropout=0.1,
-            product="separate",  # fused has no branch to drop out of
+            product="separate",  # fused has no branch to apply dropout to
             base_dtype="float32",
             warm_start_updates=0 if arm == "lora" else warm_start_updates,
             cycle_updates=cycle_updates,
@@ -118,7 +110,7 @@ def paper_config(
 
 
 def kernels(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of each kind of kernel of a block."""
+    """{kernel name: (in, out)} of a block."""
     query, value = model.heads * model.head_dim, model.kv_heads * model.head_dim
     d, mlp = model.hidden, model.mlp
     attention = {"q": (d, query), "k": (d, value), "v": (d, value), "o": (query, d)}
@@ -126,15 +118,15 @@ def kernels(model: ModelConfig) -> dict[str, tuple[int, int]]:
 
 
 def target_kernels(config: Config) -> dict[str, tuple[int, int]]:
-    """(in, out) of each kind of kernel that relora.targets names, by itself or by its group."""
-    chosen = set(config.relora.targets)
-    names = [n for group, members in KERNELS.items() for n in members if {group, n} & chosen]
+    """{kernel name: (in, out)} of the kernels that relora.targets names, singly or by group."""
+    targets = set(config.relora.targets)
+    names = [n for group, members in KERNELS.items() for n in members if {group, n} & targets]
     return {name: kernels(config.model)[name] for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Parameters of a run: the full-rank model's, those trained and those frozen in its last phase."""
+    """Parameter counts of a run: the full-rank model's, and those trained and frozen in the last phase."""
 
     full_rank_total: int
     trained: int
@@ -142,19 +134,19 @@ class Counts:
 
     @property
     def reduction_percent(self) -> float:
-        """1 - trained / full-rank total."""
+        """100 * (1 - trained / full_rank_total)."""
         return 100 * (1 - self.trained / self.full_rank_total)
 
 
 def parameters(model: ModelConfig) -> int:
-    """Those of the full-rank model."""
+    """The parameter count of the full-rank model."""
     tables = model.vocab_size * model.hidden * (1 if model.tied_embeddings else 2)
     norms = model.hidden * (2 * model.layers + 1)
     return tables + norms + model.layers * sum(m * n for m, n in kernels(model).values())
 
 
 def count(config: Config) -> Counts:
-    """Parameters by the shapes alone; nothing is allocated."""
+    """The run's parameter counts, from shapes alone: nothing is allocated."""
     model, total = config.model, parameters(config.model)
     if config.arm not in LOW_RANK_ARMS:
         return Counts(total, total, 0)

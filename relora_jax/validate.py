@@ -1,6 +1,6 @@
-"""Whether a run makes sense, judged before anything is allocated: one UserError that names the remedy.
+"""Validates a config before anything is allocated: one UserError that names the remedy.
 
-The settings of `data` are judged where they are used first, by `data.prepared.check`.
+The `data` settings are checked where they are first used, by `data.prepared.check`.
 """
 
 import contextlib
@@ -19,13 +19,13 @@ from relora_jax.training.sharding import mesh_shape
 
 
 def validate(config: Config, *, devices: int) -> None:
-    """UserError for the first setting that is wrong, alone or beside the others, on so many devices."""
+    """UserError for the first setting that is invalid, by itself, with others, or on this many devices."""
     check_settings(config)
     _devices(config, devices)
 
 
 def check_settings(config: Config) -> None:
-    """UserError for the first setting that is wrong, alone or beside the others, on whatever devices."""
+    """UserError for the first setting that is invalid, by itself or with others, on any devices."""
     check_types(config)
     _one_of("arm", config.arm, ARMS)
     _model(config)
@@ -45,16 +45,15 @@ def _model(config: Config) -> None:
     _one_of("model.remat", model.remat, llama.REMAT)
     _one_of("model.attention", model.attention, llama.ATTENTION)
     _dtype("model.compute_dtype", model.compute_dtype)
-    with _named("model.rope_scaling: "):
+    with _prefixed("model.rope_scaling: "):
         rope.parse(model.rope_scaling)
     _between("model.max_positions", model.max_positions, 0, 2**31 - 1)
     length = config.data.sequence_length
     if 0 < model.max_positions < length:
         raise UserError(
-            f"data.sequence_length {length} is longer than the model's positions reach "
-            f"(model.max_positions {model.max_positions}): shorten the rows"
+            f"data.sequence_length {length} exceeds model.max_positions {model.max_positions}: shorten it"
         )
-    with _named("model."):
+    with _prefixed("model."):
         llama.check_heads(model.heads, model.kv_heads, model.head_dim)
 
 
@@ -73,7 +72,7 @@ def _optimizer(config: Config) -> None:
 def _devices(config: Config, devices: int) -> None:
     train, mesh = config.train, config.mesh
     if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise UserError(f"model.attention cudnn needs a GPU and this is a {jax.default_backend()}: use xla")
+        raise UserError(f"model.attention cudnn needs a GPU, not {jax.default_backend()}: use xla")
     mesh_shape(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
     if train.microbatch % devices:
         raise UserError(
@@ -99,7 +98,7 @@ def _counts(config: Config) -> None:
         if name != "data" or mesh.data != -1:
             _positive(f"mesh.{name}", getattr(mesh, name))
     if mesh.tensor != 1:
-        raise UserError(f"mesh.tensor {mesh.tensor}: tensor parallelism does not exist yet, set it to 1")
+        raise UserError(f"mesh.tensor {mesh.tensor}: tensor parallelism is not implemented yet, set it to 1")
     if train.batch % train.microbatch:
         raise UserError(f"train.microbatch {train.microbatch} must divide train.batch {train.batch}")
 
@@ -108,7 +107,7 @@ def _relora(config: Config) -> None:
     relora = config.relora
     _rate("relora.peak_lr", relora.peak_lr)
     _rate("relora.factor_lr_ratio", relora.factor_lr_ratio)
-    with _named("relora."):
+    with _prefixed("relora."):
         base.parse(relora.base_dtype)
         restart.parse(relora.restart)
         reset.check(relora.prune, reset_count=relora.reset_count)
@@ -118,22 +117,20 @@ def _relora(config: Config) -> None:
         _between(f"relora.{name}", getattr(relora, name), 0, 2**31 - 1)
     if not relora.targets:
         raise UserError("relora.targets is empty: name attention, mlp or single kernels such as q")
-    known = (*shapes.KERNELS, *(name for names in shapes.KERNELS.values() for name in names))
+    targets = (*shapes.KERNELS, *(name for names in shapes.KERNELS.values() for name in names))
     for target in relora.targets:
-        _one_of("relora.targets", target, known)
+        _one_of("relora.targets", target, targets)
     layer = {"rank": relora.rank, "alpha": relora.alpha, "dropout": relora.dropout}
     layer |= {"product": relora.product, "base_init": relora.base_init}
     for kernel, sides in shapes.target_kernels(config).items():
-        with _named("relora.", of=f" (the kernel {kernel})"):
+        with _prefixed("relora.", suffix=f" (the kernel {kernel})"):
             low_rank.check(sides, **layer)
     if relora.base_init == "zero" and relora.warm_start_updates:
-        raise UserError(
-            "relora.base_init zero would throw the warm start away: set relora.warm_start_updates=0"
-        )
+        raise UserError("relora.base_init zero would discard the warm start: set relora.warm_start_updates=0")
 
 
 def _phases(config: Config) -> None:
-    """The low-rank phase has room for its warm-up, its cycles, and the last re-warm-up."""
+    """Checks that the low-rank phase has room for its warm-up, its cycles and the last re-warm-up."""
     relora, updates = config.relora, config.train.updates
     start = relora.warm_start_updates
     why = f": the run has {updates} updates"
@@ -154,7 +151,7 @@ def _phases(config: Config) -> None:
     if cycle >= phase:
         raise UserError(
             f"relora.cycle_updates {cycle} leaves no restart in the low-rank phase of {phase} updates: "
-            "shorten it, or take the arm lora_warm"
+            "shorten it, or use the arm lora_warm"
         )
     if cycle % relora.merges_per_cycle:
         raise UserError(f"relora.merges_per_cycle {relora.merges_per_cycle} must divide the cycle of {cycle}")
@@ -170,26 +167,26 @@ def _phases(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _named(prefix: str, *, of: str = "") -> Iterator[None]:
-    """What the core refuses, in words that begin with an argument's name, as a setting that is refused."""
+def _prefixed(prefix: str, *, suffix: str = "") -> Iterator[None]:
+    """A ValueError of `core`, which begins with an argument's name, as a UserError about the setting."""
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{prefix}{error}{of}") from None
+        raise UserError(f"{prefix}{error}{suffix}") from None
 
 
-def _one_of(name: str, value: Any, known: Any) -> None:
-    if value not in known:
-        raise UserError(f"{name} {value!r} is not known: one of {', '.join(known)}")
+def _one_of(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise UserError(f"{name} {value!r} is unknown: choose one of {', '.join(choices)}")
 
 
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise UserError(f"{name} {value} must be at least 1")
     if value >= 2**31:
-        raise UserError(f"{name} {value} is more than is counted here: stay below {2**31}")
+        raise UserError(f"{name} {value} is too large: stay below {2**31}")
 
 
 def _rate(name: str, value: float) -> None:

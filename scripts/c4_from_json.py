@@ -1,9 +1,9 @@
 """python scripts/c4_from_json.py --input='c4/c4-*.json.gz'
 
-Makes the TFDS dataset c4/en under TFDS_DATA_DIR (ArrayRecord, without TensorFlow) of files of JSON lines with
-`text`, `timestamp` and `url`: a shard for each file, `validation` in its name or not telling the split.
-`prepare --text=... --validation_text=...` reads the same files directly and in several processes; this is for
-those who want the dataset itself.
+Builds the TFDS dataset c4/en under TFDS_DATA_DIR (ArrayRecord, without TensorFlow) from files of JSON lines
+with `text`, `timestamp` and `url`: one shard per file, in the validation split if its name has `validation`.
+`prepare --text=... --validation_text=...` reads the same files directly and in several processes: use this
+script only if you want the dataset itself.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ FEATURES = ("text", "timestamp", "url")
 
 
 def examples(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, features) of each line, in order. UserError names a broken one."""
+    """Yields (key, features) of each line, in order. UserError names an invalid line."""
     with file.open("rb") as raw:
         stream = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
         number = 0
@@ -34,7 +34,7 @@ def examples(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
             for number, line in json_lines.lines(stream):
                 row = json_lines.parse(line)
                 if not isinstance(row.get("text"), str):
-                    raise json_lines.Broken("without a `text`")
+                    raise json_lines.Broken("without a `text` string")
                 yield f"{file.name}:{number}", {name: str(row.get(name, "")).encode() for name in FEATURES}
         except (json_lines.Broken, json_lines.Damaged, UnicodeEncodeError) as error:
             raise UserError(
@@ -43,15 +43,15 @@ def examples(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Makes the dataset and says where it lies; the exit code."""
+    """Builds the dataset and prints its path; returns the exit code."""
     pattern = cli.options(argv, input="")["input"]
     files = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern)))
     if not files:
-        raise UserError(f"no file is named --input={pattern}: write a pattern such as 'c4/c4-*.json.gz'")
+        raise UserError(f"--input={pattern} matches no file: pass a pattern such as 'c4/c4-*.json.gz'")
     import tensorflow_datasets as tfds
 
     class C4(tfds.core.ShardBasedBuilder, skip_registration=True):
-        """One shard for each file, in the order of their names."""
+        """One shard per file, in the order of the file names."""
 
         name = "c4"
         VERSION = tfds.core.Version("3.1.0")
@@ -69,10 +69,10 @@ def main(argv: Sequence[str]) -> int:
             return {split: shards for split, shards in splits.items() if shards}
 
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it writes
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints the path itself
         builder = C4(data_dir=places.datasets_dir(), file_format="array_record")
-        if builder.data_path.exists():  # TFDS would say nothing and keep it
-            raise UserError(f"{builder.data_dir} is there already: remove it to make it of these files")
+        if builder.data_path.exists():  # TFDS would silently keep it
+            raise UserError(f"{builder.data_dir} already exists: remove it to build it from these files")
         builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     counts = ", ".join(f"{split.num_examples:,} in {name}" for name, split in builder.info.splits.items())
     print(f"{builder.data_dir}: {counts}", file=sys.stdout)

@@ -1,9 +1,9 @@
 """python scripts/faults.py --n=20 [--seed=0] [--directory=DIR] [--workers=1] [--table=FILE.md]
 
-n runs of the quickstart's model in processes of their own: each is hit by one fault, drawn from (seed,
-number), started again to its end, and must equal the uninterrupted run bit for bit: every array of the last
-checkpoint, every row of metrics.jsonl but its times. Exit codes are checked too. One row per fault, then
-`20/20 ended bitwise equal`; exit code 0 for that alone. The same command goes on where it was stopped.
+Runs the quickstart's model n times in separate processes. Each run is hit by one fault, drawn from (seed,
+number), is resumed to its end, and must equal the uninterrupted run bit for bit: every array of the last
+checkpoint and every row of metrics.jsonl except its times. Exit codes are checked too. Prints one row per
+fault, then `20/20 ended bitwise equal`; exits with 0 only if all are equal. An interrupted command resumes.
 """
 
 import argparse
@@ -21,74 +21,74 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # for the modules beside it, also where this one is imported
+sys.path.insert(0, str(Path(__file__).parent))  # for the modules next to this one, also when it is imported
 import fault_kinds
 import faulty_run
 
-COLUMNS = ("number", "kind", "moment", "codes", "said", "went_on_after", "equal")
+COLUMNS = ("number", "kind", "moment", "codes", "stderr", "resumed_after", "equal")
 VERSIONS = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def main(words: list[str]) -> int:
-    """The exit code: 0 where all ended equal."""
+def main(argv: list[str]) -> int:
+    """Runs the faults that have no result yet; returns 0 if all ended equal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "relora_faults")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--table", type=Path)
-    given = parser.parse_args(words)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored, here and below
-    directory: Path = given.directory.absolute()
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for `... &`
+    directory: Path = args.directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    results = directory / f"seed_{given.seed}.jsonl"
-    done = read(results, given.n)
-    for row in done.values():
+    results = directory / f"seed_{args.seed}.jsonl"
+    rows = read(results, args.n)
+    for row in rows.values():
         print(line(row), flush=True)
-    missing = [number for number in range(1, given.n + 1) if number not in done]
+    missing = [number for number in range(1, args.n + 1) if number not in rows]
     git = ["git", "-C", str(faulty_run.ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     if missing:
         faulty_run.uninterrupted(directory)
-    with ThreadPoolExecutor(given.workers) as threads:
-        futures = [threads.submit(fault_kinds.hit, directory, given.seed, number) for number in missing]
+    with ThreadPoolExecutor(args.workers) as threads:
+        futures = [threads.submit(fault_kinds.run_fault, directory, args.seed, number) for number in missing]
         try:
             for future in as_completed(futures):
                 row: dict[str, Any] = dataclasses.asdict(future.result()) | {"commit": commit}
                 with results.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(line(row), flush=True)
-                done[row["number"]] = row
+                rows[row["number"]] = row
         except KeyboardInterrupt:
-            print("\nstopped: the same command goes on from here", file=sys.stderr)
+            print("\nstopped: run the same command to resume", file=sys.stderr)
             faulty_run.end_all()
-            os._exit(130)  # the threads wait for processes that are gone
-    equal = sum(row["equal"] for row in done.values())
-    if given.table:
-        command = f"python scripts/faults.py --n={given.n} --seed={given.seed}"
-        given.table.write_text(table(command, [done[k] for k in sorted(done)]), encoding="utf-8")
-    print(f"{equal}/{given.n} ended bitwise equal")
-    return 0 if equal == given.n else 1
+            os._exit(130)  # the threads wait for processes that have been killed
+    equal = sum(row["equal"] for row in rows.values())
+    if args.table:
+        command = f"python scripts/faults.py --n={args.n} --seed={args.seed}"
+        args.table.write_text(table(command, [rows[k] for k in sorted(rows)]), encoding="utf-8")
+    print(f"{equal}/{args.n} ended bitwise equal")
+    return 0 if equal == args.n else 1
 
 
 def read(results: Path, n: int) -> dict[int, dict[str, Any]]:
-    """The rows of the faults 1 to n that have ended, by number; a torn last line is left out."""
+    """The results of the faults 1 to n that have ended, by number; a torn last line is skipped."""
     lines = results.read_text(encoding="utf-8").splitlines(keepends=True) if results.exists() else []
     rows = [json.loads(text) for text in lines if text.endswith("\n")]
     return {row["number"]: row for row in sorted(rows, key=lambda row: row["number"]) if row["number"] <= n}
 
 
 def line(row: dict[str, Any]) -> str:
-    """One fault, as the terminal shows it."""
+    """The terminal's line for one fault."""
     verdict = "equal" if row["equal"] else "NOT EQUAL"
     return (
         f"{row['number']:3}  {row['kind']:26} {row['moment']:30} {row['codes']:14} "
-        f"on after {row['went_on_after']:8} {verdict}  {row['said']}"
+        f"resumed after {row['resumed_after']:8} {verdict}  {row['stderr']}"
     )
 
 
 def table(command: str, rows: list[dict[str, Any]]) -> str:
-    """The faults as markdown, with what they were made by."""
+    """The results as a Markdown table, with the command, commits and versions."""
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     commits = " and ".join(sorted({row["commit"] for row in rows}))
     equal, minutes = sum(row["equal"] for row in rows), sum(row["seconds"] for row in rows) / 60

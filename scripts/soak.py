@@ -1,7 +1,7 @@
 """python scripts/soak.py --config=configs/quickstart.py [--config.GROUP.FIELD=VALUE ...] --workdir=DIR
 
-Trains as relora_jax.train does, each update waited for, and watches: the memory of the process as updates
-pass, those at which something compiles, and the time of the update after a save against that of the others.
+Trains like relora_jax.train, but waits for each update, and measures the memory of the process over the
+updates, the updates at which something compiles, and the time of an update after a save against the others.
 """
 
 import json
@@ -23,70 +23,72 @@ from relora_jax.errors import UserError
 from relora_jax.training import steps
 from relora_jax.training.program import Program
 
-COMPILED = "/jax/core/compile/backend_compile_duration"  # also where the cache has the program
+COMPILED = "/jax/core/compile/backend_compile_duration"  # also recorded on a cache hit
 
 
 class Watch:
-    """What was seen, by updates done; in place of `Program.train_step` and `Checkpoints.save`."""
+    """Measurements by update; wraps `Program.train_step` and `Checkpoints.save`."""
 
     def __init__(self) -> None:
         self.update_s: dict[int, float] = {}  # of update u
-        self.save_s: dict[int, float] = {}  # how long the save at u kept the loop waiting
+        self.save_s: dict[int, float] = {}  # how long the save at u blocked the loop
         self.rss_mb: dict[int, float] = {}
         self.compiled: Counter[int] = Counter()
         self.u = 0
         self._step, self._save = Program.train_step, Checkpoints.save
         setattr(Program, "train_step", lambda program, *args: self.step(program, *args))  # noqa: B010
-        setattr(Checkpoints, "save", lambda *args, **how: self.save(*args, **how))  # noqa: B010
-        jax.monitoring.register_event_duration_secs_listener(self.hear)
+        setattr(Checkpoints, "save", lambda *args, **kwargs: self.save(*args, **kwargs))  # noqa: B010
+        jax.monitoring.register_event_duration_secs_listener(self.on_event)
 
     def step(self, program: Program, state: Any, batch: Any, learning_rate: float) -> Any:
-        """One update, clocked from its call until it is computed."""
+        """Runs one update and times it from its call until its result is ready."""
         self.u = int(state.update)
         jax.block_until_ready((state, batch))
         since = time.perf_counter()
-        made = jax.block_until_ready(self._step(program, state, batch, learning_rate))
+        result = jax.block_until_ready(self._step(program, state, batch, learning_rate))
         self.update_s[self.u] = time.perf_counter() - since
         self.u += 1
         self.rss_mb[self.u] = resident_mb()
-        return made
+        return result
 
-    def save(self, checkpoints: Checkpoints, u: int, state: Any, **how: Any) -> None:
-        """A save, clocked until training may go on."""
+    def save(self, checkpoints: Checkpoints, u: int, state: Any, **kwargs: Any) -> None:
+        """Saves, and times how long training is blocked."""
         since = time.perf_counter()
-        self._save(checkpoints, u, state, **how)
+        self._save(checkpoints, u, state, **kwargs)
         self.save_s[u] = time.perf_counter() - since
 
-    def hear(self, event: str, duration_secs: float, **_: Any) -> None:
-        """A program that was compiled."""
+    def on_event(self, event: str, duration_secs: float, **_: Any) -> None:
+        """Counts a compiled program."""
         del duration_secs
         if event == COMPILED:
             self.compiled[self.u] += 1
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains, and prints what was seen, as text and as JSON; the exit code of the training."""
+    """Trains and prints the measurements as text and as JSON; returns the exit code of the training."""
     config, strings = cli.parse(argv, workdir="")
     if not strings["workdir"] or Path(strings["workdir"]).exists():
-        raise UserError("give a new --workdir: the run is watched from its first update")
+        raise UserError(
+            f"--workdir={strings['workdir']} must be new: the run is measured from its first update"
+        )
     watch = Watch()
     code = train.main(argv)
-    seen = summary(config, watch)
-    for key, value in seen.items():
+    figures = summary(config, watch)
+    for key, value in figures.items():
         print(f"{key:32} {value}")
-    print(json.dumps(seen))
+    print(json.dumps(figures))
     return code
 
 
 def summary(config: Config, watch: Watch) -> dict[str, Any]:
-    """The figures; the first cycle ends with the update after the first restart."""
+    """The figures to print; the first cycle ends with the update after the first restart."""
     last = config.train.updates
     settled = config.low_rank_start + config.relora.cycle_updates + 1
     rss = {u: mb for u, mb in watch.rss_mb.items() if u > settled}
     slope = np.polyfit(list(rss), list(rss.values()), 1)[0] if len(rss) > 1 else 0.0
     plain = {
         u: s for u, s in watch.update_s.items() if u > settled and not any(steps.due(config, u))
-    }  # a restart's update is like the others, but what waits before it is not
+    }  # without restarts, which take time before their update
     after = [s for u, s in plain.items() if u in watch.save_s]
     median = statistics.median(s for u, s in plain.items() if u not in watch.save_s)
     blocked = [s for u, s in watch.save_s.items() if settled < u < last]

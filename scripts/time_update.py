@@ -1,7 +1,7 @@
 """python scripts/time_update.py --config=configs/quickstart.py [--rounds=20]
 
-Times one update of `full` and of `relora` in both forms of the product, in turns within one process, on
-random ids: the median of each, and of the ratios to `full` round by round. Prints a table, then JSON.
+Times one update of `full` and of `relora` with both forms of the product, alternating in one process, on
+random ids. Prints the median time of each and its median ratio to `full` in the same round, then JSON.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from relora_jax.validate import validate
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the table of the command line's config."""
+    """Times the updates and prints the table; returns the exit code."""
     config, strings = cli.parse(argv, rounds="20")
     rounds = cli.count("rounds", strings["rounds"], at_least=1)
     validate(config, devices=len(start_devices()))
@@ -35,12 +35,12 @@ def main(argv: Sequence[str]) -> int:
         "relora fused": _with(config, product="fused", dropout=0.0),
     }
     updates = {name: _update(variant) for name, variant in variants.items()}
-    timed = [{name: update() for name, update in updates.items()} for _ in range(rounds)]
+    rounds_s = [{name: update() for name, update in updates.items()} for _ in range(rounds)]
     tokens = config.train.batch * config.data.sequence_length
     rows = {}
     for name in variants:
-        median = statistics.median(times[name] for times in timed)
-        ratio = statistics.median(times[name] / times["full"] for times in timed)
+        median = statistics.median(times[name] for times in rounds_s)
+        ratio = statistics.median(times[name] / times["full"] for times in rounds_s)
         rows[name] = {"ms": round(1e3 * median, 1), "to_full": round(ratio, 3)}
         print(f"{name:14} {1e3 * median:8.1f} ms  {ratio:6.3f} of full  {tokens / median:10,.0f} tokens/s")
     facts = {"config": config.name, "device": str(jax.devices()[0]), "machine": platform.machine()}
@@ -54,19 +54,19 @@ def _with(config: Config, **changes: Any) -> Config:
 
 
 def _update(config: Config) -> Callable[[], float]:
-    """A function that does one update and returns its seconds; compiled and warm."""
+    """A compiled and warmed-up function that runs one update and returns its time in seconds."""
     program = Program(config, make_mesh(data=-1, fsdp=1, tensor=1, devices=jax.devices()))
     shape = (config.accumulation, config.train.microbatch)
     ids = np.random.default_rng(0).integers(
         0, config.model.vocab_size, (*shape, config.data.sequence_length + 1)
     )
     lengths = np.full(shape, ids.shape[-1], np.int32)
-    batch = Batch(*(jax.device_put(part, program.rows) for part in (ids.astype(np.int32), lengths)))
-    held = [program.init() if config.arm == "full" else program.start_low_rank(program.init())]
+    batch = Batch(*(jax.device_put(array, program.rows) for array in (ids.astype(np.int32), lengths)))
+    state = [program.init() if config.arm == "full" else program.start_low_rank(program.init())]
 
     def update() -> float:
         start = time.perf_counter()
-        held[0], values = program.train_step(held[0], batch, 1e-4)
+        state[0], values = program.train_step(state[0], batch, 1e-4)
         values["loss"].block_until_ready()
         return time.perf_counter() - start
 

@@ -1,9 +1,9 @@
-"""A small LLaMA with random weights and a tokenizer of its own, as transformers writes one: docs/continue.md.
+"""Saves a small LLaMA with random weights and its tokenizer in the transformers format, for docs/continue.md.
 
     python scripts/tiny_llama.py --text='texts/*.txt' --output=DIR
 
-4 layers of 128, 8 heads on 2 key-value heads, tied embeddings, llama3 rope, 2,048 byte-level pieces with a
-bos before each text. Needs the extra `hf-test`.
+4 layers of 128, 8 heads, 2 key-value heads, tied embeddings, llama3 RoPE, 2,048 byte-level tokens, and a BOS
+before each text. Needs the extra `hf-test`.
 """
 
 import glob
@@ -18,19 +18,21 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def main(argv: list[str]) -> int:
-    """Writes the model and its tokenizer; the exit code."""
-    words = cli.options(argv, text="", output="")
-    texts = sorted(glob.glob(words["text"], recursive=True))
-    if not texts or not words["output"]:
-        raise UserError(f"--text={words['text']} names no file: --text='texts/*.txt' --output=DIR")
-    save_model(Path(words["output"]))
-    save_tokenizer(Path(words["output"]), texts)
-    print(words["output"])
+    """Writes the model and its tokenizer; returns the exit code."""
+    flags = cli.options(argv, text="", output="")
+    texts = sorted(glob.glob(flags["text"], recursive=True))
+    if not texts or not flags["output"]:
+        raise UserError(
+            f"--text={flags['text']} matches no file or --output is missing: pass both, see --help"
+        )
+    save_model(Path(flags["output"]))
+    save_tokenizer(Path(flags["output"]), texts)
+    print(flags["output"])
     return 0
 
 
 def save_model(folder: Path) -> None:
-    """Random weights from a fixed seed, in float32."""
+    """Saves a model with random float32 weights from a fixed seed."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
@@ -53,24 +55,25 @@ def save_model(folder: Path) -> None:
 
 
 def save_tokenizer(folder: Path, texts: list[str]) -> None:
-    """Byte-level BPE like LLaMA 3's, trained on the files."""
+    """Trains and saves a byte-level BPE tokenizer like LLaMA 3's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast  # pyright: ignore[reportMissingImports]
 
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    made.decoder = decoders.ByteLevel()  # pyright: ignore
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
     trainer = trainers.BpeTrainer(
         vocab_size=PIECES,
         special_tokens=[BOS, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train(texts, trainer)
-    made.post_processor = processors.TemplateProcessing(  # pyright: ignore
+    tokenizer.train(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, 0)]
     )
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token=BOS, eos_token=EOS).save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
+    fast.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""python -m tests.mutants [WORD]: does a test notice when the code makes one of the known mistakes?
+"""python -m tests.mutants [WORD]: checks that a test catches each known mistake.
 
-Each mutant is a small patch on a copy of the tree, beside the fastest test that should die of it. The tests
-must pass on the copy without a patch first, and a mutant that cannot be imported does not count.
+Each mutant is a small patch to a copy of the tree, with the fastest test that should fail on it. The tests
+must first pass on the unpatched copy, and a mutant that cannot be imported does not count as caught.
 """
 
 import concurrent.futures
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-IMPORTS = "tests/test_mutant_imports.py"  # of a copy: the module that was broken
-AT_ONCE = 2  # each mostly waits for one thread of the compiler
+IMPORTS = "tests/test_mutant_imports.py"  # in the copy: imports the patched module
+AT_ONCE = 2  # each mostly waits for single-threaded compilation
 
 
 class Mutant(NamedTuple):
@@ -33,11 +33,11 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
-        "A is zero at wrap as well as B: no gradient until the first merge",
+        "A is zero at wrap, like B: no gradient until the first merge",
         "core/low_rank.py",
         "        a = _uniform_layers(key, (*layers, fan_in, rank), bound, linear.param_dtype)",
         "        a = jnp.zeros((*layers, fan_in, rank), linear.param_dtype)",
-        "tests/core/test_low_rank.py::test_b_learns_at_the_first_update_and_a_from_the_second",
+        "tests/core/test_low_rank.py::test_b_has_a_gradient_at_the_first_update_and_a_from_the_second",
     ),
     Mutant(
         "a merge without the scale",
@@ -47,7 +47,7 @@ MUTANTS = [
         "tests/core/test_low_rank.py::test_merge_and_reinit_leaves_the_function_unchanged",
     ),
     Mutant(
-        "a restart that redraws without merging",
+        "a restart that redraws A without merging",
         "core/merge.py",
         "return {name: part.at[layer].set(merged[name]) for name, part in w.items()}, a.at[layer].set(fresh)",
         "return w, a.at[layer].set(fresh)",
@@ -58,7 +58,7 @@ MUTANTS = [
         "core/merge.py",
         "return {name: part.at[layer].set(merged[name]) for name, part in w.items()}, a.at[layer].set(fresh)",
         "return {name: part.at[layer].set(merged[name]) for name, part in w.items()}, a",
-        "tests/core/test_low_rank.py::test_a_is_uniform_and_new_for_each_kernel_layer_and_restart",
+        "tests/core/test_low_rank.py::test_a_is_uniform_and_redrawn_for_each_kernel_layer_and_restart",
     ),
     Mutant(
         "a merge that leaves B as it was",
@@ -68,49 +68,49 @@ MUTANTS = [
         "tests/core/test_low_rank.py::test_merge_and_reinit_leaves_the_function_unchanged",
     ),
     Mutant(
-        "merging into bfloat16 to the nearest",
+        "a merge into bfloat16 that rounds to nearest",
         "core/base.py",
         'return {"kernel": round_stochastically(w, key)}',
         "return self.store(w)",
-        "tests/core/test_low_rank.py::test_merges_into_bfloat16_are_right_in_the_mean",
+        "tests/core/test_low_rank.py::test_merges_into_bfloat16_are_unbiased",
     ),
     Mutant(
         "the same A at every restart",
         "training/steps.py",
         "key=key(config, REINIT, state.update)",
         "key=key(config, REINIT, 0)",
-        "tests/training/test_steps.py::test_restarts_draw_other_factors_by_update_kernel_and_layer",
+        "tests/training/test_steps.py::test_restarts_draw_different_factors_for_each_update_kernel_and_layer",
     ),
     Mutant(
         "the same A in every layer",
         "core/merge.py",
         "jax.random.split(jax.random.fold_in(key, layer))",
         "jax.random.split(key)",
-        "tests/training/test_steps.py::test_restarts_draw_other_factors_by_update_kernel_and_layer",
+        "tests/training/test_steps.py::test_restarts_draw_different_factors_for_each_update_kernel_and_layer",
     ),
     Mutant(
-        "a gradient of the frozen kernel, by plain autodiff of the fused product",
+        "a gradient of the frozen kernel, from plain autodiff of the fused product",
         "core/product.py",
-        "        return _folded(x, w, a, b, base, scale, precision)\n    a, b",
-        "        return jnp.matmul(x, _fold(x.dtype, w, a, b, base, scale, precision))\n    a, b",
+        "        return _fused(x, w, a, b, base, scale, precision)\n    a, b",
+        "        return jnp.matmul(x, _fused_kernel(x.dtype, w, a, b, base, scale, precision))\n    a, b",
         "tests/core/test_low_rank.py::test_gradient_of_a_layer_forms_no_product_shaped_like_its_kernel",
     ),
     Mutant(
-        "a reset whose look-up finds nothing and says nothing",
+        "a reset that silently matches no factor",
         "core/reset.py",
         "        if path not in shapes:\n            return leaf",
         "        if path in shapes:\n            return leaf",
         "tests/core/test_reset.py::test_reset_touches_only_factor_moments_and_keeps_exact_counts",
     ),
     Mutant(
-        "a reset of the other parameters as well",
+        "a reset that also resets the other parameters",
         "core/reset.py",
         "        if path not in shapes:\n            return leaf",
         "        if path not in shapes:\n            return jax.tree.map(jnp.zeros_like, leaf)",
         "tests/core/test_reset.py::test_reset_touches_only_factor_moments_and_keeps_exact_counts",
     ),
     Mutant(
-        "first and second moment pruned at different places",
+        "first and second moments pruned at different positions",
         "core/reset.py",
         "        mask = masks[path] if value.shape == shapes[path] else False",
         "        mask = _mask(value, state.prune, key) if value.shape == shapes[path] else False",
@@ -127,18 +127,18 @@ MUTANTS = [
         "entries equal to the threshold are all dropped",
         "core/prune.py",
         "    return jax.vmap(lambda i: jnp.zeros(scores.shape[-1], bool).at[i].set(True))(index)",
-        "    return scores > jnp.take_along_axis(scores, index, 1)[:, -1:] if kept else scores < 0",
-        "tests/core/test_reset.py::test_of_equal_moments_the_lower_index_is_kept",
+        "    return scores > jnp.take_along_axis(scores, index, 1)[:, -1:] if count else scores < 0",
+        "tests/core/test_reset.py::test_equal_moments_keep_the_lower_index",
     ),
     Mutant(
-        "the count of the rest is reset with the factors'",
+        "the count of the other parameters is reset with the factors'",
         "core/reset.py",
         "any(True for _ in moments.statistics(node, shapes))",
         "True",
-        "tests/core/test_reset.py::test_reset_count_zeroes_the_count_of_the_factors_alone",
+        "tests/core/test_reset.py::test_reset_count_zeroes_only_the_count_of_the_factors",
     ),
     Mutant(
-        "the factors' count goes on through the warm start",
+        "the factors' count includes the warm start",
         "training/optimizer.py",
         "if rest in itertools.pairwise(path)}",
         "}",
@@ -147,12 +147,12 @@ MUTANTS = [
     Mutant(
         "the moments of embeddings, norms and head are lost at the start of the low-rank phase",
         "training/steps.py",
-        "optimizer.keep_rest(tx.init(trained), state.opt_state)",
+        "optimizer.carry_over_rest(tx.init(trained), state.opt_state)",
         "tx.init(trained)",
         "tests/training/test_steps.py::test_start_of_the_low_rank_phase_leaves_logits_and_the_rest_unchanged",
     ),
     Mutant(
-        "weight decay of the norms",
+        "weight decay on the norms",
         "training/optimizer.py",
         "[optax.add_decayed_weights(weight_decay, mask=_decays)]",
         "[optax.add_decayed_weights(weight_decay)]",
@@ -163,42 +163,42 @@ MUTANTS = [
         "training/optimizer.py",
         "with_reset(optax.chain(*clip, groups)",
         "with_reset(optax.chain(groups)",
-        "tests/core/test_reset.py::test_make_optimizer_is_adamw_as_written_in_float64",
+        "tests/core/test_reset.py::test_make_optimizer_matches_adamw_in_float64",
     ),
     Mutant(
         "a due restart one update late",
         "training/steps.py",
         "    s, relora = u - config.low_rank_start, config.relora",
         "    s, relora = u - config.low_rank_start - 1, config.relora",
-        "tests/training/test_steps.py::test_due_restarts_are_the_first_act_of_their_update_and_none_is_at_the_end",
+        "tests/training/test_steps.py::test_restarts_are_due_at_the_start_of_an_update_and_never_at_the_end_of_a_run",
     ),
     Mutant(
-        "a restart of the arms that never merge",
+        "a restart in arms that never merge",
         "training/steps.py",
         '    if config.arm != "relora" or s <= 0:',
         "    if s <= 0:",
-        "tests/training/test_steps.py::test_due_restarts_are_the_first_act_of_their_update_and_none_is_at_the_end",
+        "tests/training/test_steps.py::test_restarts_are_due_at_the_start_of_an_update_and_never_at_the_end_of_a_run",
     ),
     Mutant(
-        "re-warming to the cosine of now instead of the end of the ramp",
+        "re-warming to the current cosine value instead of that at the end of the ramp",
         "core/schedule.py",
         "cosine(s - k + restart_warm_up,",
         "cosine(s,",
-        "tests/core/test_schedule.py::test_multiplier_has_the_golden_values",
+        "tests/core/test_schedule.py::test_multiplier_matches_golden_values",
     ),
     Mutant(
-        "a skipped batch that does not move the counter",
+        "a skipped batch that does not advance the update counter",
         "training/steps.py",
         "update=state.update + 1,",
         "update=state.update + 1 - bad,",
-        "tests/training/test_steps.py::test_skipped_update_changes_counters_alone",
+        "tests/training/test_steps.py::test_skipped_update_changes_only_counters",
     ),
     Mutant(
-        "a skipped batch that still moves the moments",
+        "a skipped batch that still changes the moments",
         "training/steps.py",
         "        (state.trained, state.opt_state),\n    )",
         "        (state.trained, opt_state),\n    )",
-        "tests/training/test_steps.py::test_skipped_update_changes_counters_alone",
+        "tests/training/test_steps.py::test_skipped_update_changes_only_counters",
     ),
     Mutant(
         "a mean of the microbatches' means",
@@ -222,7 +222,7 @@ MUTANTS = [
         "tests/training/test_oracle.py::test_run_in_float64_equals_oracle[magnitude]",
     ),
     Mutant(
-        "the last batch of an evaluation weighs like a full one",
+        "the last batch of an evaluation is weighted like a full one",
         "training/evaluation.py",
         "loss = math.fsum(float(nats) for nats, _ in sums) / tokens",
         "loss = math.fsum(float(nats) / int(count) for nats, count in sums) / len(sums)",
@@ -231,37 +231,37 @@ MUTANTS = [
     Mutant(
         "the live factors are missing from the summed update",
         "reporting/spectrum.py",
-        "        moved += scale * np.matmul(",
+        "        total += scale * np.matmul(",
         "        np.matmul(",
         "tests/reporting/test_spectrum.py::test_live_factors_count_with_their_scale",
     ),
     Mutant(
-        "documents that end in two EOS tokens",
+        "documents that end with two EOS tokens",
         "data/packing.py",
         "end[int(ids[-1] == self._eos) :]",
         "end",
-        "tests/data/test_packing.py::test_concatenated_rows_are_the_documents_one_after_another_each_with_one_end",
+        "tests/data/test_packing.py::test_concatenated_rows_are_consecutive_documents_each_with_one_eos",
     ),
     Mutant(
         "padding counted as tokens of a store",
         "data/rows.py",
         "        true = np.arange(ids.shape[1]) < lengths[:, None]",
         "        true = np.arange(ids.shape[1]) < lengths[:, None] + 10**6",
-        "tests/data/test_prepared.py::test_truncated_store_counts_true_tokens_alone",
+        "tests/data/test_prepared.py::test_truncated_store_does_not_count_padding",
     ),
     Mutant(
-        "finished blocks are made again after a kill",
+        "finished blocks are prepared again after a kill",
         "data/shards.py",
         "                if number in stripe and not self._record(stripe.file, number).exists():",
         "                if number in stripe:",
-        "tests/data/test_stores.py::test_killed_preparation_goes_on_with_the_blocks_that_are_missing",
+        "tests/data/test_stores.py::test_killed_preparation_resumes_with_the_missing_blocks",
     ),
     Mutant(
-        "a token budget that ends where the workers are, not at the first block in order",
+        "a token budget that ends at the workers' progress, not at the first block in order",
         "data/stores.py",
         "            elif self._ends.get(file) == number:",
         "            elif self._ends.get(file) == number or self._train_tokens:",
-        "tests/data/test_stores.py::test_blocks_are_whole_when_the_first_that_reach_the_budget_are_there",
+        "tests/data/test_stores.py::test_ordered_blocks_are_complete_once_the_first_to_reach_the_budget_arrived",
     ),
     Mutant(
         "checkpoints are compressed",
@@ -275,21 +275,21 @@ MUTANTS = [
         "training/program.py",
         "self.low_rank if u > self.config",
         "self.low_rank if u >= self.config",
-        "tests/checkpoint/test_manager.py::test_state_at_w_is_the_one_before_the_low_rank_phase",
+        "tests/checkpoint/test_manager.py::test_state_at_w_is_before_the_low_rank_phase",
     ),
     Mutant(
-        "a resumed run that reads the data from its beginning",
+        "a resumed run that reads the data from the beginning",
         "loop.py",
         "program.rows), run.update, updates)",
         "program.rows), 0, updates)",
-        "tests/run/test_resume.py::test_run_killed_again_and_again_equals_uninterrupted_bitwise",
+        "tests/run/test_resume.py::test_run_killed_repeatedly_equals_uninterrupted_bitwise",
     ),
     Mutant(
         "moments in bfloat16",
         "training/optimizer.py",
         "optax.scale_by_adam(b1, b2, eps)",
         "optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.bfloat16)",
-        "tests/training/test_steps.py::test_variables_and_moments_are_float32_where_computing_is_bfloat16",
+        "tests/training/test_steps.py::test_variables_and_moments_are_float32_with_bfloat16_compute",
     ),
     Mutant(
         "a merge at the default precision",
@@ -307,32 +307,32 @@ MUTANTS = [
         "tests/core/test_low_rank.py::test_merge_of_350m_needs_less_than_one_float32_kernel_of_scratch",
     ),
     Mutant(
-        "an optimizer that is not understood is accepted and never pruned",
+        "an unsupported optimizer is accepted and never pruned",
         "core/moments.py",
-        " for name, p in fields if p not in params]",
-        " for name, p in fields if False]",
-        "tests/core/test_reset.py::test_statistics_that_are_not_understood_are_refused_by_name",
+        " for name, p in entries if p not in params]",
+        " for name, p in entries if False]",
+        "tests/core/test_reset.py::test_unsupported_statistics_are_rejected_by_name",
     ),
     Mutant(
-        "a document sees those before it in its row",
+        "a document attends to earlier documents in its row",
         "model/llama.py",
         "segment_ids[:, :, None] == segment_ids[:, None, :]",
         "segment_ids[:, :, None] >= segment_ids[:, None, :]",
-        "tests/model/test_llama.py::test_documents_apart_are_the_oracle_of_each_alone",
+        "tests/model/test_llama.py::test_separate_documents_equal_the_oracle_of_each_one_alone",
     ),
     Mutant(
         "positions that do not restart with a document",
         "model/llama.py",
-        "    return places - starts,",
-        "    return places,",
-        "tests/model/test_llama.py::test_positions_begin_anew_with_each_document_and_no_document_sees_another",
+        "    return index - starts,",
+        "    return index,",
+        "tests/model/test_llama.py::test_positions_restart_and_attention_stays_within_each_document",
     ),
     Mutant(
-        "the first id of the next document is guessed from an EOS",
+        "the first id of the next document is predicted from an EOS",
         "model/loss.py",
         "        counted &= segment_ids[..., 1:] == segment_ids[..., :-1]",
         "        pass",
-        "tests/model/test_llama.py::test_documents_apart_are_the_oracle_of_each_alone",
+        "tests/model/test_llama.py::test_separate_documents_equal_the_oracle_of_each_one_alone",
     ),
     Mutant(
         "an EOS belongs to the document after it",
@@ -342,158 +342,158 @@ MUTANTS = [
         "tests/data/test_batches.py::test_an_eos_belongs_to_the_document_that_it_ends",
     ),
     Mutant(
-        "a mask of documents that lies one id too far",
+        "a document mask shifted by one id",
         "training/steps.py",
         "batch.segment_ids[:, :-1]",
         "batch.segment_ids[:, 1:]",
-        "tests/test_evaluate.py::test_evaluation_of_documents_apart_is_that_of_each_alone",
+        "tests/test_evaluate.py::test_evaluation_of_separate_documents_equals_that_of_each_alone",
     ),
     Mutant(
-        "top_p without the piece that reaches it",
+        "top_p without the token that reaches it",
         "model/sampling.py",
         "jnp.cumsum(mass) - mass < top_p",
         "jnp.cumsum(mass) < top_p",
         "tests/model/test_sampling.py::test_draws_come_from_the_fewest_ids_that_reach_top_p",
     ),
     Mutant(
-        "the same chance at every place of a sample",
+        "the same random key at every position of a sample",
         "model/sampling.py",
         "jax.vmap(jax.random.fold_in)(keys, lengths)",
         "keys",
-        "tests/model/test_sampling.py::test_chance_depends_on_seed_number_and_place_alone",
+        "tests/model/test_sampling.py::test_draws_depend_only_on_seed_number_and_position",
     ),
     Mutant(
-        "a beginning of held-out text that goes on into another document",
+        "an evaluation prompt that continues into another document",
         "training/eval_prompts.py",
         "[-1, *np.flatnonzero(ids == eos), len(ids)]",
         "[-1, len(ids)]",
-        "tests/training/test_eval_prompts.py::test_openings_are_the_first_rows_that_reach_their_length_before_an_end",
+        "tests/training/test_eval_prompts.py::test_prompts_are_the_longest_beginnings_of_the_first_rows",
     ),
     Mutant(
-        "the last group of samples begins at 0 again",
+        "every group of samples is numbered from 0",
         "generate.py",
         "np.arange(first, first + size",
         "np.arange(size",
-        "tests/test_generate.py::test_same_seed_gives_the_same_samples_however_many_there_are",
+        "tests/test_generate.py::test_same_seed_gives_the_same_samples_for_any_n",
     ),
     Mutant(
-        "a resumed run is another W&B run",
+        "a resumed run starts a new W&B run",
         "run/wandb_sink.py",
-        '    if kept.get("project") != project:',
+        '    if saved.get("project") != project:',
         "    if True:",
-        "tests/run/test_wandb_sink.py::test_resumed_run_goes_on_in_the_same_run_and_another_begins_its_own",
+        "tests/run/test_wandb_sink.py::test_resumed_run_continues_the_same_wandb_run_and_another_starts_its_own",
     ),
     Mutant(
-        "two tensors of one name in a file: the last is taken",
+        "two tensors of the same name in a file: the last one is used",
         "hf/tensor_files.py",
         "    json_file.parse(path, header)  #",
         "    #",
-        "tests/hf/test_tensor_files.py::test_a_file_that_is_not_whole_is_named_in_one_line",
+        "tests/hf/test_tensor_files.py::test_invalid_file_is_reported_in_one_line",
     ),
     Mutant(
-        "an index that leads out of its directory",
+        "an index that points outside its directory",
         "hf/tensor_files.py",
         "isinstance(file, str) and file == os.path.basename(file) and",
         "isinstance(file, str) and",
-        "tests/hf/test_tensor_files.py::test_a_folder_that_holds_no_whole_model_is_named_in_one_line",
+        "tests/hf/test_tensor_files.py::test_folder_without_a_complete_model_is_reported_in_one_line",
     ),
     Mutant(
-        "an import that puts all layers into the first",
+        "an import that writes every layer into the first",
         "hf/importing.py",
-        "values[place.layer]",
+        "values[spec.layer]",
         "values[0]",
-        "tests/hf/test_importing.py::test_every_tensor_is_in_its_place_bit_for_bit",
+        "tests/hf/test_importing.py::test_every_tensor_is_imported_bit_for_bit",
     ),
     Mutant(
-        "llama3 positions that slow the fast pairs",
+        "llama3 scaling applied to the high frequencies instead of the low ones",
         "model/rope.py",
-        "        return plain * (kept + (1 - kept) / self.factor)\n\n\nclass Yarn",
-        "        return plain * (kept / self.factor + (1 - kept))\n\n\nclass Yarn",
+        "        return plain * (ramp + (1 - ramp) / self.factor)\n\n\nclass Yarn",
+        "        return plain * (ramp / self.factor + (1 - ramp))\n\n\nclass Yarn",
         "tests/model/test_llama.py::test_logits_and_loss_equal_the_oracle",
     ),
     Mutant(
         "an export without the live factors",
         "checkpoint/variables.py",
-        "yield np.asarray(jnp.asarray(w_l).astype(step.dtype) + step)",
+        "yield np.asarray(jnp.asarray(w_l).astype(product.dtype) + product)",
         "yield np.asarray(w_l)",
-        "tests/hf/test_exporting.py::test_live_factors_are_merged_as_unwrap_does",
+        "tests/hf/test_exporting.py::test_live_factors_are_merged_as_by_unwrap",
     ),
     Mutant(
-        "an adapter beside kernels that hold it already",
+        "an adapter next to kernels that already include it",
         "hf/exporting.py",
-        "for layer, array in _parts(variables, path, merged=not adapter):",
-        "for layer, array in _parts(variables, path, merged=True):",
-        "tests/hf/test_exporting.py::test_adapter_leaves_the_base_kernels_and_holds_every_factor",
+        "for layer, array in _layers(variables, path, merged=not adapter):",
+        "for layer, array in _layers(variables, path, merged=True):",
+        "tests/hf/test_exporting.py::test_adapter_has_every_factor_and_leaves_base_kernels_unmerged",
     ),
     Mutant(
-        "merges of a SentencePiece model in another order than its scores",
+        "SentencePiece merges that are not in the order of their scores",
         "hf/sentencepiece_json.py",
-        "return sorted(found)",
-        "return sorted(found, reverse=True)",
+        "return sorted(splits)",
+        "return sorted(splits, reverse=True)",
         "tests/hf/test_sentencepiece_json.py::test_ids_are_equal_on_a_thousand_hard_documents",
     ),
     Mutant(
-        "a special piece's name in a text is read as that piece",
+        "the name of a special piece in a text is tokenized as that piece",
         "hf/sentencepiece_json.py",
         "return piece.score if piece.type == NORMAL else least",
         "return piece.score",
         "tests/hf/test_sentencepiece_json.py::test_ids_are_equal_on_a_thousand_hard_documents",
     ),
     Mutant(
-        "a tokenizer is written without a comparison with ours",
+        "a converted tokenizer is written without comparing it to the original",
         "hf/tokenizer_files.py",
-        "    _compare(tokenizer, model, made)\n",
+        "    _compare(tokenizer, model, converted)\n",
         "",
-        "tests/hf/test_tokenizer_files.py::test_other_ids_than_ours_are_never_written",
+        "tests/hf/test_tokenizer_files.py::test_tokenizer_with_different_ids_is_never_written",
     ),
     Mutant(
-        "pieces of one score are not tried side by side",
+        "pieces with equal scores are not tested next to each other",
         "hf/probes.py",
-        "_beside_symbols(model, pieces), _ties(model))",
-        "_beside_symbols(model, pieces))",
-        "tests/hf/test_tokenizer_files.py::test_pieces_of_one_score_that_texts_tell_apart_are_refused",
+        "_next_to_symbols(model, pieces), _ties(model))",
+        "_next_to_symbols(model, pieces))",
+        "tests/hf/test_tokenizer_files.py::test_tied_pieces_with_different_ids_are_rejected",
     ),
     Mutant(
         "a signal stops a run without a save",
         "loop.py",
         "        if stop or self.checkpoints.due(u):",
         "        if self.checkpoints.due(u):",
-        "tests/test_train.py::test_a_signal_puts_an_evaluation_off_and_what_is_due_is_done_once",
+        "tests/test_train.py::test_signal_postpones_an_evaluation_and_due_work_is_done_once",
     ),
     Mutant(
         "a signal waits for the end of an evaluation",
         "loop.py",
-        "            yield batch\n            if self.signals.asked:",
+        "            yield batch\n            if self.signals.stop_requested:",
         "            yield batch\n            if False:",
-        "tests/test_train.py::test_a_signal_puts_an_evaluation_off_and_what_is_due_is_done_once",
+        "tests/test_train.py::test_signal_postpones_an_evaluation_and_due_work_is_done_once",
     ),
     Mutant(
-        "a process that does not write speaks all the same",
+        "a process that is not the writer still prints",
         "storage/writer.py",
         "        return stream if self.active else _Silence()",
         "        return stream",
-        "tests/run/test_opening.py::test_a_process_that_does_not_write_computes_the_same_and_leaves_its_shards_alone",
+        "tests/run/test_opening.py::test_inactive_process_computes_the_same_and_writes_only_its_shards",
     ),
     Mutant(
-        "a lock that was removed while it was waited for",
+        "a lock whose file was removed during the wait",
         "storage/lock.py",
         "            if not _is_at(file, lock.fileno()):",
         "            if False:",
-        "tests/storage/test_lock.py::test_a_lock_that_the_holder_removed_is_taken_anew",
+        "tests/storage/test_lock.py::test_waiters_exclude_each_other_after_the_holder_removed_the_file",
     ),
     Mutant(
-        "a merge between resets prunes moments",
+        "a merge between resets that prunes moments",
         "training/program.py",
         "self.restart(state, reset=due.reset)",
         "self.restart(state, reset=True)",
         "tests/training/test_oracle.py::test_run_in_float64_equals_oracle[random, two merges a cycle]",
     ),
     Mutant(
-        "a class of one's own without fields has those of the class above it",
+        "a custom choice without fields inherits those of its base class",
         "core/grammar.py",
         "        dataclasses.dataclass(frozen=True)(cls)",
         "        pass",
-        "tests/training/test_behaviours.py::test_choices_of_ones_own_train_and_are_saved_and_read_like_ours[separate]",
+        "tests/training/test_behaviours.py::test_custom_choices_train_and_are_saved_and_restored[separate]",
     ),
     Mutant(
         "a user's mistake ends in a stack trace",
@@ -503,31 +503,31 @@ MUTANTS = [
         "tests/test_bad_input.py::test_wrong_setting_is_named_in_one_line[--config.model.rope_scaling=fast]",
     ),
     Mutant(
-        "control pieces count among the ids of a text",
+        "control pieces count as ids of a text",
         "tokenizer/sentencepiece.py",
         "if not self._model.is_control(i))",
         "if True)",
-        "tests/tokenizer/test_tokenizer.py::test_control_pieces_at_the_end_are_in_no_row_but_as_the_ids_of_the_run",
+        "tests/tokenizer/test_tokenizer.py::test_trailing_control_pieces_count_only_as_special_ids",
     ),
 ]
 
 
 def of_each_room() -> list[Mutant]:
-    """The first mutant of each room of the package."""
+    """The first mutant of each subpackage."""
     rooms = {mutant.file.rpartition("/")[0]: mutant for mutant in reversed(MUTANTS)}
     return [mutant for room, mutant in rooms.items() if room]
 
 
-def main(chosen: Sequence[Mutant]) -> int:
-    """Prints a row for each of these mutants; how many survived."""
+def main(mutants: Sequence[Mutant]) -> int:
+    """Prints a line for each mutant; returns how many survived."""
     with tempfile.TemporaryDirectory() as folder:
         copies: queue.Queue[pathlib.Path] = queue.Queue()
         for number in range(AT_ONCE):
             copies.put(_copied(pathlib.Path(folder) / str(number)))
-        unmutated = _pytest(copies.queue[0], *sorted({mutant.test for mutant in chosen}))
+        unmutated = _pytest(copies.queue[0], *sorted({mutant.test for mutant in mutants}))
         if unmutated.returncode:
             print(unmutated.stdout[-4000:])
-            print("the tests fail on the code as it is: no mutant was tried")
+            print("the tests fail on the unpatched code: no mutant was tried")
             return 1
 
         def killed(mutant: Mutant) -> bool:
@@ -538,23 +538,23 @@ def main(chosen: Sequence[Mutant]) -> int:
                 copies.put(copy)
 
         with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
-            survived = len(chosen) - sum(pool.map(killed, chosen))
-    print(f"{len(chosen)} mutants, {survived} survived")
+            survived = len(mutants) - sum(pool.map(killed, mutants))
+    print(f"{len(mutants)} mutants, {survived} survived")
     return survived
 
 
 def _copied(copy: pathlib.Path) -> pathlib.Path:
-    """A copy of what the tests need of the tree."""
+    """Copies the parts of the tree that the tests need."""
     for name in ("relora_jax", "tests", "configs", "scripts"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy / name)
-    (copy / ".pytest_cache").symlink_to(ROOT / ".pytest_cache")  # programs: most are the same
+    (copy / ".pytest_cache").symlink_to(ROOT / ".pytest_cache")  # reuses compiled programs
     return copy
 
 
 def _killed(mutant: Mutant, copy: pathlib.Path) -> bool:
-    """Whether the test fails on the patched copy, which is mended afterwards."""
+    """Whether the test fails on the patched copy; restores the copy afterwards."""
     path = copy / "relora_jax" / mutant.file
     code = path.read_text()
     if code.count(mutant.old) != 1:
@@ -563,16 +563,16 @@ def _killed(mutant: Mutant, copy: pathlib.Path) -> bool:
         )
         return False
     module = ".".join(path.relative_to(copy).with_suffix("").parts)
-    (copy / IMPORTS).write_text(f"import {module}\n")  # also where the test starts a process
+    (copy / IMPORTS).write_text(f"import {module}\n")  # fails early even if the test runs it in a subprocess
     path.write_text(code.replace(mutant.old, mutant.new))
     try:
-        ended = _pytest(copy, IMPORTS, mutant.test)
+        result = _pytest(copy, IMPORTS, mutant.test)
     finally:
         path.write_text(code)
-    if ended.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        print(f"CANNOT BE TRIED    {mutant.mistake}: {ended.stdout.strip()[-500:]} {ended.stderr.strip()}")
+    if result.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        print(f"CANNOT BE TRIED    {mutant.mistake}: {result.stdout.strip()[-500:]} {result.stderr.strip()}")
         return False
-    failed = ended.returncode == pytest.ExitCode.TESTS_FAILED
+    failed = result.returncode == pytest.ExitCode.TESTS_FAILED
     name = mutant.test.rpartition("::")[2]
     print(
         f"KILLED by {name}: {mutant.mistake}" if failed else f"SURVIVED {name}: {mutant.mistake}", flush=True
@@ -581,9 +581,9 @@ def _killed(mutant: Mutant, copy: pathlib.Path) -> bool:
 
 
 def _pytest(copy: pathlib.Path, *tests: str) -> subprocess.CompletedProcess[str]:
-    """Pytest in the copy, where the copy's modules come first."""
-    words = ("-q", "-x", "-n", "0", "-m", "", "-p", "no:cacheprovider", *tests)
-    return subprocess.run([sys.executable, "-m", "pytest", *words], cwd=copy, capture_output=True, text=True)
+    """Runs pytest in the copy, on the copy's modules."""
+    args = ("-q", "-x", "-n", "0", "-m", "", "-p", "no:cacheprovider", *tests)
+    return subprocess.run([sys.executable, "-m", "pytest", *args], cwd=copy, capture_output=True, text=True)
 
 
 if __name__ == "__main__":

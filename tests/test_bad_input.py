@@ -1,4 +1,4 @@
-"""A mistake ends in one clear line that names value and remedy, exit code 2, nothing on disk harmed."""
+"""A mistake ends in one line with the value and the remedy, exit code 2, and changes nothing on disk."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from tests.support.commands import TOY
 from tests.support.documents import texts, write_dataset
 from tests.support.tokenizers import json_file
 
-# command line after --config=toy.py (or all of it, where it says so) -> what the line must say
+# {flags after --config=toy.py: what the error line must contain}
 SETTINGS = {
     "--config.relora.rank=0": "relora.rank 0 does not fit a 16 x 16 kernel: choose 1 to 16",
     "--config.relora.rank=-3": "relora.rank -3 does not fit",
@@ -47,18 +47,18 @@ SETTINGS = {
     "--config.train.batch=6": "train.microbatch 8 must divide train.batch 6",
     "--config.train.microbatch=0": "train.microbatch 0",
     "--config.train.microbatch=2 --config.mesh.fsdp=2": "multiple of the 8 devices",
-    "--config.mesh.fsdp=3": "must be the 8 devices there are",
+    "--config.mesh.fsdp=3": "must equal the 8 devices",
     "--config.mesh.fsdp=0": "mesh.fsdp 0",
     "--config.mesh.tensor=2": "mesh.tensor 2",
-    "--config.mesh.data=4": "must be the 8 devices",
+    "--config.mesh.data=4": "must equal the 8 devices",
     "--config.data.sequence_length=0": "data.sequence_length 0",
     "--config.data.packing=sorted": "data.packing 'sorted'",
     "--config.relora.base_dtype=float64": "relora.base_dtype",
-    "--config.model.rope_scaling=fast": "model.rope_scaling: rope scaling 'fast' cannot be read: write none",
+    "--config.model.rope_scaling=fast": "model.rope_scaling: rope scaling 'fast' is not valid: use none",
     "--config.model.rope_scaling=linear(0)": "its numbers must be finite and above 0",
-    "--config.model.max_positions=11": "data.sequence_length 12 is longer than the model's positions reach",
+    "--config.model.max_positions=11": "data.sequence_length 12 exceeds model.max_positions 11",
     "--config.model.max_positions=-1": "model.max_positions -1",
-    "--config.data.bos_id=380": "data.bos_id 380 is no id of tokenizer",
+    "--config.data.bos_id=380": "data.bos_id 380 is not an id of tokenizer",
     "--config.relora.peak_lr=0": "relora.peak_lr 0",
     "--config.relora.peak_lr=-1e-3": "relora.peak_lr -0.001",
     "--config.optimizer.peak_lr=nan": "optimizer.peak_lr nan",
@@ -99,34 +99,34 @@ SETTINGS = {
     "--config.data.dataset=images": "images:1.0.0 has no feature `text` of plain text",
     "--config.data.dataset=latin": "document 1 of latin:1.0.0 train is not UTF-8",
     "--config.data.dataset=": "set data.text to files of your own, or data.dataset",
-    "--config.data.validation_split=test": "toy:1.0.0 has no split 'test': there are train, validation",
+    "--config.data.validation_split=test": "toy:1.0.0 has no split 'test': choose train, validation",
     "--config.data.train_tokens=-1": "data.train_tokens -1",
     "--text=nothing/*.txt": "data.text 'nothing/*.txt' matches no file",
-    "--text=": "--text names nothing: write --text=VALUE, or leave it out",
-    "--text": "--text names nothing",
-    "--text --workdir=w": "--text names nothing",
-    "--text=toy.py": "toy.py of data.text 'toy.py' is of no known kind",
+    "--text=": "--text has no value: write --text=VALUE, or omit it",
+    "--text": "--text has no value",
+    "--text --workdir=w": "--text has no value",
+    "--text=toy.py": "toy.py of data.text 'toy.py' has an unsupported file type",
     "--text latin.jsonl": "latin.jsonl, line 2 is not UTF-8",
-    "--text=broken.jsonl": "broken.jsonl, line 2 is no JSON",
+    "--text=broken.jsonl": "broken.jsonl, line 2 is not JSON",
     "--text=cut.jsonl.gz": "cut.jsonl.gz is damaged at line",
     "--text=good.jsonl --text_field=content": "line 1 has no field 'content': set data.text_field to one of",
     "--text=good.jsonl --config.data.validation_fraction=1": "data.validation_fraction 1.0 must lie in",
     "--text=good.jsonl --config.data.validation_fraction=1e-9": "raise data.validation_fraction",
     "--text=good.jsonl --config.data.sequence_length=60000": "too little text for one row of data.seq",
     "--config.data.train_split=trian": "trian",
-    "--config.data.tokenizer=bpe(99999999999)": "'bpe(99999999999)' cannot be read: write a number of pieces",
-    "--config.data.tokenizer=t5": "'t5' is no file, nor is there",
-    "--config.data.tokenizer=thesis.model": "thesis.model is no SentencePiece model: name another file",
-    "--config.data.tokenizer=thesis.json": "thesis.json is no tokenizer.json (",
+    "--config.data.tokenizer=bpe(99999999999)": "'bpe(99999999999)' is invalid: write a number of pieces",
+    "--config.data.tokenizer=t5": "'t5' not found, and there is no",
+    "--config.data.tokenizer=thesis.model": "thesis.model is not a SentencePiece model: use another file",
+    "--config.data.tokenizer=thesis.json": "thesis.json is not a valid tokenizer.json (",
     "--config.data.tokenizer=folder": "'folder' is a directory without tokenizer.json",
-    "--config.data.tokenizer=endless.json": "has no eos to end documents with: give its id as",
-    "--config.data.tokenizer=endless.json --config.data.eos_id=4000": "eos_id 4000 is no id of tokenizer",
-    "--config.data.eos_id=380": "data.eos_id 380 is no id of tokenizer",
-    "--config.data.pad_id=-2": "data.pad_id -2 is no id of tokenizer",
+    "--config.data.tokenizer=endless.json": "has no eos to end documents with: set data.eos_id",
+    "--config.data.tokenizer=endless.json --config.data.eos_id=4000": "eos_id 4000 is not an id of tokenizer",
+    "--config.data.eos_id=380": "data.eos_id 380 is not an id of tokenizer",
+    "--config.data.pad_id=-2": "data.pad_id -2 is not an id of tokenizer",
     "--config.model.vocab_size=379": "380 pieces and model.vocab_size is 379",
     "--config.train.batch=4096": "fewer than one train.batch",
 }
-WHOLE_LINES = {
+COMMAND_LINES = {
     "": "--config=",
     "--config=nowhere.py": "nowhere.py",
     "--config=toy.py:reloro": "unknown arm 'reloro'",
@@ -136,13 +136,13 @@ WHOLE_LINES = {
     "--config=wrong.py": "get_config",
     "--config=broken.py": "SyntaxError",
     "--config=bare.py:full": "Error whilst parsing config file: TypeError: get_config() takes 0 positional",
-    "--config=odd.py": "model.layers = 2.5 must be of the type int",
+    "--config=odd.py": "model.layers = 2.5 must be of type int",
 }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A folder with configs and a dataset of toy size."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with configs, text files and toy datasets, valid and not."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "toy.py").write_text(TOY)
     (folder / "wrong.py").write_text("def get_config(arm=''):\n    return 3\n")
@@ -169,16 +169,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(autouse=True)
-def inside(place: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(place / "tfds"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+def workspace(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
 
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that the command line ends in."""
+def error_line(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The only line of stderr of the train command, which must exit with 2."""
     with pytest.raises(SystemExit) as stop:
-        cli.main(train.main, train.__doc__, ["train", *words])
+        cli.main(train.main, train.__doc__, ["train", *args])
     captured = capsys.readouterr()
     assert stop.value.code == 2
     lines = captured.err.strip().splitlines()
@@ -188,57 +188,55 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("line", SETTINGS)
 def test_wrong_setting_is_named_in_one_line(line: str, capsys: Any) -> None:
-    assert SETTINGS[line] in refused(["--config=toy.py", *line.split()], capsys)
+    assert SETTINGS[line] in error_line(["--config=toy.py", *line.split()], capsys)
     assert not pathlib.Path("runs").exists()
 
 
-@pytest.mark.parametrize("line", WHOLE_LINES)
+@pytest.mark.parametrize("line", COMMAND_LINES)
 def test_wrong_command_line_is_named_in_one_line(line: str, capsys: Any) -> None:
-    assert WHOLE_LINES[line] in refused(line.split(), capsys)
+    assert COMMAND_LINES[line] in error_line(line.split(), capsys)
     assert not pathlib.Path("runs").exists()
 
 
-def test_workdir_that_is_a_file_or_cannot_be_written_is_named(capsys: Any) -> None:
+def test_workdir_that_is_a_file_or_read_only_is_named(capsys: Any) -> None:
     pathlib.Path("file").write_text("mine")
     pathlib.Path("dangling").symlink_to("nowhere")
     for workdir in ("file", "file/run", "/proc/run", "/dev/null", "dangling"):
-        assert workdir in refused(["--config=toy.py", f"--workdir={workdir}"], capsys)
+        assert workdir in error_line(["--config=toy.py", f"--workdir={workdir}"], capsys)
     assert pathlib.Path("file").read_text() == "mine"
 
 
-def test_preparing_judges_types_too(capsys: Any) -> None:
+def test_prepare_also_checks_types(capsys: Any) -> None:
     with pytest.raises(SystemExit) as stop:
         cli.main(prepare.main, prepare.__doc__, ["prepare", "--config=odd.py"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: model.layers = 2.5 must be of the type int\n"
+    assert capsys.readouterr().err == "error: model.layers = 2.5 must be of type int\n"
 
 
-def test_text_that_is_away_ends_a_run_that_has_begun_with_74(capsys: Any, tmp_path: pathlib.Path) -> None:
-    words = ["train", "--config=toy.py", "--text=away/*.jsonl", f"--workdir={tmp_path}"]
-    (tmp_path / "config.json").write_text(to_json(cli.parse(words, workdir="")[0]))
+def test_missing_text_exits_with_74_once_a_run_has_begun(capsys: Any, tmp_path: pathlib.Path) -> None:
+    args = ["train", "--config=toy.py", "--text=missing/*.jsonl", f"--workdir={tmp_path}"]
+    (tmp_path / "config.json").write_text(to_json(cli.parse(args, workdir="")[0]))
     for begun in (False, True):
         if begun:
             (tmp_path / "checkpoints" / "4").mkdir(parents=True)
         with pytest.raises(SystemExit) as stop:
-            cli.main(train.main, train.__doc__, words)
+            cli.main(train.main, train.__doc__, args)
         assert stop.value.code == (errors.NO_DATA if begun else errors.BAD_SETTING)
         [line] = capsys.readouterr().err.splitlines()
-        assert "data.text 'away/*.jsonl' matches no file" in line and ("mend" in line) == begun
+        assert "data.text 'missing/*.jsonl' matches no file" in line and ("fix the disk" in line) == begun
 
 
-def test_warm_start_of_another_tokenizer_is_refused_by_the_command(
-    capsys: Any, tmp_path: pathlib.Path
-) -> None:
+def test_warm_start_from_a_run_with_another_tokenizer_is_refused(capsys: Any, tmp_path: pathlib.Path) -> None:
     source = cli.parse(["train", "--config=toy.py:full"])[0]
     with Checkpoints(tmp_path, source) as checkpoints:
         checkpoints._write(4, {"opt_state/x": jnp.zeros(2), "trained/x": jnp.zeros(2)})
     (tmp_path / "run.json").write_text('{"rows": {"train": {"tokenizer": "mine"}}}')
-    said = refused(["--config=toy.py", f"--config.train.init_from={tmp_path}"], capsys)
-    assert "was trained with another tokenizer (tokenizer: mine -> " in said
+    line = error_line(["--config=toy.py", f"--config.train.init_from={tmp_path}"], capsys)
+    assert "was trained with another tokenizer (tokenizer: mine -> " in line
     assert not pathlib.Path("runs").exists()
 
 
 def test_workdir_that_holds_something_else_is_left_alone(capsys: Any, tmp_path: pathlib.Path) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    assert "something else" in refused(["--config=toy.py", f"--workdir={tmp_path}"], capsys)
+    assert "is not empty and not a run" in error_line(["--config=toy.py", f"--workdir={tmp_path}"], capsys)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

@@ -15,7 +15,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         ["--text=*.gz", "--text_field=content"],
         ["--text", "*.gz", "-text_field=content"],
@@ -23,9 +23,9 @@ def file(tmp_path):
     ],
 )
 @pytest.mark.parametrize("before", [True, False])
-def test_text_and_its_field_are_short_for_their_settings(file, words, before):
-    line = [*words, f"--config={file}:full"] if before else [f"--config={file}:full", *words]
-    if before and words[0].startswith("--config"):
+def test_text_flags_are_shorthands_for_their_settings(file, args, before):
+    line = [*args, f"--config={file}:full"] if before else [f"--config={file}:full", *args]
+    if before and args[0].startswith("--config"):
         line = [line[-1], *line[:-1]]
     config, strings = cli.parse(["train", *line, "--workdir=w"], workdir="")
     assert (config.arm, config.data.text, config.data.text_field) == ("full", "*.gz", "content")
@@ -33,12 +33,10 @@ def test_text_and_its_field_are_short_for_their_settings(file, words, before):
 
 
 @pytest.mark.parametrize("form", ["--config={}", "--config {}"])
-def test_command_for_another_module_has_the_settings_and_nothing_else(file, form):
-    words = (
-        form.format(shlex.quote(file)) + " --workdir=w --config.relora.rank 2 --config.relora.jagged=false"
-    )
-    words += " --text '*.gz'"
-    command = cli.command("prepare", ["train", *shlex.split(words)])
+def test_command_for_another_module_has_only_the_settings(file, form):
+    line = form.format(shlex.quote(file)) + " --workdir=w --config.relora.rank 2 --config.relora.jagged=false"
+    line += " --text '*.gz'"
+    command = cli.command("prepare", ["train", *shlex.split(line)])
     *python, module = shlex.split(command)[:3]
     assert (python, module) == (["python", "-m"], "relora_jax.prepare")
     config, _ = cli.parse(["prepare", *shlex.split(command)[3:]])
@@ -47,21 +45,18 @@ def test_command_for_another_module_has_the_settings_and_nothing_else(file, form
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "remedy"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "mend the disk or the data"),
+        (OSError(errno.ENOSPC, "No space left on device"), "fix the disk or the data"),
         (OSError(errno.EMFILE, "Too many open files"), "raise the limit of open files (ulimit -n)"),
-        (
-            OSError("a: open() failed: Too many open files"),
-            "raise the limit of open files",
-        ),
+        (OSError("a: open() failed: Too many open files"), "raise the limit of open files"),
     ],
 )
-def test_error_of_the_system_ends_with_74_and_its_remedy(error, said, capsys):
+def test_os_error_exits_with_74_and_a_remedy(error, remedy, capsys):
     def run(argv):
         raise error
 
     with pytest.raises(SystemExit) as stop:
         cli.main(run, None, ["a"])
-    assert stop.value.code == 74 and f": {said}" in (line := capsys.readouterr().err)
-    assert line.endswith(", and the same command goes on\n") and line.count("\n") == 1
+    assert stop.value.code == 74 and f": {remedy}" in (line := capsys.readouterr().err)
+    assert line.endswith(", then run the same command again\n") and line.count("\n") == 1

@@ -1,4 +1,4 @@
-"""A config survives its file, and every field says whether it decides the result."""
+"""Configs are valid and round-trip through JSON; each field states whether it decides the result."""
 
 import dataclasses
 import importlib
@@ -14,31 +14,24 @@ from tests.support import small
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 RUN = {
-    *(
-        "name",
-        "model.remat",
-        "model.attention",
-        "model.max_positions",
-        "relora.product",
-        "train.microbatch",
-        "train.log_every_updates",
-    ),
-    *("train.evaluate_every_updates", "train.save_every_updates", "train.eval_tokens", "train.keep_last"),
+    *("name", "model.remat", "model.attention", "model.max_positions", "relora.product"),
+    *("train.microbatch", "train.log_every_updates", "train.evaluate_every_updates"),
+    *("train.save_every_updates", "train.eval_tokens", "train.keep_last"),
     *("train.keep_every", "train.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"),
 }
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("arm", config.ARMS)
-def test_every_config_and_arm_is_valid_and_survives_its_file(
+def test_every_config_and_arm_is_valid_and_round_trips(
     name: str, arm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
-    made, _ = cli.parse(["train", f"--config=configs/{name}.py:{arm}"])
-    validate(made, devices=8)
-    assert (made.name, made.arm) == (name, arm)
-    assert config.from_json(config.to_json(made)) == made
-    assert made.relora.dropout == 0 or made.relora.product == "separate"
+    parsed, _ = cli.parse(["train", f"--config=configs/{name}.py:{arm}"])
+    validate(parsed, devices=8)
+    assert (parsed.name, parsed.arm) == (name, arm)
+    assert config.from_json(config.to_json(parsed)) == parsed
+    assert parsed.relora.dropout == 0 or parsed.relora.product == "separate"
     module = importlib.import_module(f"configs.{name}")
     assert module.__doc__ and f"--config=configs/{name}.py" in module.__doc__
 
@@ -56,17 +49,17 @@ def test_control_has_about_as_many_parameters_as_relora_trains(
     assert shapes.count(control).frozen == 0
 
 
-def test_control_of_another_size_is_refused_with_the_sizes_that_have_one() -> None:
+def test_size_without_a_control_is_refused_with_the_sizes_that_have_one() -> None:
     with pytest.raises(ValueError, match="60m, 130m, 250m, 350m, 1b and quickstart"):
         shapes.control("9m")
 
 
-def test_fields_that_decide_only_the_run_are_these() -> None:
+def test_fields_that_decide_only_the_run() -> None:
     decides_run = {key for key, _, field in config.flatten(small.config()) if field.metadata == config.RUN}
     assert decides_run == RUN
 
 
-def test_change_of_the_result_is_told_and_change_of_the_run_is_not() -> None:
+def test_only_fields_that_decide_the_result_are_reported_as_changed() -> None:
     before = small.config()
     for key, value, field in config.flatten(before):
         if key in ("name", "arm") or isinstance(value, (str, tuple, prune.Prune)):
@@ -81,7 +74,7 @@ def test_change_of_the_result_is_told_and_change_of_the_run_is_not() -> None:
         )
 
 
-def test_places_may_change_where_the_content_is_compared_and_no_other_words_may() -> None:
+def test_only_names_and_paths_with_compared_content_may_change() -> None:
     compared = {key for key, _, field in config.flatten(small.config()) if field.metadata == config.CONTENT}
     assert compared == {"data.dataset", "data.text", "data.validation_text", "data.tokenizer"}
     for key in compared:
@@ -90,7 +83,7 @@ def test_places_may_change_where_the_content_is_compared_and_no_other_words_may(
         assert config.changed_results(small.config(), small.config(**{name: "other"}))
 
 
-def test_microbatch_decides_the_result_where_there_is_dropout() -> None:
+def test_microbatch_decides_the_result_only_with_dropout() -> None:
     drop = {"relora__dropout": 0.1}
     assert config.changed_results(small.config(**drop), small.config(**drop, train__microbatch=2))
     assert not config.changed_results(small.config(), small.config(train__microbatch=2))
@@ -104,6 +97,6 @@ def test_saved_config_of_another_version_is_refused_in_one_line() -> None:
             config.from_json(text)
 
 
-def test_config_is_written_with_the_grammar_of_prune() -> None:
+def test_config_is_saved_with_the_grammar_of_prune() -> None:
     text = config.to_json(dataclasses.replace(small.config("relora", relora__prune=prune.random(0.25))))
     assert json.loads(text)["relora"]["prune"] == "random(0.25)"

@@ -1,4 +1,4 @@
-"""The command writes on as the model of a checkpoint would; of the text it needs the tokenizer alone."""
+"""The command samples from a checkpoint's model; of the run's data it needs only the tokenizer."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from relora_jax.training.state import flatten, model_of
 from tests.support import small
 from tests.support.documents import texts, write_dataset
 
-MADE = small.config(
+CONFIG = small.config(
     model__vocab_size=400, data__dataset="toy", data__tokenizer="bpe(380)", train__keep_last=9
 )
 LENGTH = small.LENGTH
@@ -30,8 +30,8 @@ PROMPT = "The union of"
 
 
 @dataclasses.dataclass
-class Words:
-    """Of a command line."""
+class Args:
+    """Command-line values."""
 
     n: int = 2
     seed: int = 0
@@ -41,16 +41,16 @@ class Words:
 
 
 @dataclasses.dataclass
-class Made:
-    """A run whose dataset and rows are gone, and its states by update."""
+class SavedRun:
+    """A run whose dataset and rows were deleted, and its states by update."""
 
-    place: pathlib.Path
+    workdir: pathlib.Path
     tokenizer: Tokenizer
     program: Program
     states: dict[int, Any]
 
     def logits(self, u: int, ids: np.ndarray) -> np.ndarray:
-        """The model's, of each id's successor."""
+        """The model's logits for the id after each position."""
         state = self.states[u]
         phase = self.program.low_phase if jax.tree.leaves(state.frozen) else self.program.phase
         call = jax.jit(lambda trained, frozen, ids: phase.model(trained, frozen)(ids))
@@ -58,27 +58,27 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("generate")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        patch.setattr(generate, "keep_compiled", lambda: None)  # it is a setting of the whole process
+        patch.setattr(generate, "enable_compilation_cache", lambda: None)  # it sets process-wide options
         patch.setattr(generate, "AT_ONCE", 2)
         write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})
-        prepared = prepare(MADE.data)
+        prepared = prepare(CONFIG.data)
         shutil.rmtree(folder / "tfds")
         shutil.rmtree(folder / "cache" / "relora_jax" / "rows")
-        program = Program(MADE, small.mesh())
+        program = Program(CONFIG, small.mesh())
         patch.setattr(generate, "Program", lambda *_: program)  # compiled once for all these tests
         full = program.init()
         far = {"seed": 0, "deviation": 0.3}
         low = program.start_low_rank(jax.tree.map(jnp.copy, full))
         states = {4: small.moved(full, **far), 6: small.moved(low, **far)}
-        run = Made(folder / "run", prepared.tokenizer, program, states)
-        run.place.mkdir()
-        directory.begin(Writer(run.place), MADE, unigram_perplexity=1.0, rows=directory.keys_of(prepared))
-        with Checkpoints(run.place, MADE) as checkpoints:
+        run = SavedRun(folder / "run", prepared.tokenizer, program, states)
+        run.workdir.mkdir()
+        directory.begin(Writer(run.workdir), CONFIG, unigram_perplexity=1.0, rows=directory.keys_of(prepared))
+        with Checkpoints(run.workdir, CONFIG) as checkpoints:
             for u, state in states.items():
                 checkpoints._write(u, flatten(model_of(state)))
                 checkpoints.wait()
@@ -86,132 +86,132 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def place(made: Made, tmp_path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(made.place, tmp_path / "run"))
+def workdir(run: SavedRun, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(run.workdir, tmp_path / "run"))
 
 
-def ended(capsys: Any, *words: str, code: int = 0) -> tuple[str, str]:
+def output(capsys: Any, *args: str, code: int = 0) -> tuple[str, str]:
     """(stdout, stderr) of the command."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        cli.main(generate.main, generate.__doc__, ["generate", *words])
+        cli.main(generate.main, generate.__doc__, ["generate", *args])
     out, err = capsys.readouterr()
     assert stop.value.code == code, err
     return out, err
 
 
-def samples(capsys: Any, place: pathlib.Path, *words: str) -> list[dict[str, Any]]:
-    out, _ = ended(capsys, f"--workdir={place}", "--json", *words)
+def samples(capsys: Any, workdir: pathlib.Path, *args: str) -> list[dict[str, Any]]:
+    out, _ = output(capsys, f"--workdir={workdir}", "--json", *args)
     return [json.loads(line) for line in out.splitlines()]
 
 
-def refused(capsys: Any, place: Any, *words: str) -> str:
-    _, err = ended(capsys, f"--workdir={place}", *words, code=2)
+def error_line(capsys: Any, workdir: Any, *args: str) -> str:
+    _, err = output(capsys, f"--workdir={workdir}", *args, code=2)
     assert err.startswith("error: ") and err.count("\n") == 1
     return err
 
 
 # full-rank; in mid-cycle, with live factors
 @pytest.mark.parametrize("u", [pytest.param(4, marks=pytest.mark.slow), 6])
-def test_greedy_text_is_the_argmax_of_the_full_model_on_the_growing_prefix(
-    made: Made, capsys: Any, u: int
+def test_greedy_text_is_the_argmax_of_the_model_on_the_growing_prefix(
+    run: SavedRun, capsys: Any, u: int
 ) -> None:
-    words = ("--n=2", "--temperature=0", "--max_tokens=2", *([f"--update={u}"] if u != 6 else []))
-    before = {path: path.stat().st_mtime_ns for path in made.place.rglob("*")}
-    first, second = samples(capsys, made.place, f"--prompt={PROMPT}", *words)
-    assert {path: path.stat().st_mtime_ns for path in made.place.rglob("*")} == before
-    ids = made.tokenizer.encode_documents([PROMPT])[0]
+    args = ("--n=2", "--temperature=0", "--max_tokens=2", *([f"--update={u}"] if u != 6 else []))
+    before = {path: path.stat().st_mtime_ns for path in run.workdir.rglob("*")}
+    first, second = samples(capsys, run.workdir, f"--prompt={PROMPT}", *args)
+    assert {path: path.stat().st_mtime_ns for path in run.workdir.rglob("*")} == before
+    ids = run.tokenizer.encode_documents([PROMPT])[0]
     start = len(ids)
-    while len(ids) < start + 2 and ids[-1] != made.tokenizer.eos:
-        logits = made.logits(u, ids[None])[0, -1]
-        logits[[made.tokenizer.pad, *range(made.tokenizer.vocab_size, 400)]] = -np.inf
+    while len(ids) < start + 2 and ids[-1] != run.tokenizer.eos:
+        logits = run.logits(u, ids[None])[0, -1]
+        logits[[run.tokenizer.pad, *range(run.tokenizer.vocab_size, 400)]] = -np.inf
         ids = np.append(ids, logits.argmax().astype(np.int32))
-    assert first["text"] == made.tokenizer.decode(ids).removeprefix(PROMPT) != ""
+    assert first["text"] == run.tokenizer.decode(ids).removeprefix(PROMPT) != ""
     assert second == {**first, "sample": 1}
-    about = {"workdir": str(made.place), "arm": "relora", "update": u, "seed": 0, "sample": 0}
-    end = {"tokens": len(ids) - start, "document_ended": bool(ids[-1] == made.tokenizer.eos)}
+    about = {"workdir": str(run.workdir), "arm": "relora", "update": u, "seed": 0, "sample": 0}
+    end = {"tokens": len(ids) - start, "document_ended": bool(ids[-1] == run.tokenizer.eos)}
     assert first == {**about, "prompt": PROMPT, "text": first["text"], **end}
 
 
-def test_same_seed_gives_the_same_samples_however_many_there_are(made: Made, capsys: Any) -> None:
-    def drawn(*words: str) -> list[str]:
-        found = samples(capsys, made.place, f"--prompt={PROMPT}", *words)
-        assert [each["sample"] for each in found] == list(range(len(found)))
-        return [each["text"] for each in found]
+def test_same_seed_gives_the_same_samples_for_any_n(run: SavedRun, capsys: Any) -> None:
+    def draw(*args: str) -> list[str]:
+        rows = samples(capsys, run.workdir, f"--prompt={PROMPT}", *args)
+        assert [each["sample"] for each in rows] == list(range(len(rows)))
+        return [each["text"] for each in rows]
 
-    five = drawn("--n=5")  # in groups of two
-    assert len(set(five)) == 5 and five == drawn("--n=5")
-    assert drawn("--n=2") == five[:2] and drawn("--n=1") == five[:1]
-    assert set(drawn("--n=5", "--seed=1")).isdisjoint(five)
-    assert made.program._sample[True]._cache_size() == 2  # for one and for two; of each length and choice
+    five = draw("--n=5")  # in groups of two
+    assert len(set(five)) == 5 and five == draw("--n=5")
+    assert draw("--n=2") == five[:2] and draw("--n=1") == five[:1]
+    assert set(draw("--n=5", "--seed=1")).isdisjoint(five)
+    assert run.program._sample[True]._cache_size() == 2  # for groups of one and of two
 
 
 @pytest.mark.slow
-def test_devices_that_share_the_model_draw_the_same(made: Made) -> None:
-    [asked] = generate.requests([5, 6, 7], Words(), made.tokenizer, length=LENGTH)
-    for u, state in made.states.items():
-        shared = Program(MADE, small.mesh(2, 2))
-        there = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, shared.state_at(u)))
-        assert len(there.trained["norm"]["scale"].sharding.device_set) == 4
-        many = shared.sample(there, asked)
+def test_sharded_model_draws_the_same_samples(run: SavedRun) -> None:
+    [request] = generate.requests([5, 6, 7], Args(), run.tokenizer, length=LENGTH)
+    for u, state in run.states.items():
+        shared = Program(CONFIG, small.mesh(2, 2))
+        sharded = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, shared.state_at(u)))
+        assert len(sharded.trained["norm"]["scale"].sharding.device_set) == 4
+        many = shared.sample(sharded, request)
         assert all(array.sharding.is_fully_replicated for array in many)
-        for one, other in zip(made.program.sample(state, asked), many, strict=True):
+        for one, other in zip(run.program.sample(state, request), many, strict=True):
             assert (np.asarray(one) == np.asarray(other)).all()
 
 
-def test_people_read_prompt_and_continuation_and_hear_where_the_row_ends(made: Made, capsys: Any) -> None:
-    words = (f"--workdir={made.place}", f"--prompt={PROMPT}", "--seed=3")
-    tokens = len(made.tokenizer.encode_documents([PROMPT])[0])
-    one, two = samples(capsys, made.place, *words[1:], "--n=2")
-    assert ended(capsys, *words, "--n=2")[1] == ""
-    out, err = ended(capsys, *words, "--n=2", "--max_tokens=128")
-    head = "--- {} of 2, update 6 of " + f"{made.place}\n[{PROMPT}]"
+def test_output_is_prompt_and_continuation_with_a_note_if_max_tokens_is_reduced(
+    run: SavedRun, capsys: Any
+) -> None:
+    args = (f"--workdir={run.workdir}", f"--prompt={PROMPT}", "--seed=3")
+    tokens = len(run.tokenizer.encode_documents([PROMPT])[0])
+    one, two = samples(capsys, run.workdir, *args[1:], "--n=2")
+    assert output(capsys, *args, "--n=2")[1] == ""
+    out, err = output(capsys, *args, "--n=2", "--max_tokens=128")
+    head = "--- {} of 2, update 6 of " + f"{run.workdir}\n[{PROMPT}]"
     shown = [generate._printable(each["text"]) for each in (one, two)]
     assert out == f"{head.format(1)}{shown[0]}\n{head.format(2)}{shown[1]}\n"
     room = LENGTH + 1 - tokens
     assert err == (
-        f"note: after the prompt's {tokens} tokens the model's length of {LENGTH} leaves {room} "
-        "of --max_tokens=128: samples end there\n"
+        f"note: --max_tokens=128 is reduced to {room}: the prompt has {tokens} tokens "
+        f"and the model's length is {LENGTH}\n"
     )
     assert max(one["tokens"], two["tokens"]) <= room
-    assert ended(capsys, *words, "--n=2", f"--max_tokens={room}") == (out, "")
+    assert output(capsys, *args, "--n=2", f"--max_tokens={room}") == (out, "")
 
 
-def test_a_terminal_is_shown_no_control_characters() -> None:
+def test_no_control_characters_are_printed() -> None:
     assert generate._printable("a\x1b[2J\n\tb\rc\x07") == "a\ufffd[2J\n\tb\ufffdc\ufffd"
 
 
-def test_empty_prompt_is_the_end_of_the_document_before(made: Made, capsys: Any) -> None:
-    [first, _] = samples(capsys, made.place, "--n=2", "--temperature=0", "--max_tokens=1")
-    logits = made.logits(6, np.array([[made.tokenizer.eos]], np.int32))[0, -1]
-    logits[[made.tokenizer.pad, *range(made.tokenizer.vocab_size, 400)]] = -np.inf
-    assert first["text"] == made.tokenizer.decode([int(logits.argmax())])
+def test_empty_prompt_is_the_end_of_the_previous_document(run: SavedRun, capsys: Any) -> None:
+    [first, _] = samples(capsys, run.workdir, "--n=2", "--temperature=0", "--max_tokens=1")
+    logits = run.logits(6, np.array([[run.tokenizer.eos]], np.int32))[0, -1]
+    logits[[run.tokenizer.pad, *range(run.tokenizer.vocab_size, 400)]] = -np.inf
+    assert first["text"] == run.tokenizer.decode([int(logits.argmax())])
 
 
-def test_prompt_of_documents_apart_begins_after_its_last_end(made: Made) -> None:
-    ids = made.tokenizer.encode_documents([PROMPT])[0].tolist()
-    cut = dataclasses.replace(made.tokenizer, eos=ids[1])
+def test_prompt_of_separate_documents_begins_after_its_last_end(run: SavedRun) -> None:
+    ids = run.tokenizer.encode_documents([PROMPT])[0].tolist()
+    cut = dataclasses.replace(run.tokenizer, eos=ids[1])
     for change in ({"packing": "truncate"}, {"attend_across_documents": False}):
-        apart = dataclasses.replace(MADE.data, **change)
-        assert generate.prompt_ids(PROMPT, made.tokenizer, apart) == ids
+        apart = dataclasses.replace(CONFIG.data, **change)
+        assert generate.prompt_ids(PROMPT, run.tokenizer, apart) == ids
         assert generate.prompt_ids(PROMPT, cut, apart) == ids[2:]
         for prompt, tokenizer in (("", cut), (PROMPT, dataclasses.replace(cut, eos=ids[-1]))):
-            with pytest.raises(ValueError, match="never learnt what one begins with"):
+            with pytest.raises(ValueError, match="has not learned how one begins"):
                 generate.prompt_ids(prompt, tokenizer, apart)
-    assert generate.prompt_ids(PROMPT, cut, MADE.data) == ids
-    assert generate.prompt_ids("", cut, MADE.data) == [cut.eos]
-    begun = dataclasses.replace(made.tokenizer, bos=9)
-    for data in (MADE.data, apart):
-        assert generate.prompt_ids("", begun, data) == [9] and generate.prompt_ids(PROMPT, begun, data) == [
-            9,
-            *ids,
-        ]
+    assert generate.prompt_ids(PROMPT, cut, CONFIG.data) == ids
+    assert generate.prompt_ids("", cut, CONFIG.data) == [cut.eos]
+    with_bos = dataclasses.replace(run.tokenizer, bos=9)
+    for data in (CONFIG.data, apart):
+        assert generate.prompt_ids("", with_bos, data) == [9]
+        assert generate.prompt_ids(PROMPT, with_bos, data) == [9, *ids]
 
 
 BAD = {
     "--n=0": "--n=0 must be at least 1",
     "--n=two": "'two'",
-    "--temperature=-0.1": "--temperature=-0.1 must lie in [0, 1e+06]",
+    "--temperature=-0.1": "--temperature=-0.1 must lie in [0, 1e+06]; 0 is greedy decoding",
     "--temperature=nan": "--temperature=nan must lie in",
     "--temperature=inf": "--temperature=inf must lie in",
     "--temperature=1e300": "--temperature=1e+300 must lie in",
@@ -222,55 +222,57 @@ BAD = {
     "--seed=1.5": "'1.5'",
     "--seed=-1": "--seed=-1 must lie in [0, 2147483648)",
     "--seed=2147483648": "--seed=2147483648",
-    "--update=7": "no checkpoint of --update=7: there are 4, 6",
+    "--update=7": "no checkpoint at --update=7: choose one of 4, 6",
     "--update=last": "'last'",
     "--prompt=" + "union " * 40: "tokens and the model's length is 12: shorten it",
     "--prompt=\udcff": "is not UTF-8",
     "--promt=a": "--promt=a",
-    "words": "unrecognized arguments: words",
+    "stray": "unrecognized arguments: stray",
     "--workdir=nowhere": "'nowhere' holds no run",
 }
 
 
 @pytest.mark.parametrize("word", BAD)
-def test_mistake_is_named_in_one_line(made: Made, word: str, capsys: Any) -> None:
-    assert BAD[word] in refused(capsys, made.place, word)
+def test_mistake_is_named_in_one_line(run: SavedRun, word: str, capsys: Any) -> None:
+    assert BAD[word] in error_line(capsys, run.workdir, word)
 
 
-def test_prompt_as_long_as_the_model_leaves_one_piece(made: Made, capsys: Any) -> None:
-    word = made.tokenizer.encode_documents([" union"])[0]
+def test_prompt_as_long_as_the_model_leaves_one_token(run: SavedRun, capsys: Any) -> None:
+    word = run.tokenizer.encode_documents([" union"])[0]
     assert len(word) == 1
-    [sample, _] = samples(capsys, made.place, "--n=2", "--prompt=" + " union" * LENGTH)
+    [sample, _] = samples(capsys, run.workdir, "--n=2", "--prompt=" + " union" * LENGTH)
     assert sample["tokens"] == 1
-    assert f"has {LENGTH + 1} tokens" in refused(capsys, made.place, "--prompt=" + " union" * (LENGTH + 1))
+    assert f"has {LENGTH + 1} tokens" in error_line(
+        capsys, run.workdir, "--prompt=" + " union" * (LENGTH + 1)
+    )
 
 
-def test_run_that_cannot_be_sampled_from_is_told_why(place: pathlib.Path, capsys: Any) -> None:
-    facts = json.loads((place / "run.json").read_text())
+def test_run_that_cannot_be_sampled_from_is_explained(workdir: pathlib.Path, capsys: Any) -> None:
+    facts = json.loads((workdir / "run.json").read_text())
     facts["rows"]["train"]["tokenizer"] = "another"
-    (place / "run.json").write_text(json.dumps(facts))
-    assert "was trained with another tokenizer than" in refused(capsys, place)
+    (workdir / "run.json").write_text(json.dumps(facts))
+    assert "was trained with another tokenizer than" in error_line(capsys, workdir)
     del facts["rows"]["train"]["tokenizer"]
-    (place / "run.json").write_text(json.dumps(facts))
-    assert "does not say which tokenizer the run has" in refused(capsys, place)
-    shutil.rmtree(place / "checkpoints")
-    assert "no checkpoint yet" in refused(capsys, place)
+    (workdir / "run.json").write_text(json.dumps(facts))
+    assert "does not say which tokenizer the run has" in error_line(capsys, workdir)
+    shutil.rmtree(workdir / "checkpoints")
+    assert "no checkpoint yet" in error_line(capsys, workdir)
 
 
-def test_trained_tokenizer_is_made_again_of_the_same_text_alone(
-    made: Made, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+def test_trained_tokenizer_is_only_retrained_on_the_same_text(
+    run: SavedRun, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
 ) -> None:
-    rows = json.loads((made.place / "run.json").read_text())["rows"]["train"]
+    rows = json.loads((run.workdir / "run.json").read_text())["rows"]["train"]
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"no longer in the cache.*is not there \(.*toy.*--tokenizer=PATH"):
-        tokenizer_of(MADE.data, rows)
+    with pytest.raises(ValueError, match=r"no longer in the cache.*is missing \(.*toy.*--tokenizer=PATH"):
+        tokenizer_of(CONFIG.data, rows)
     write_dataset("toy:1.0.0", {"train": texts(60), "validation": ["a"]})
-    write_dataset("toy:1.0.1", {"train": texts(50), "validation": ["a"]})  # a newer one is not looked at
-    assert tokenizer_of(MADE.data, rows).sha256 == made.tokenizer.sha256 == rows["tokenizer"]
-    files = dataclasses.replace(MADE.data, text=str(tmp_path / "*.txt"))
+    write_dataset("toy:1.0.1", {"train": texts(50), "validation": ["a"]})  # a newer version is ignored
+    assert tokenizer_of(CONFIG.data, rows).sha256 == run.tokenizer.sha256 == rows["tokenizer"]
+    files = dataclasses.replace(CONFIG.data, text=str(tmp_path / "*.txt"))
     (tmp_path / "a.txt").write_text("changed")
-    told = {**rows, "text": "another", "text_field": "text", "validation_fraction": 0.01}
-    del told["dataset"], told["split"]
-    with pytest.raises(ValueError, match="the text that it was trained on is another now"):
-        tokenizer_of(files, told)
+    key = {**rows, "text": "another", "text_field": "text", "validation_fraction": 0.01}
+    del key["dataset"], key["split"]
+    with pytest.raises(ValueError, match="the text that it was trained on has changed"):
+        tokenizer_of(files, key)

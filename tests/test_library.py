@@ -1,4 +1,4 @@
-"""What the README says of the library is what happens."""
+"""The documented examples of the library work."""
 
 import re
 from pathlib import Path
@@ -14,14 +14,12 @@ from relora_jax import BaseKernel, LowRankDense
 from relora_jax.core import low_rank
 from relora_jax.core import reset as core_reset
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
-def example() -> str:
-    """The one block of Python under the heading of the library."""
-    section = re.search(r"^## Use it in your own model\n(.*?)(?=^## |\Z)", README.read_text(), re.M | re.S)
-    assert section, "README.md has no section '## Use it in your own model'"
-    [block] = re.findall(r"^```python\n(.*?)^```", section[1], re.M | re.S)
+def example(page: str) -> str:
+    """The page's one block of Python."""
+    [block] = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     return block
 
 
@@ -29,7 +27,10 @@ def kernels(model: Any) -> list[np.ndarray]:
     return [np.asarray(v[...]) for _, v in nnx.to_flat_state(nnx.state(model, BaseKernel))]
 
 
-def test_readme_example_trains_a_model_of_ones_own_through_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/own_model.md"])
+def test_documented_example_trains_a_custom_model_through_restarts(
+    page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrapped: list[np.ndarray] = []
     pruned: list[Any] = []
     ranks: list[int] = []
@@ -47,8 +48,8 @@ def test_readme_example_trains_a_model_of_ones_own_through_restarts(monkeypatch:
     monkeypatch.setattr(relora_jax, "wrap", wrap)
     monkeypatch.setattr(relora_jax, "reset", reset)
     names: dict[str, Any] = {}
-    with jax.numpy_rank_promotion("allow"):  # as it is outside of our tests
-        exec(compile(example(), str(README), "exec"), names)
+    with jax.numpy_rank_promotion("allow"):  # the default, unlike in our tests
+        exec(compile(example(page), page, "exec"), names)
 
     losses = names["losses"]
     assert np.mean(losses[-50:]) < 0.5 * losses[0]
@@ -60,7 +61,7 @@ def test_readme_example_trains_a_model_of_ones_own_through_restarts(monkeypatch:
         assert np.sum(change > 1e-4 * change[0]) > ranks[0]  # more than one merge
 
 
-def test_everything_that_is_offered_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert {"wrap", "unwrap", "merge_and_reinit", "with_reset", "reset", "group_labels"} <= {
         *relora_jax.__all__
     }

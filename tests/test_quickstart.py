@@ -1,4 +1,4 @@
-"""The quickstart, shortened: the road from the package of text to the report, as its user goes it."""
+"""The quickstart, shortened: from the text package to the report, as a user runs it."""
 
 import json
 import os
@@ -24,11 +24,11 @@ SHORT = {
 def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c"), "TFDS_DATA_DIR": str(tmp_path / "d")}
     command = [sys.executable, "-m", "relora_jax.train", "--config=configs/quickstart.py"]
-    command += [f"--config.{group}.{word}" for group, words in SHORT.items() for word in words.split()]
+    command += [f"--config.{group}.{setting}" for group, line in SHORT.items() for setting in line.split()]
 
     def train() -> subprocess.CompletedProcess[str]:
-        words = [*command, f"--workdir={tmp_path / 'run'}"]
-        return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        args = [*command, f"--workdir={tmp_path / 'run'}"]
+        return subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
     first = train()
     assert first.returncode == 0, first.stderr
@@ -49,13 +49,13 @@ def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
     assert len({r["prompt"] for r in rows if r["kind"] == "sample"}) == 3
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| after 0 updates | after 20 updates |" in report
-    assert report.endswith(f"<b>{samples.shown(sample['prompt'])}</b>{samples.shown(sample['text'])} |\n")
+    assert report.endswith(f"<b>{samples.escape(sample['prompt'])}</b>{samples.escape(sample['text'])} |\n")
     for picture in ("loss", "learning_rate", "perplexity", "spectrum"):
         assert (
             f"report/{picture}.png" in report
             and (tmp_path / "run" / "report" / f"{picture}.png").stat().st_size
         )
-    assert any((tmp_path / "c" / "relora_jax" / "xla").iterdir())  # the next start compiles nothing
+    assert any((tmp_path / "c" / "relora_jax" / "xla").iterdir())  # so the next start compiles nothing
     again = train()
     assert again.returncode == 0 and "is finished" in again.stdout and not again.stderr
 
@@ -63,16 +63,11 @@ def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "name", ["350m", *(pytest.param(n, marks=pytest.mark.slow) for n in ("60m", "130m", "250m", "1b"))]
 )
-def test_published_size_without_its_data_says_what_is_missing(name: str, tmp_path: pathlib.Path) -> None:
+def test_published_size_without_its_data_names_what_is_missing(name: str, tmp_path: pathlib.Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c"), "TFDS_DATA_DIR": str(tmp_path / "d")}
-    words = [
-        sys.executable,
-        "-m",
-        "relora_jax.train",
-        f"--config=configs/{name}.py",
-        f"--workdir={tmp_path / 'r'}",
-    ]
-    run = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    args = [sys.executable, "-m", "relora_jax.train", f"--config=configs/{name}.py"]
+    args += [f"--workdir={tmp_path / 'r'}"]
+    run = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 2 and run.stderr.count("\n") == 1
     assert "c4/en" in run.stderr and str(tmp_path / "d") in run.stderr
     assert not (tmp_path / "r").exists()

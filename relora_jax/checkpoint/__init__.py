@@ -1,1 +1,1 @@
-"""What of a run lies on disk: one writer, two readers (a whole state, single variables)."""
+"""A run's checkpoints: saving a state, restoring a state, reading single variables."""

@@ -1,6 +1,6 @@
-"""The way out: a run's state saved as a flat {path: array} with its meta (saved.py), by Orbax.
+"""Saves a run's state with Orbax, as a flat {path: array} and its meta (saved.py).
 
-A checkpoint at u holds the state before the restart that u may begin with, so a resumed run performs it.
+If update u begins with a restart, the checkpoint at u is from before it: a resumed run repeats the restart.
 """
 
 import contextlib
@@ -13,16 +13,16 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from relora_jax.checkpoint import saved
-from relora_jax.checkpoint.saved import META, STATE, checkpoints_dir, system_code
+from relora_jax.checkpoint.saved import META, STATE, checkpoints_dir, os_error_code
 from relora_jax.config import Config
 from relora_jax.training.state import TrainState, flatten
 
 
 class Checkpoints:
-    """The checkpoints of one run, saved asynchronously; the last ones, and some for ever, are kept."""
+    """Saves the checkpoints of one run asynchronously and deletes those that it need not keep."""
 
     def __init__(self, workdir: Path, config: Config) -> None:
-        saved.hush()
+        saved.quiet_orbax()
         train = config.train
         keep: list[Any] = [policies.LatestN(train.keep_last), policies.CustomSteps([snapshot_update(config)])]
         if train.keep_every:
@@ -31,35 +31,35 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             checkpoints_dir(workdir),
             item_handlers={
-                STATE: ocp.PyTreeCheckpointHandler(use_compression=False),  # which would leave 92%
+                STATE: ocp.PyTreeCheckpointHandler(use_compression=False),  # it saves only 8%
                 META: ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
                 enable_async_checkpointing=True,
-                cleanup_tmp_directories=True,  # of saves that did not end
+                cleanup_tmp_directories=True,  # of killed saves
             ),
         )
 
     def due(self, u: int) -> bool:
-        """Whether the state after u updates is saved: by the cadence, at the end, at the snapshot."""
+        """Whether the state after u updates must be saved: by cadence, as the snapshot, or as the last."""
         config = self._config
         by_cadence = u > 0 and u % config.train.save_every_updates == 0
         return by_cadence or u in (snapshot_update(config), config.train.updates)
 
     def save(self, u: int, state: TrainState) -> None:
-        """Begins to save; the state may be donated once this returns. OSError, also of the save before."""
+        """Starts a save; the state may be donated once this returns. OSError if it or the last one fails."""
         if u not in self._manager.all_steps():
             self._write(u, flatten(state))
 
     def _write(self, u: int, arrays: dict[str, jax.Array]) -> None:
-        meta = saved.meta_of(u, self._config, arrays)
+        meta = saved.make_meta(u, self._config, arrays)
         args = ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(arrays), META: ocp.args.JsonSave(meta)})
         with _as_os_error(self._manager.directory):
             self._manager.save(u, args=args)
 
     def wait(self) -> None:
-        """Until the newest save is whole. OSError where it could not be written."""
+        """Waits until the last save is complete. OSError if it failed."""
         with _as_os_error(self._manager.directory):
             self._manager.wait_until_finished()
 
@@ -75,18 +75,18 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _as_os_error(folder: Any) -> Iterator[None]:
-    """A full or broken disk as Python says it, whatever type tensorstore gave it."""
+    """Turns tensorstore's error for a full or broken disk into an OSError."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
-        code = system_code(error)
+        code = os_error_code(error)
         if not code:
             raise
         raise OSError(code, str(error).rpartition(": ")[2].partition(" [")[0], str(folder)) from error
 
 
 def snapshot_update(config: Config) -> int:
-    """The update that the summed update is measured from, kept for ever: where the low-rank phase starts."""
+    """W, where the low-rank phase starts and the summed update is measured from: its checkpoint is kept."""
     return config.relora.warm_start_updates

@@ -1,7 +1,7 @@
-"""The way in for single variables: each read and verified by itself, so that no model lies in memory whole.
+"""Reads single variables of a checkpoint, each verified, so that the model never has to fit into memory.
 
-A variable is named as in the model ("blocks/attention/q/kernel"); a frozen kernel is W as its base type reads
-it. Shapes: [layers, in, out] W, [layers, in, r] A, [layers, r, out] B.
+A variable is named as in the model ("blocks/attention/q/kernel"); a base kernel W is converted from its
+base_dtype. Shapes: W [layers, in, out], A [layers, in, r], B [layers, r, out].
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,81 +12,78 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from relora_jax.checkpoint.saved import Saved, checkpoints_dir
+from relora_jax.checkpoint.saved import Checkpoint, checkpoints_dir
 from relora_jax.core import base
 from relora_jax.core.merge import delta
 from relora_jax.training import names
 
 
 class Variables(Mapping[str, Any]):
-    """{path: array} of one checkpoint, on the host. DamagedError where one is not as it was saved."""
+    """{path: array} of one checkpoint, on the host. DamagedError if one is not as it was saved."""
 
-    def __init__(self, saved: Saved) -> None:
-        self._saved, self._kinds = saved, saved.kinds()
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._specs = checkpoint, checkpoint.specs()
         self._device = jax.local_devices()[0]
 
     @property
     def low_rank(self) -> bool:
-        """Whether the checkpoint is of the low-rank phase."""
-        return any(map(names.is_frozen, self._kinds))
+        """Whether the checkpoint is from the low-rank phase."""
+        return any(map(names.is_frozen, self._specs))
 
     def has_factors(self, path: str) -> bool:
-        """Whether the kernel has live factors."""
-        return names.frozen(path) in self._kinds
+        """Whether the kernel has unmerged factors."""
+        return names.frozen(path) in self._specs
 
     def __contains__(self, path: object) -> bool:
-        return self.has_factors(str(path)) or names.trained(str(path)) in self._kinds
+        return self.has_factors(str(path)) or names.trained(str(path)) in self._specs
 
     def __iter__(self) -> Iterator[str]:
-        held = {names.in_model(path) for path in self._kinds if not names.is_moment(path)}
-        return (path for path in sorted(held) if path in self and not self._is_part(path))
+        paths = {names.in_model(path) for path in self._specs if not names.is_moment(path)}
+        return (path for path in sorted(paths) if path in self and not self._is_part(path))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __getitem__(self, path: str) -> np.ndarray:
-        """The variable; for a frozen kernel W without its factors."""
+        """The variable; for a base kernel, W without its factors."""
         if not self.has_factors(path):
             return self._read(names.trained(path))
         layer = names.layer_of(path)
-        held = [
-            name
-            for name in self._kinds
-            if names.is_frozen(name) and names.layer_of(names.in_model(name)) == layer
-        ]
+        frozen = filter(names.is_frozen, self._specs)
+        parts = [name for name in frozen if names.layer_of(names.in_model(name)) == layer]
         with jax.default_device(self._device):
-            stored = {name.rpartition("/")[2]: jnp.asarray(self._read(name)) for name in held}
-            return np.asarray(base.parse(self._saved.config.relora.base_dtype).read(stored))
+            stored = {name.rpartition("/")[2]: jnp.asarray(self._read(name)) for name in parts}
+            return np.asarray(base.parse(self._checkpoint.config.relora.base_dtype).read(stored))
 
     def factors(self, path: str) -> tuple[np.ndarray, np.ndarray]:
-        """(A, B) of a kernel that has them."""
+        """(A, B) of a kernel with factors."""
         a, b = names.factors(names.layer_of(path))
         return self._read(names.trained(a)), self._read(names.trained(b))
 
     def merged_layers(self, path: str) -> Iterator[np.ndarray]:
-        """The layers of a stacked kernel, its live factors merged: in at least float32."""
+        """The layers of a stacked kernel with its factors merged, in at least float32."""
         kernel = self[path]
         if not self.has_factors(path):
             yield from kernel
             return
-        relora = self._saved.config.relora
+        relora = self._checkpoint.config.relora
         a, b = self.factors(path)
         with jax.default_device(self._device):
             for w_l, a_l, b_l in zip(kernel, a, b, strict=True):
-                step = delta(jnp.asarray(a_l), jnp.asarray(b_l), relora.alpha / relora.rank)
-                yield np.asarray(jnp.asarray(w_l).astype(step.dtype) + step)
+                product = delta(jnp.asarray(a_l), jnp.asarray(b_l), relora.alpha / relora.rank)
+                yield np.asarray(jnp.asarray(w_l).astype(product.dtype) + product)
 
     def _is_part(self, path: str) -> bool:
-        """Whether the name is of a part that a kernel is stored as, beside the kernel's own."""
+        """Whether the path is an extra array that a base kernel is stored with (quantization scales, say)."""
         return self.has_factors(path) and path != names.kernel_of(names.layer_of(path))
 
     def _read(self, path: str) -> np.ndarray:
-        shape, dtype = self._kinds[path]
-        here = jax.sharding.SingleDeviceSharding(self._device)
-        like = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=here)}
-        return np.asarray(self._saved.read(like, whole=False)[path])
+        shape, dtype = self._specs[path]
+        sharding = jax.sharding.SingleDeviceSharding(self._device)
+        like = {path: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)}
+        return np.asarray(self._checkpoint.read(like, whole=False)[path])
 
 
 def variables_of(workdir: Path, update: int) -> Variables:
-    """The variables of a run's checkpoint after so many updates."""
-    return Variables(Saved.open(checkpoints_dir(workdir) / str(update)))
+    """The variables of a run's checkpoint after `update` updates."""
+    return Variables(Checkpoint.open(checkpoints_dir(workdir) / str(update)))

@@ -1,1 +1,1 @@
-"""The method, for anyone's model: low-rank layers, merges, resets, the schedule. Imports no other room."""
+"""The method for any NNX model: low-rank layers, merges, resets, the schedule. Imports no other package."""

@@ -1,13 +1,13 @@
-"""How a frozen base kernel W is stored: a value that stores, reads, multiplies and merges it.
+"""Storage formats of the frozen base kernel W: each stores, reads, multiplies and merges it.
 
-    float32     as it is
-    bfloat16    half of the memory; merges are rounded stochastically, so that those smaller than its spacing
-                are not lost in the mean
-    float64     for oracles, where JAX has 64-bit types
+    float32     unchanged
+    bfloat16    half the memory; merges are rounded stochastically, so that updates smaller than the
+                spacing of bfloat16 survive in the mean
+    float64     for reference computations; needs JAX's 64-bit types
 
-W [*layers, in, out] is stored as a dict of arrays, which become variables of the layer: `kernel`, of W's
-shape, and perhaps others, whose names begin with `kernel_` and which have as many axes (size 1 where they are
-shared), since layers are merged one by one and variables are sharded by the names of their axes.
+W [*layers, in, out] is stored as a dict of arrays, which become variables of the layer: `kernel`, with the
+shape of W, and optionally others named `kernel_...` with the same number of axes (size 1 where shared),
+because layers are merged one at a time and variables are sharded by the names of their axes.
 """
 
 from typing import Any, ClassVar
@@ -23,41 +23,41 @@ Stored = dict[str, Any]  # {attribute of the layer: array}
 
 
 class Base(grammar.Choice):
-    """One way to store W. Another one is a class with `kind`, `store` and `read`, and a row in CHOICES.
+    """One storage format for W. To add one, subclass with `kind`, `store` and `read`, and add it to CHOICES.
 
-    It overrides `round` as well where rounding to nearest would lose merges that are small.
+    Override `round` as well if rounding to nearest would lose small merges.
     """
 
     def store(self, w: Float[Array, "*layers in out"]) -> Stored:
-        """The arrays that W is stored as, rounded to nearest."""
+        """The arrays that represent W, rounded to nearest."""
         raise NotImplementedError
 
     def read(self, stored: Stored) -> Float[Array, "*layers in out"]:
-        """W, as the arrays hold it."""
+        """W, reconstructed from its stored arrays."""
         raise NotImplementedError
 
     def multiply(
         self, x: Float[Array, "*tokens in"], stored: Stored, *, precision: Any = None
     ) -> Float[Array, "*tokens out"]:
-        """x @ W in the type of x; of one layer."""
+        """x @ W for a single layer, in the dtype of x."""
         return jnp.matmul(x, self.read(stored).astype(x.dtype), precision=precision)
 
     def merge(self, stored: Stored, delta: Float[Array, "in out"], key: Any) -> Stored:
-        """W + delta of one layer, summed in at least float32, stored again; `key` may draw the rounding."""
+        """Stored form of W + delta for a single layer, summed in at least float32; `key` is for rounding."""
         w = self.read(stored)
         wide = jnp.promote_types(w.dtype, delta.dtype)
         return self.round(w.astype(wide) + delta.astype(wide), key)
 
     def round(self, w: Float[Array, "in out"], key: Any) -> Stored:
-        """The arrays that a merged W of one layer is stored as: rounded to nearest, unless overridden."""
+        """Stored form of the merged W of a single layer; rounds to nearest unless overridden."""
         return self.store(w)
 
 
 class _Plain(Base):
-    """One array of a floating-point type."""
+    """A single array of a floating-point type."""
 
     def store(self, w: Float[Array, "*layers in out"]) -> Stored:
-        """W in this type."""
+        """W cast to this dtype."""
         return {"kernel": w.astype(self.kind)}
 
     def read(self, stored: Stored) -> Float[Array, "*layers in out"]:
@@ -72,12 +72,12 @@ class Float32(_Plain):
 
 
 class Bfloat16(_Plain):
-    """W in bfloat16; a merge is right in the mean."""
+    """W in bfloat16; merges are unbiased."""
 
     kind: ClassVar[str] = "bfloat16"
 
     def round(self, w: Float[Array, "in out"], key: Any) -> Stored:
-        """Rounded stochastically."""
+        """W rounded stochastically."""
         return {"kernel": round_stochastically(w, key)}
 
 
@@ -95,17 +95,17 @@ CHOICES: dict[str, type[Base]] = {choice.kind: choice for choice in (Float32, Bf
 
 
 def parse(base_dtype: Any) -> Base:
-    """The choice itself, or the one that a text or a dtype names. ValueError with the grammar otherwise."""
+    """The `Base` for a name or a dtype; a `Base` is returned unchanged. ValueError if it is not valid."""
     if isinstance(base_dtype, Base):
         return base_dtype
     text = base_dtype if isinstance(base_dtype, str) else jnp.dtype(base_dtype).name
-    return grammar.parse(text, CHOICES, what="base_dtype")
+    return grammar.parse(text, CHOICES, name="base_dtype")
 
 
 def round_stochastically(x: Any, key: Any) -> Any:
-    """x in bfloat16, one of its two neighbours, drawn so that the mean is x.
+    """x rounded to one of its two bfloat16 neighbors, drawn so that the expected value is x.
 
-    To nearest, merges smaller than the spacing would be lost; here they are right in the mean.
+    Rounding to nearest would discard every merge smaller than half the spacing.
     """
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)

@@ -1,8 +1,8 @@
-"""Choices that are written as text, such as "magnitude(0.9)": one grammar reads and writes all of them.
+"""Choices written as text, such as "magnitude(0.9)", and the one grammar that parses and prints all of them.
 
-A kind of choice (how moments are pruned, how a base kernel is stored, what a restart does, how rotary
-positions are scaled) is a base class with a table {kind: class}. A variant is a class with a `kind`, its
-numbers as fields, and its own behaviour: a new one is one class and a row in the table.
+Each family of choices (how moments are pruned, how a base kernel is stored, what a restart does, how rotary
+positions are scaled) is a base class with a table {kind: class}. A variant is a class with a `kind`, numeric
+fields and its own behavior: adding one takes a class and a row in the table.
 """
 
 import dataclasses
@@ -15,17 +15,17 @@ _TEXT = re.compile(r"\s*([a-z_][a-z0-9_]*)\s*(?:\(([^()]*)\))?\s*")
 
 @dataclass_transform(frozen_default=True)
 class Choice:
-    """One choice; `str` writes it as `parse` reads it. Every class below is a frozen dataclass of numbers."""
+    """One choice; `str` prints it as `parse` reads it. Subclasses become frozen dataclasses of numbers."""
 
     kind: ClassVar[str]
-    example: ClassVar[str] = ""  # how it is written, for messages; its kind where that is all
+    example: ClassVar[str] = ""  # shown in error messages; empty if the kind alone is the whole text
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         dataclasses.dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
-        """ValueError for numbers that make no choice."""
+        """Raises ValueError for invalid numbers."""
 
     def __str__(self) -> str:
         values = [repr(getattr(self, field.name)) for field in dataclasses.fields(self)]  # pyright: ignore
@@ -35,10 +35,10 @@ class Choice:
 C = TypeVar("C", bound=Choice)
 
 
-def parse(text: object, table: Mapping[str, type[C]], *, what: str) -> C:
-    """The choice of the table that `text` writes; parse(str(c)) == c.
+def parse(text: object, table: Mapping[str, type[C]], *, name: str) -> C:
+    """The choice in `table` that `text` describes; parse(str(c)) == c.
 
-    ValueError, which says what may be written, for any other text; the class itself judges its numbers.
+    ValueError, listing the valid texts, if there is none. The class itself validates its numbers.
     """
     match = _TEXT.fullmatch(text) if isinstance(text, str) else None
     kind, inside = (match[1], (match[2] or "").strip()) if match else ("", "")
@@ -48,6 +48,6 @@ def parse(text: object, table: Mapping[str, type[C]], *, what: str) -> C:
         kind = ""
     if kind not in table or len(numbers) != len(dataclasses.fields(table[kind])):  # pyright: ignore
         *others, last = [choice.example or kind for kind, choice in table.items()]
-        written = f"{', '.join(others)} or {last}" if others else last
-        raise ValueError(f"{what} {text!r} cannot be read: write {written}")
+        options = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{name} {text!r} is not valid: use {options}")
     return table[kind](*numbers)  # pyright: ignore

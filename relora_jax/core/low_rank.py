@@ -1,7 +1,7 @@
 """y = x @ W + (alpha / rank) * (x @ A) @ B: linear layers with a frozen base kernel and trainable factors.
 
-`wrap` turns the `nnx.Linear`s of any NNX model into `LowRankDense`, `merge_and_reinit` is the
-weights' half of a restart, `unwrap` gives plain `nnx.Linear`s back (ReLoRA, arXiv 2307.05695).
+`wrap` converts `nnx.Linear`s of any NNX model to `LowRankDense`, `merge_and_reinit` is the weights' half of a
+restart, and `unwrap` converts back to plain `nnx.Linear`s (ReLoRA, arXiv 2307.05695).
 
 Shapes: `in`, `out` sides of the kernel; `r` rank; `*layers` leading axes of a stacked model.
 """
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from relora_jax.core import base
 from relora_jax.core.merge import delta, merge_layers
-from relora_jax.core.paths import Path, holders, modules, path_key, replace_modules, said
+from relora_jax.core.paths import Path, modules, path_key, path_text, reference_count, replace_modules
 from relora_jax.core.product import check as check_product
 from relora_jax.core.product import product as low_rank_product
 
@@ -27,22 +27,22 @@ BASE_INITS = ("keep", "zero")
 
 
 class BaseKernel(nnx.Variable):
-    """W [*layers, in, out], or a part of what it is stored as: frozen, so without gradient and moments.
+    """W [*layers, in, out], or one of the arrays that it is stored as: changed by merges only.
 
-    Merges alone change it.
+    Not an `nnx.Param`, so it has no gradient and no optimizer state.
     """
 
 
 class BranchKey(nnx.Variable):
-    """Dropout keys [*layers] of one layer's branch, placed for one pass by `with_dropout_keys`."""
+    """Dropout keys [*layers] of one layer, set by `with_dropout_keys` for a single forward pass."""
 
 
 class LowRankDense(nnx.Module):
-    """y = x @ W + (alpha / rank) * (x @ A) @ B (+ bias): W frozen, A, B and bias trained.
+    """y = x @ W + (alpha / rank) * (x @ A) @ B (+ bias): W frozen; A, B and bias trained.
 
-    Starts as the function of `linear`: A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that B has a
-    gradient from the first update. `base_init="zero"` drops the kernel's value instead and draws both
-    factors from U(-1/sqrt(r), 1/sqrt(r)). The kernel may be stacked: [*layers, in, out].
+    Initially computes the same function as `linear`: A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that B has
+    a gradient from the first update. `base_init="zero"` sets W to 0 instead and draws both factors from
+    U(-1/sqrt(r), 1/sqrt(r)). The kernel may be stacked: [*layers, in, out].
     """
 
     kernel: BaseKernel
@@ -67,19 +67,21 @@ class LowRankDense(nnx.Module):
         keep = base_init == "keep"
         self.base = base.parse(base_dtype)
         stored = self.base.store(kernel if keep else jnp.zeros_like(kernel))
-        self.stored_as = tuple(stored)
+        self.stored_names = tuple(stored)
         if "kernel" not in stored or not all(name.startswith("kernel") for name in stored):
-            raise ValueError(f"base_dtype {self.base} stores {list(stored)}: name them kernel and kernel_...")
+            raise ValueError(
+                f"base_dtype {self.base} stores {list(stored)}: use the names kernel and kernel_..."
+            )
         for name, part in stored.items():
             setattr(self, name, BaseKernel(part, **metadata))
         bound = 1 / math.sqrt(fan_in if keep else rank)
-        names = metadata.pop("axes", (*("layers",) * len(layers), "in", "out"))
+        axes = metadata.pop("axes", (*("layers",) * len(layers), "in", "out"))
         a = _uniform_layers(key, (*layers, fan_in, rank), bound, linear.param_dtype)
         b = jnp.zeros((*layers, rank, fan_out), linear.param_dtype)
         if not keep:
             b = _uniform_layers(jax.random.fold_in(key, 1), b.shape, bound, linear.param_dtype)
-        self.lora_a = nnx.LoRAParam(a, axes=(*names[:-1], "rank"))
-        self.lora_b = nnx.LoRAParam(b, axes=(*names[:-2], "rank", names[-1]))
+        self.lora_a = nnx.LoRAParam(a, axes=(*axes[:-1], "rank"))
+        self.lora_b = nnx.LoRAParam(b, axes=(*axes[:-2], "rank", axes[-1]))
         self.bias = linear.bias
         self.dropout_key: Any = nnx.data(None)
         self.rank, self.alpha, self.dropout, self.product = rank, alpha, dropout, product
@@ -87,18 +89,18 @@ class LowRankDense(nnx.Module):
 
     @property
     def scale(self) -> float:
-        """Alpha / rank, the weight of the branch."""
+        """Alpha / rank, the weight of the low-rank branch."""
         return self.alpha / self.rank
 
     @property
     def stored(self) -> base.Stored:
         """The arrays that W is stored as."""
-        return {name: getattr(self, name)[...] for name in self.stored_as}
+        return {name: getattr(self, name)[...] for name in self.stored_names}
 
     def __call__(self, x: Float[Array, "*tokens in"], *, key: Any = None) -> Float[Array, "*tokens out"]:
-        """x @ W + scale * (dropout(x) @ A) @ B (+ bias); dropout is drawn only where a key is given.
+        """x @ W + scale * (dropout(x) @ A) @ B (+ bias).
 
-        The key is `key`, or what `with_dropout_keys` placed in the layer.
+        Dropout is applied only with a key: `key`, or else the one set by `with_dropout_keys`.
         """
         bias = None if self.bias is None else self.bias[...]
         a, b, w = self.lora_a[...], self.lora_b[...], self.stored
@@ -135,46 +137,47 @@ def wrap(
     base_dtype: Any = jnp.float32,
     base_init: str = "keep",
 ) -> Any:
-    """The same function, its targeted `nnx.Linear`s turned into `LowRankDense` in place.
+    """The model with its targeted `nnx.Linear`s replaced by `LowRankDense`, in place; outputs are unchanged.
 
-    `targets(path, module)` picks among the model's `nnx.Linear`s, by the tuple of attribute names and
-    indices that leads to one. Kernel and bias keep their values (the kernel as `base_dtype` stores it: a
-    dtype, its name or a `core.base.Base`); one key is taken from `rngs.params()` and folded with each layer's
-    path. ValueError where nothing is picked, or a picked layer does more than x @ W + bias.
+    `targets(path, linear)` selects layers; path is a tuple of attribute names and indices. Kernel and bias
+    keep their values unless `base_init="zero"`; `base_dtype`, a dtype, its name or a `core.base.Base`, sets
+    how the kernel is stored. One key is taken from `rngs.params()` and folded with each layer's path.
+    ValueError if no layer is selected, or a selected layer computes anything but x @ W + bias.
     """
     key = rngs.params()
     options: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "product": product}
     options |= {"base_dtype": base_dtype, "base_init": base_init}
-    picked = [(p, m) for p, m in modules(model, nnx.Linear) if targets(p, m)]
-    if not picked:
-        seen = [said(p) for p, _ in modules(model, nnx.Linear)]
-        raise ValueError(
-            f"targets picks none of the model's nnx.Linear layers: {', '.join(seen) or 'it has none'}"
-        )
+    linears = list(modules(model, nnx.Linear))
+    selected = [(path, linear) for path, linear in linears if targets(path, linear)]
+    if not selected:
+        layers = ", ".join(path_text(path) for path, _ in linears) or "it has none"
+        raise ValueError(f"targets selects none of the model's nnx.Linear layers: {layers}")
     low_rank = {}
-    for path, linear in picked:
-        if holders(model, linear.kernel) > 1:
-            raise ValueError(f"{said(path)} shares its kernel with another layer: leave both out of targets")
+    for path, linear in selected:
+        if reference_count(model, linear.kernel) > 1:
+            raise ValueError(
+                f"{path_text(path)} shares its kernel with another layer: exclude both from targets"
+            )
         try:
             low_rank[id(linear)] = LowRankDense(linear, key=path_key(key, path), **options)
         except ValueError as error:
-            raise ValueError(f"{said(path)}: {error}") from None
+            raise ValueError(f"{path_text(path)}: {error}") from None
     return replace_modules(model, low_rank)
 
 
 def unwrap(model: Any) -> Any:
-    """The same function in plain `nnx.Linear`s, in place: W + scale * (A @ B) becomes the trained kernel.
+    """Replaces each `LowRankDense` by an `nnx.Linear` with kernel W + scale * (A @ B), in place.
 
-    Biases stay the Variables they were. ValueError where the model holds no `LowRankDense`.
+    Biases remain the same Variables. ValueError if the model has no `LowRankDense`.
     """
     return replace_modules(model, {id(dense): _linear(dense) for _, dense in low_rank_layers(model)})
 
 
 def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
-    """W += scale * (A @ B); A ~ U(-1/sqrt(in), 1/sqrt(in)) afresh; B = 0: the function stays, in place.
+    """W += scale * (A @ B), a new A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, in place; outputs are unchanged.
 
-    Layer by layer in at least float32 at highest precision; how the sum is rounded is the base type's:
-    into a bfloat16 kernel stochastically, so that merges smaller than its spacing are not lost in the mean.
+    Computed layer by layer in at least float32 at highest precision. The base type decides how the sum is
+    rounded: a bfloat16 kernel stochastically, so that merges smaller than its spacing survive in the mean.
     `key` is folded with each layer's path and index.
     """
     for path, dense in low_rank_layers(model):
@@ -187,9 +190,9 @@ def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
 
 
 def with_dropout_keys(model: Any, *, key: Key[Array, ""]) -> Any:
-    """The model with a dropout key of its own in every low-rank layer that has dropout, in place.
+    """The model with a separate dropout key set in every low-rank layer that uses dropout, in place.
 
-    For models whose calls hand no key on. Place keys for one pass only: they are state like any other.
+    For models that pass no key to their layers. Set keys for one forward pass only: they are model state.
     """
     for path, dense in low_rank_layers(model):
         if dense.dropout > 0:
@@ -200,15 +203,15 @@ def with_dropout_keys(model: Any, *, key: Key[Array, ""]) -> Any:
 
 
 def low_rank_layers(model: Any) -> list[tuple[Path, LowRankDense]]:
-    """Every (path, layer) that `wrap` made; ValueError where there is none."""
+    """(path, layer) of every `LowRankDense`; ValueError if there is none."""
     layers = list(modules(model, LowRankDense))
     if not layers:
-        raise ValueError("the model holds no LowRankDense: call wrap first")
+        raise ValueError("the model has no LowRankDense: call wrap first")
     return layers
 
 
 def _uniform_layers(key: Any, shape: tuple[int, ...], bound: float, dtype: Any) -> Any:
-    """U(-bound, bound) of the shape [*layers, m, n], each layer drawn from a key of its own."""
+    """U(-bound, bound) of shape [*layers, m, n], each layer drawn from a separate key."""
     *layers, m, n = shape
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(math.prod(layers)))
     draw = jax.vmap(lambda k: jax.random.uniform(k, (m, n), dtype, -bound, bound))
@@ -216,11 +219,11 @@ def _uniform_layers(key: Any, shape: tuple[int, ...], bound: float, dtype: Any) 
 
 
 def _linear(dense: LowRankDense) -> nnx.Linear:
-    """The plain layer of the merged kernel."""
+    """The plain layer with the merged kernel."""
     *_, fan_in, fan_out = dense.kernel[...].shape
-    types = {"dtype": dense.dtype, "param_dtype": dense.param_dtype, "precision": dense.precision}
+    dtypes = {"dtype": dense.dtype, "param_dtype": dense.param_dtype, "precision": dense.precision}
     linear = nnx.eval_shape(
-        lambda: nnx.Linear(fan_in, fan_out, use_bias=dense.bias is not None, rngs=nnx.Rngs(0), **types)
+        lambda: nnx.Linear(fan_in, fan_out, use_bias=dense.bias is not None, rngs=nnx.Rngs(0), **dtypes)
     )
     merged = dense.base.read(dense.stored).astype(dense.delta().dtype) + dense.delta()
     linear.kernel = nnx.Param(merged.astype(dense.param_dtype), **dense.kernel.get_metadata())
@@ -237,9 +240,9 @@ def check(
     product: str = "separate",
     base_init: str = "keep",
 ) -> None:
-    """ValueError, which begins with the argument's name, where no `LowRankDense` can be made of the kernel.
+    """Raises ValueError, starting with the argument's name, for options invalid for a kernel of this shape.
 
-    `shape` is the kernel's, [*layers, in, out].
+    `shape` is [*layers, in, out].
     """
     fan_in, fan_out = shape[-2:]
     if not 1 <= rank <= min(fan_in, fan_out):
@@ -250,17 +253,17 @@ def check(
         raise ValueError(f"alpha {alpha} must be finite and above 0, such as 32")
     check_product(product, dropout)
     if base_init not in BASE_INITS:
-        raise ValueError(f"base_init {base_init!r} is not known: one of {', '.join(BASE_INITS)}")
+        raise ValueError(f"base_init {base_init!r} is not valid: use {' or '.join(BASE_INITS)}")
 
 
 def _check_plain(linear: Any) -> None:
-    """ValueError for a layer that does more than x @ W + bias."""
+    """Raises ValueError for a layer that computes anything but x @ W + bias."""
     plain = nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
-    own = [n for n in ("dot_general", "promote_dtype") if getattr(linear, n) is not getattr(plain, n)]
+    custom = [n for n in ("dot_general", "promote_dtype") if getattr(linear, n) is not getattr(plain, n)]
     if getattr(linear, "preferred_element_type", None) is not None:
-        own.append("preferred_element_type")
-    if type(linear) is not nnx.Linear or own:
-        what = f"its own {', '.join(own)}" if own else f"the class {type(linear).__name__}"
+        custom.append("preferred_element_type")
+    if type(linear) is not nnx.Linear or custom:
+        layer = f"custom {', '.join(custom)}" if custom else f"class {type(linear).__name__}"
         raise ValueError(
-            f"only a plain nnx.Linear becomes low-rank, not one with {what}: leave it out of targets"
+            f"only a plain nnx.Linear can be low-rank, not one with {layer}: exclude it from targets"
         )

@@ -1,7 +1,7 @@
-"""What optax keeps for a parameter: the fields of its states that mirror the parameters, found by paths.
+"""What optax stores per parameter: the fields of its states that mirror the parameters, located by path.
 
-A state whose class is not in the table may hold anything (parameters, accumulated gradients), so it is
-refused by name where it holds something of a factor.
+A state whose class is not in KNOWN_STATES may store anything (parameters, accumulated gradients), so it is
+rejected by name if it stores anything of a factor.
 """
 
 from collections.abc import Collection, Iterator
@@ -9,122 +9,118 @@ from typing import Any, NamedTuple
 
 import jax
 
-from relora_jax.core.paths import Path, leaves, said, value_of
+from relora_jax.core.paths import Path, leaves, path_text, value_of
 
 
-class Statistics(NamedTuple):
-    """Which fields of a state mirror the parameters (the first moment, if any, first), and its count."""
+class StateFields(NamedTuple):
+    """Which fields of a state mirror the parameters (first moment first, if any), and which is its count."""
 
-    fields: tuple[str, ...]
+    statistics: tuple[str, ...]
     first_moment: str = ""
     count: str = ""
-    also: tuple[str, ...] = ()  # settings that the state carries
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """The fields that are no statistics."""
-        return (self.count, *self.also)
+    settings: tuple[str, ...] = ()
 
 
-# by the name of the state's class
-UNDERSTOOD = {
-    "ScaleByAdamState": Statistics(("mu", "nu"), "mu", "count"),
-    "ScaleByAmsgradState": Statistics(("mu", "nu", "nu_max"), "mu", "count"),
-    "ScaleByBeliefState": Statistics(("mu", "nu"), "mu", "count"),
-    "ScaleByLionState": Statistics(("mu",), "mu", "count"),
-    "ScaleByRmsState": Statistics(("nu",)),
-    "ScaleByRmsWithCountState": Statistics(("nu",), "", "count"),
-    "ScaleByRStdDevState": Statistics(("mu", "nu"), "mu"),
-    "ScaleByRStdDevWithCountState": Statistics(("mu", "nu"), "mu", "count"),
-    "ScaleByRssState": Statistics(("sum_of_squares",)),
-    "ScaleByAdaDeltaState": Statistics(("e_g", "e_x")),
-    "ScaleByNovogradState": Statistics(("mu", "nu"), "mu", "count"),
-    "FactoredState": Statistics(("v_row", "v_col", "v"), "", "count"),
-    "TraceState": Statistics(("trace",), "trace"),
-    "EmaState": Statistics(("ema",), "ema", "count"),
-    "MuonState": Statistics(("mu",), "mu", "count", ("ns_coeffs",)),
+# by the class name of the state
+KNOWN_STATES = {
+    "ScaleByAdamState": StateFields(("mu", "nu"), "mu", "count"),
+    "ScaleByAmsgradState": StateFields(("mu", "nu", "nu_max"), "mu", "count"),
+    "ScaleByBeliefState": StateFields(("mu", "nu"), "mu", "count"),
+    "ScaleByLionState": StateFields(("mu",), "mu", "count"),
+    "ScaleByRmsState": StateFields(("nu",)),
+    "ScaleByRmsWithCountState": StateFields(("nu",), "", "count"),
+    "ScaleByRStdDevState": StateFields(("mu", "nu"), "mu"),
+    "ScaleByRStdDevWithCountState": StateFields(("mu", "nu"), "mu", "count"),
+    "ScaleByRssState": StateFields(("sum_of_squares",)),
+    "ScaleByAdaDeltaState": StateFields(("e_g", "e_x")),
+    "ScaleByNovogradState": StateFields(("mu", "nu"), "mu", "count"),
+    "FactoredState": StateFields(("v_row", "v_col", "v"), "", "count"),
+    "TraceState": StateFields(("trace",), "trace"),
+    "EmaState": StateFields(("ema",), "ema", "count"),
+    "MuonState": StateFields(("mu",), "mu", "count", ("ns_coeffs",)),
 }
 
 
-def known(node: Any) -> Statistics | None:
-    """What the table says of a state; None where the node is no state, or one that it does not know."""
-    kept = UNDERSTOOD.get(type(node).__name__) if _is_named(node) else None
-    if kept is None or set(node._fields) != {*kept.fields, *kept.others} - {""}:
-        return None  # another's class of the same name
-    return kept
+def fields_of(node: Any) -> StateFields | None:
+    """The entry of KNOWN_STATES for a state; None if the node is not a state, or an unknown one."""
+    fields = KNOWN_STATES.get(type(node).__name__) if _is_named_tuple(node) else None
+    if fields is None or set(node._fields) != {*fields.statistics, fields.count, *fields.settings} - {""}:
+        return None  # the second case: an unrelated class of the same name
+    return fields
+
+
+def is_known(node: Any) -> bool:
+    """Whether the node is a state that KNOWN_STATES describes."""
+    return fields_of(node) is not None
 
 
 def states(tree: Any) -> list[Any]:
-    """Every state of the tree that the table knows, in flatten order."""
-    return [node for node in jax.tree.leaves(tree, is_leaf=_is_known) if _is_known(node)]
+    """Every known state of the tree, in flatten order."""
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_known) if is_known(node)]
 
 
 def statistics(state: Any, factors: Collection[Path]) -> Iterator[tuple[bool, Path, jax.Array]]:
-    """(is it a first moment, factor's path, statistic) of each statistic of a factor in a known state."""
-    kept = UNDERSTOOD[type(state).__name__]
-    for name in kept.fields:
+    """(is first moment, path of the factor, statistic) for each statistic of a factor in a known state."""
+    fields = KNOWN_STATES[type(state).__name__]
+    for name in fields.statistics:
         for path, leaf in leaves(getattr(state, name)):
             if path in factors:
-                yield name == kept.first_moment, path, value_of(leaf)
+                yield name == fields.first_moment, path, value_of(leaf)
 
 
-def refuse_unknown(tree: Any, *, factors: Collection[Path], params: Collection[Path]) -> None:
-    """ValueError that names a state which holds something of a factor where no reset would find it."""
-    for path, leaf in leaves(tree, stop=_is_known):
-        kept = known(leaf)
-        if kept is None:
-            owner, inside = _owner(tree, path)
-            refused = [owner] if any(_holds(inside, factor) for factor in factors if factor) else []
-        else:  # statistics that do not lie as the parameters do would never be found
-            fields = [(name, p) for name in kept.fields for p, _ in leaves(getattr(leaf, name))]
-            refused = [_owner(tree, (*path, name))[0] for name, p in fields if p not in params]
-        if factors and refused:
+def check_states(tree: Any, *, factors: Collection[Path], params: Collection[Path]) -> None:
+    """Raises ValueError naming a state that stores something of a factor where a reset would not find it."""
+    for path, leaf in leaves(tree, stop=is_known):
+        fields = fields_of(leaf)
+        if fields is None:
+            owner, inner_path = _owner(tree, path)
+            rejected = [owner] if any(_contains(inner_path, factor) for factor in factors if factor) else []
+        else:  # statistics whose paths differ from those of the parameters would never be found
+            entries = [(name, p) for name in fields.statistics for p, _ in leaves(getattr(leaf, name))]
+            rejected = [_owner(tree, (*path, name))[0] for name, p in entries if p not in params]
+        if factors and rejected:
             raise ValueError(
-                f"with_reset does not understand {refused[0]}, which holds something of a factor: "
-                "put with_reset inside that transformation, or use another"
+                f"with_reset does not support {rejected[0]}, which stores something of a factor: "
+                "put with_reset inside that transformation, or use another one"
             )
 
 
-def refuse_shared_count(tree: Any, *, factors: Collection[Path]) -> None:
-    """ValueError where the factors have no count, or share theirs with other parameters."""
-    counted = False
+def check_count(tree: Any, *, factors: Collection[Path]) -> None:
+    """Raises ValueError if the factors have no count, or share it with other parameters."""
+    has_count = False
     for state in states(tree):
-        kept = UNDERSTOOD[type(state).__name__]
+        fields = KNOWN_STATES[type(state).__name__]
         own = {path for _, path, _ in statistics(state, factors)}
-        others = {path for name in kept.fields for path, _ in leaves(getattr(state, name))} - own
-        counted |= bool(own and kept.count)
-        if own and others and kept.count:
+        others = {path for name in fields.statistics for path, _ in leaves(getattr(state, name))} - own
+        has_count |= bool(own and fields.count)
+        if own and others and fields.count:
             raise ValueError(
-                f"reset_count would also reset the count of {said(min(others, key=str))}: give the factors a "
-                "group of their own with optax.partition(..., group_labels(params))"
+                f"reset_count would also reset the count of {path_text(min(others, key=str))}: put the "
+                "factors in a separate group with optax.partition(..., group_labels(params))"
             )
-    if factors and not counted:
-        raise ValueError("reset_count has nothing to reset: the optimizer keeps no count of the factors")
+    if factors and not has_count:
+        raise ValueError("reset_count has nothing to reset: the optimizer keeps no count for the factors")
 
 
 def _owner(node: Any, path: Path) -> tuple[str, Path]:
-    """("Outer > Inner.field", rest of the path) of the named tuples on the way along `path`."""
-    classes, field, inside = [], "?", path
+    """("Outer > Inner.field", rest of the path) for the named tuples along `path`."""
+    classes, field, rest = [], "?", path
     for depth, name in enumerate(path):
-        if _is_named(node):
+        if _is_named_tuple(node):
             classes.append(type(node).__name__)
-            field, inside = name, path[depth + 1 :]
+            field, rest = name, path[depth + 1 :]
         try:
-            named = _is_named(node) or hasattr(node, "__dataclass_fields__")
-            node = getattr(node, str(name)) if named else node[name]
+            has_fields = _is_named_tuple(node) or hasattr(node, "__dataclass_fields__")
+            node = getattr(node, str(name)) if has_fields else node[name]
         except (AttributeError, LookupError, TypeError):
             break
-    return f"{' > '.join(classes) or 'a state'}.{field}", inside
+    return f"{' > '.join(classes) or 'a state'}.{field}", rest
 
 
-def _holds(path: Path, factor: Path) -> bool:
-    """Whether the names of `factor` follow one another somewhere in `path`."""
+def _contains(path: Path, factor: Path) -> bool:
+    """Whether `factor` is a contiguous part of `path`."""
     return any(path[i : i + len(factor)] == factor for i in range(len(path) - len(factor) + 1))
 
 
-def _is_known(node: Any) -> bool:
-    return known(node) is not None
-
-
-def _is_named(node: Any) -> bool:
+def _is_named_tuple(node: Any) -> bool:
     return isinstance(node, tuple) and hasattr(node, "_fields")

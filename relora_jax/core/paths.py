@@ -1,4 +1,4 @@
-"""Leaves of trees and modules of models by their paths: tuples of attribute names, keys and indices."""
+"""Tree leaves and model modules addressed by path: a tuple of attribute names, keys and indices."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -9,71 +9,71 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 Path = tuple[str | int, ...]
-_HIDDEN = "lies in a plain container: hold it in nnx.List or nnx.Dict"
+_PLAIN_CONTAINER = "is in a plain list, tuple or dict: use nnx.List or nnx.Dict"
 
 
 def path_key(key: Key[Array, ""], path: Path) -> Key[Array, ""]:
-    """`key` folded with a path: a kernel's draws do not depend on which others are there."""
+    """`key` folded with a path, so that a layer's random draws do not depend on which other layers exist."""
     return jax.random.fold_in(key, zlib.crc32("/".join(map(str, path)).encode()))
 
 
 def is_variable(node: Any) -> bool:
-    """Whether the node is an `nnx.Variable`, which counts as one leaf here."""
+    """Whether the node is an `nnx.Variable`, which this module treats as a single leaf."""
     return isinstance(node, nnx.Variable)
 
 
 def value_of(leaf: Any) -> Any:
-    """The array of a leaf, in a Variable or bare."""
+    """The array of a leaf, which is a Variable or the array itself."""
     return leaf.get_value() if is_variable(leaf) else leaf
 
 
 def with_value(leaf: Any, value: Any) -> Any:
-    """The leaf with another array, in a Variable if it was."""
+    """The leaf with a new array, still wrapped if it is a Variable."""
     return leaf.replace(value) if is_variable(leaf) else value
 
 
 def names(path: tuple[Any, ...]) -> Path:
-    """Jax's keys as plain names and indices."""
+    """A JAX key path as plain names and indices."""
     return tuple(getattr(k, "key", getattr(k, "name", getattr(k, "idx", ""))) for k in path)
 
 
 def leaves(tree: Any, stop: Callable[[Any], bool] = lambda _: False) -> list[tuple[Path, Any]]:
-    """(path, leaf) of a tree in flatten order; nodes for which `stop` holds are leaves too."""
-    found, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda n: is_variable(n) or stop(n))
-    return [(names(path), leaf) for path, leaf in found]
+    """(path, leaf) of a tree in flatten order; nodes for which `stop` is true are leaves too."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda n: is_variable(n) or stop(n))
+    return [(names(path), leaf) for path, leaf in flat]
 
 
 def map_leaves(f: Callable[[Path, Any], Any], tree: Any) -> Any:
-    """The tree with f(path, leaf) in the place of each leaf."""
+    """The tree with each leaf replaced by f(path, leaf)."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: f(names(path), leaf), tree, is_leaf=is_variable
     )
 
 
 def modules(model: Any, kind: type) -> Iterator[tuple[Any, Any]]:
-    """(path, module) of the modules of that kind; one that is held twice comes once."""
+    """(path, module) of the modules of type `kind`; a shared module appears once."""
     return ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, kind))
 
 
 def replace_modules(model: Any, by_id: dict[int, Any]) -> Any:
-    """The model with each module whose id is a key replaced at every place that holds it.
+    """The model with every reference to a module whose id is in `by_id` replaced, in place.
 
-    ValueError, and nothing replaced, where one lies in a plain container that cannot be seen into.
+    ValueError, before anything is replaced, if one is inside a plain container.
     """
     if id(model) in by_id:
         return by_id[id(model)]
-    held = list(_held(model))
-    places = [(parent, name, child) for parent, name, child in held if id(child) in by_id]
-    missed = by_id.keys() - {id(child) for _, _, child in places}
+    children = list(_children(model))
+    targets = [(parent, name, child) for parent, name, child in children if id(child) in by_id]
+    unreachable = by_id.keys() - {id(child) for _, _, child in targets}
     for path, node in nnx.iter_graph(model):
-        if id(node) in missed:
-            raise ValueError(f"{said(path)} {_HIDDEN}")
-    for _, name, child in held:
+        if id(node) in unreachable:
+            raise ValueError(f"{path_text(path)} {_PLAIN_CONTAINER}")
+    for _, name, child in children:
         if isinstance(child, (list, tuple, dict)):
-            inside = jax.tree.leaves(child, is_leaf=lambda node: id(node) in by_id)
-            if any(id(node) in by_id for node in inside):
-                raise ValueError(f"{name} {_HIDDEN}")
-    for parent, name, child in places:
+            items = jax.tree.leaves(child, is_leaf=lambda node: id(node) in by_id)
+            if any(id(node) in by_id for node in items):
+                raise ValueError(f"{name} {_PLAIN_CONTAINER}")
+    for parent, name, child in targets:
         if isinstance(parent, nnx.List):
             parent[int(name)] = by_id[id(child)]
         else:
@@ -81,17 +81,17 @@ def replace_modules(model: Any, by_id: dict[int, Any]) -> Any:
     return model
 
 
-def holders(model: Any, node: Any) -> int:
-    """At how many places the model holds the node, a module or a Variable."""
-    return sum(child is node for _, _, child in _held(model))
+def reference_count(model: Any, node: Any) -> int:
+    """How many attributes or items of the model's modules are `node`, a module or a Variable."""
+    return sum(child is node for _, _, child in _children(model))
 
 
-def said(path: Iterable[Any]) -> str:
+def path_text(path: Iterable[Any]) -> str:
     """The path as text, "blocks/attention/q"; the root is "the model"."""
     return "/".join(map(str, path)) or "the model"
 
 
-def _held(model: Any) -> Iterator[tuple[Any, str, Any]]:
-    """(parent, name, child) of all that the model's modules hold as attributes or items."""
+def _children(model: Any) -> Iterator[tuple[Any, str, Any]]:
+    """(parent, name, child) of every attribute or item of the model's modules."""
     for _, parent in modules(model, nnx.Pytree):
         yield from ((parent, name, child) for name, child in list(vars(parent).items()))

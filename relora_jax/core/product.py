@@ -1,6 +1,6 @@
-"""x @ W + scale * (x @ A) @ B in two forms, neither of which forms the gradient of W, which is as large as W.
+"""x @ W + scale * (x @ A) @ B in two forms, neither of which computes the gradient of W (as large as W).
 
-W comes as its base type stores it. Shapes: `in`, `out` sides of the kernel; `r` rank.
+W is in its stored form (base.py). Shapes: `in`, `out` sides of the kernel; `r` rank.
 """
 
 from functools import partial
@@ -16,13 +16,13 @@ FORMS = ("separate", "fused")
 
 
 def check(form: str, dropout: float) -> None:
-    """ValueError for a form that is not known, or has no branch to drop out of."""
+    """Raises ValueError for an unknown form, or a dropout that is out of range or unsupported by the form."""
     if form not in FORMS:
-        raise ValueError(f"product {form!r} is not known: one of {', '.join(FORMS)}")
+        raise ValueError(f"product {form!r} is not valid: use {' or '.join(FORMS)}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout {dropout} must lie in [0, 1)")
+        raise ValueError(f"dropout {dropout} must be in [0, 1)")
     if form == "fused" and dropout > 0:
-        raise ValueError(f"product fused has no branch for dropout {dropout}: use separate")
+        raise ValueError(f"product fused does not support dropout {dropout}: use separate")
 
 
 def product(
@@ -38,47 +38,47 @@ def product(
     key: Any = None,
     precision: Any = None,
 ) -> Float[Array, "*tokens out"]:
-    """x @ W + scale * (x @ A) @ B in the type of x: "separate" as written, "fused" x @ (W + scale * A @ B).
+    """x @ W + scale * (x @ A) @ B in the dtype of x; "fused" computes x @ (W + scale * A @ B).
 
-    Fused multiplies by tokens once and sums the kernel in at least float32. Neither form makes a
-    gradient of W.
+    The fused form has a single product over the tokens, and sums the kernel in at least float32. Neither form
+    computes a gradient of W.
     """
     if form == "fused":
-        return _folded(x, w, a, b, base, scale, precision)
+        return _fused(x, w, a, b, base, scale, precision)
     a, b = (v.astype(x.dtype) for v in (a, b))
     branch = x
     if key is not None and dropout > 0:
-        kept = jax.random.bernoulli(key, 1 - dropout, x.shape)
-        branch = jnp.where(kept, x / (1 - dropout), jnp.zeros_like(x))
+        keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
+        branch = jnp.where(keep, x / (1 - dropout), jnp.zeros_like(x))
     dot = partial(jnp.matmul, precision=precision)
     return base.multiply(x, w, precision=precision) + scale * dot(dot(branch, a), b)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _folded(x: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
+def _fused(x: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
     """x @ (W + scale * A @ B); its backward pass never forms x^T dy, which is as large as W."""
-    return jnp.matmul(x, _fold(x.dtype, w, a, b, base, scale, precision), precision=precision)
+    return jnp.matmul(x, _fused_kernel(x.dtype, w, a, b, base, scale, precision), precision=precision)
 
 
-def _fold(dtype: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
+def _fused_kernel(dtype: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
     wide = jnp.promote_types(a.dtype, jnp.float32)
     delta = jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=wide)
     return (base.read(w).astype(wide) + scale * delta).astype(dtype)
 
 
-def _folded_forward(x: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
-    return _folded(x, w, a, b, base, scale, precision), (x, w, a, b)
+def _fused_forward(x: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
+    return _fused(x, w, a, b, base, scale, precision), (x, w, a, b)
 
 
-def _folded_backward(base: Base, scale: float, precision: Any, saved: Any, dy: Any) -> Any:
-    """dx = dy W'^T; dA = scale x^T (dy B^T); dB = scale (x A)^T dy; W is frozen."""
-    x, w, a, b = saved
+def _fused_backward(base: Base, scale: float, precision: Any, residuals: Any, dy: Any) -> Any:
+    """dx = dy W'^T with W' = W + scale A B; dA = scale x^T (dy B^T); dB = scale (x A)^T dy; W is frozen."""
+    x, w, a, b = residuals
     dot = partial(jnp.matmul, precision=precision)
-    dx = dot(dy, _fold(x.dtype, w, a, b, base, scale, precision).T)
+    dx = dot(dy, _fused_kernel(x.dtype, w, a, b, base, scale, precision).T)
     x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     da = scale * dot(x.T, dot(dy, b.T.astype(dy.dtype)))
     db = scale * dot(dot(x, a.astype(x.dtype)).T, dy)
     return dx, None, da.astype(a.dtype), db.astype(b.dtype)
 
 
-_folded.defvjp(_folded_forward, _folded_backward)
+_fused.defvjp(_fused_forward, _fused_backward)

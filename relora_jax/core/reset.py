@@ -1,7 +1,7 @@
-"""`with_reset` and `reset`: an optimizer whose factors can forget.
+"""`with_reset` and `reset`: resettable optimizer statistics for low-rank factors.
 
-`with_reset` wraps any optax transformation and stands wherever one can; `reset` is a function of the
-optimizer's state, called at a restart. Shapes: [*layers, m, n] a factor or a statistic of it.
+`with_reset` wraps any optax transformation and can be nested like any other; `reset` is a function of the
+optimizer's state, called at a restart. Shapes: [*layers, m, n] a factor or one of its statistics.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ IsFactor = Callable[[Path, Any], bool]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ResetState:
-    """The wrapped state; statically, how it is pruned and the (path, shape) of every factor."""
+    """The inner state, plus static data: the prune choice, and the (path, shape) of every factor."""
 
     inner_state: Any
     prune: Prune = dataclasses.field(metadata={"static": True})
@@ -44,22 +44,22 @@ def with_reset(
     reset_count: bool = False,
     is_factor: IsFactor = is_low_rank_factor,
 ) -> optax.GradientTransformationExtraArgs:
-    """The updates of `inner`, in a state whose statistics of the factors `reset` can prune.
+    """Wraps `inner`: the same updates, with a state in which `reset` can prune the factors' statistics.
 
-    `is_factor(path, leaf)` is asked once per parameter, at `init`. `reset_count` also sets the factors'
-    count to 0 and asks for `prune=zero()` and a group of the factors' own (`optax.partition`). ValueError at
-    construction or `init`, by name, for statistics that a reset would not understand.
+    `is_factor(path, leaf)` is called once per parameter, in `init`. `reset_count=True` also sets the factors'
+    count to 0; it requires `prune=zero()` and a separate group for the factors (`optax.partition`).
+    ValueError, at construction or in `init`, for options or optimizer states that `reset` does not support.
     """
     check(prune, reset_count=reset_count)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> Any:
-        found = leaves(params)
+        flat = leaves(params)
         factors = tuple(
-            (path, tuple(jnp.shape(value_of(leaf)))) for path, leaf in found if is_factor(path, leaf)
+            (path, tuple(jnp.shape(value_of(leaf)))) for path, leaf in flat if is_factor(path, leaf)
         )
         state = ResetState(inner.init(params), prune, reset_count, factors)
-        _refuse(state, {path for path, _ in found})
+        _check_state(state, {path for path, _ in flat})
         return state
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -70,24 +70,27 @@ def with_reset(
 
 
 def check(prune: Prune, *, reset_count: bool) -> None:
-    """ValueError, which begins with the argument's name, where the two do not go together."""
+    """Raises ValueError, starting with the argument's name, if the two options are incompatible."""
     if reset_count and not prune.keeps_nothing:
-        raise ValueError(f"reset_count needs prune=zero: what survives {prune} is corrected by its count")
+        raise ValueError(
+            f"reset_count needs prune=zero: statistics that survive {prune} depend on their count"
+        )
 
 
 def reset(opt_state: Any, key: jax.Array) -> Any:
-    """The state with the factors' statistics pruned; everything else is bitwise as it was.
+    """The optimizer state with the factors' statistics pruned; everything else is bitwise unchanged.
 
-    Finds the states of `with_reset` anywhere in a tree. Per factor and layer one mask, made from its first
-    moment (else from its first statistic), prunes all statistics of its shape; statistics of another shape
-    (rows and columns of a factored second moment) are zeroed. ValueError where there is nothing to reset.
+    Finds every `with_reset` state in the tree. Each factor gets one mask per layer, computed from its first
+    moment (or else its first statistic) and applied to all statistics of the factor's shape; those of
+    another shape (rows and columns of a factored second moment) are zeroed. ValueError if there is nothing
+    to reset.
     """
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_reset_state) if _is_reset_state(s)]
-    if not found:
-        raise ValueError("reset found no state of with_reset: wrap the optimizer in with_reset(...)")
-    if not any(True for state in found for _ in _statistics(state)):
+    states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_reset_state) if _is_reset_state(s)]
+    if not states:
+        raise ValueError("no with_reset state found: wrap the optimizer in with_reset(...)")
+    if not any(True for state in states for _ in _statistics(state)):
         raise ValueError(
-            "reset found no statistics of a factor: is_factor picked nothing, or the optimizer keeps none"
+            "no statistics of a factor found: is_factor selected nothing, or the optimizer keeps none"
         )
     return jax.tree.map(
         lambda s: _reset(s, key) if _is_reset_state(s) else s, opt_state, is_leaf=_is_reset_state
@@ -95,7 +98,7 @@ def reset(opt_state: Any, key: jax.Array) -> Any:
 
 
 def group_labels(params: Any, is_factor: IsFactor = is_low_rank_factor) -> Any:
-    """The label "factors" or "rest" in the place of each parameter, for `optax.partition`."""
+    """A tree with the label "factors" or "rest" for each parameter, for `optax.partition`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: "factors" if is_factor(names(path), leaf) else "rest",
         params,
@@ -104,13 +107,13 @@ def group_labels(params: Any, is_factor: IsFactor = is_low_rank_factor) -> Any:
 
 
 def _reset(state: ResetState, key: jax.Array) -> ResetState:
-    """One state of `with_reset` with its factors' statistics pruned, and their count zeroed if asked."""
+    """One `with_reset` state with its factors' statistics pruned, and their count zeroed if configured."""
     if not state.prune.clears:
         return state
     shapes, basis = dict(state.factors), {}
-    for first, path, leaf in _statistics(state):
-        if leaf.shape == shapes[path] and (path not in basis or (first and not basis[path][0])):
-            basis[path] = (first, leaf)
+    for is_first_moment, path, leaf in _statistics(state):
+        if leaf.shape == shapes[path] and (path not in basis or (is_first_moment and not basis[path][0])):
+            basis[path] = (is_first_moment, leaf)
     masks = {path: _mask(leaf, state.prune, path_key(key, path)) for path, (_, leaf) in basis.items()}
 
     def prune_leaf(path: Path, leaf: Any) -> Any:
@@ -121,41 +124,41 @@ def _reset(state: ResetState, key: jax.Array) -> ResetState:
         return with_value(leaf, jnp.where(mask, value, jnp.zeros_like(value)))
 
     def prune_state(node: Any) -> Any:
-        kept = moments.known(node)
-        if kept is None:
+        fields = moments.fields_of(node)
+        if fields is None:
             return node
-        fields = {name: map_leaves(prune_leaf, getattr(node, name)) for name in kept.fields}
-        if state.reset_count and kept.count and any(True for _ in moments.statistics(node, shapes)):
-            count = getattr(node, kept.count)
-            fields[kept.count] = with_value(count, jnp.zeros_like(value_of(count)))
-        return node._replace(**fields)
+        changes = {name: map_leaves(prune_leaf, getattr(node, name)) for name in fields.statistics}
+        if state.reset_count and fields.count and any(True for _ in moments.statistics(node, shapes)):
+            count = getattr(node, fields.count)
+            changes[fields.count] = with_value(count, jnp.zeros_like(value_of(count)))
+        return node._replace(**changes)
 
-    inner = jax.tree.map(prune_state, state.inner_state, is_leaf=lambda n: moments.known(n) is not None)
-    return dataclasses.replace(state, inner_state=inner)
+    inner_state = jax.tree.map(prune_state, state.inner_state, is_leaf=moments.is_known)
+    return dataclasses.replace(state, inner_state=inner_state)
 
 
 def _mask(statistic: jax.Array, prune: Prune, key: jax.Array) -> jax.Array:
-    """True where an entry of a factor survives; each layer is pruned by itself."""
+    """True for the entries of a factor that survive; each layer is pruned separately."""
     layers = statistic.reshape(-1, math.prod(statistic.shape[-2:]))
     return prune.mask(layers, key).reshape(statistic.shape)
 
 
 def _statistics(state: ResetState) -> Iterator[tuple[bool, Path, jax.Array]]:
-    """(is it a first moment, factor's path, statistic) for every statistic of a factor, in flatten order."""
+    """(is first moment, path of the factor, statistic) for every statistic of a factor, in flatten order."""
     shapes = dict(state.factors)
     for node in moments.states(state.inner_state):
         yield from moments.statistics(node, shapes)
 
 
-def _refuse(state: ResetState, params: set[Path]) -> None:
-    """ValueError, by name, for what a reset of this state could not do as it should."""
+def _check_state(state: ResetState, params: set[Path]) -> None:
+    """Raises ValueError if a reset of this state could not work."""
     factors = dict(state.factors)
-    nested = jax.tree.leaves(state.inner_state, is_leaf=_is_reset_state)
-    if any(_is_reset_state(node) for node in nested):
-        raise ValueError("with_reset inside with_reset: one is enough, the outer one reaches every state")
-    moments.refuse_unknown(state.inner_state, factors=factors, params=params)
+    nodes = jax.tree.leaves(state.inner_state, is_leaf=_is_reset_state)
+    if any(_is_reset_state(node) for node in nodes):
+        raise ValueError("with_reset inside with_reset: use only one, the outer one reaches every state")
+    moments.check_states(state.inner_state, factors=factors, params=params)
     if state.reset_count:
-        moments.refuse_shared_count(state.inner_state, factors=factors)
+        moments.check_count(state.inner_state, factors=factors)
 
 
 def _is_reset_state(node: Any) -> bool:

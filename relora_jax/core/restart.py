@@ -1,8 +1,8 @@
-"""The restart methods: what each does to the model and to the optimizer's state.
+"""Restart methods: what each does to the model and to the optimizer's state.
 
     merge_and_reinit    ReLoRA (arXiv 2307.05695): W += scale * (A @ B), A redrawn, B = 0, moments pruned
 
-No array may change its shape or type: the state is sharded, donated and saved as it was.
+A method must not change the shape or dtype of any array: the state is sharded, donated and saved as is.
 """
 
 from typing import Any, ClassVar
@@ -13,28 +13,28 @@ from relora_jax.core.reset import reset
 
 
 class Restart(grammar.Choice):
-    """One method. Another one is a class with `kind`, `model` and `opt_state`, and a row in CHOICES."""
+    """One method. To add one, subclass with `kind`, `model` and `opt_state`, and add it to CHOICES."""
 
     def model(self, model: Any, *, key: Any) -> Any:
-        """At each merge: the model, which computes the same as before, with new factors; in place."""
+        """Called at each merge: the model with new factors and unchanged outputs, updated in place."""
         raise NotImplementedError
 
     def opt_state(self, opt_state: Any, *, key: Any) -> Any:
-        """At each reset, which comes with the last merge of a cycle: the factors' statistics pruned."""
+        """Called at each reset (the last merge of a cycle): the state with the factors' statistics pruned."""
         raise NotImplementedError
 
 
 class MergeAndReinit(Restart):
-    """The factors are merged into their kernel and begin anew."""
+    """Merges the factors into the base kernel and reinitializes them."""
 
     kind: ClassVar[str] = "merge_and_reinit"
 
     def model(self, model: Any, *, key: Any) -> Any:
-        """`merge_and_reinit` of low_rank.py."""
+        """See `low_rank.merge_and_reinit`."""
         return merge_and_reinit(model, key=key)
 
     def opt_state(self, opt_state: Any, *, key: Any) -> Any:
-        """`reset` of reset.py."""
+        """See `reset.reset`."""
         return reset(opt_state, key)
 
 
@@ -42,5 +42,5 @@ CHOICES: dict[str, type[Restart]] = {choice.kind: choice for choice in (MergeAnd
 
 
 def parse(text: object) -> Restart:
-    """The method that `text` names. ValueError, with those that are known, otherwise."""
-    return grammar.parse(text, CHOICES, what="restart")
+    """The method that `text` names. ValueError, listing the valid ones, otherwise."""
+    return grammar.parse(text, CHOICES, name="restart")

@@ -1,7 +1,7 @@
-"""Multiplier, merges and resets as pure functions of s, the updates done in a phase of T updates.
+"""Learning-rate multiplier, merges and resets as pure functions of s, the updates done in a phase.
 
-Plain numbers in and out, so that nothing keeps a count of its own. The jagged schedule is ReLoRA's
-(arXiv 2307.05695): a cosine that drops to 0 at each reset and re-warms within a few updates.
+Plain Python numbers, so no schedule keeps its own count. The phase has T updates. The jagged schedule is
+ReLoRA's (arXiv 2307.05695): a cosine that drops to 0 at each reset and warms up again over a few updates.
 """
 
 import math
@@ -18,10 +18,11 @@ def cosine(s: int, *, total: int, warm_up: int, min_lr_ratio: float) -> float:
 def multiplier(
     s: int, *, total: int, warm_up: int, min_lr_ratio: float, cycle: int = 0, restart_warm_up: int = 0
 ) -> float:
-    """s / w0 in the warm-up, then C(s); in the first wr updates of a later cycle n, (k / wr) C(n R + wr).
+    """Learning-rate multiplier of update s: a linear warm-up, then a cosine with a dip at each reset.
 
-    total, warm_up, cycle and restart_warm_up are T, w0, R and wr, in updates; k = s mod R. A cycle
-    of 0 means no dips.
+    s / w0 during the warm-up, then C(s), except (k / wr) C(n R + wr) in the first wr updates of each later
+    cycle n, k = s mod R. total, warm_up, cycle and restart_warm_up are T, w0, R and wr, in updates; cycle=0
+    disables the dips.
     """
     if s < warm_up:
         return s / warm_up

@@ -1,1 +1,1 @@
-"""Documents -> rows -> batches."""
+"""From documents to rows to batches."""

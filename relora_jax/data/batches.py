@@ -1,8 +1,8 @@
-"""Rows of text, addressed by (seed, update): a batch is a pure function of them.
+"""Batches of rows as a pure function of (seed, update).
 
-Legend: S ids of a row = L + 1, L its targets (sequence_length); a accumulation, m microbatch.
-A row is S ids and their true length; inputs ids[:-1], targets ids[1:], target t counts where
-t < length - 1 and, where documents are apart, ids t and t + 1 are of one document.
+Dimensions: a accumulation steps, m microbatch, S = L + 1 ids per row, L = sequence_length.
+A row is S ids and their true length; inputs are ids[:-1], targets ids[1:]. Target t counts if
+t < length - 1 and, without attention across documents, ids t and t + 1 are in the same document.
 """
 
 import hashlib
@@ -25,9 +25,9 @@ SHUFFLE_ROUNDS = 4
 
 
 class Batch(NamedTuple):
-    """Rows on devices: of an update ids [a, m, S], lengths [a, m]; of an evaluation [m, S] and [m].
+    """Rows on devices: ids [a, m, S] and lengths [a, m] for an update, [m, S] and [m] for evaluation.
 
-    `segment_ids`: the number of each id's document in its row, where documents do not see each other.
+    `segment_ids`: index of each id's document in its row; None if attention crosses documents.
     """
 
     ids: Int32[jax.Array, "*batch S"]
@@ -36,15 +36,15 @@ class Batch(NamedTuple):
 
 
 def row_index(i: int, *, rows: int, seed: int) -> int:
-    """The place in the store of row i of an endless stream: each epoch is a permutation of its own."""
+    """The store index of row i of an infinite stream, in which each epoch is its own permutation."""
     epoch, k = divmod(i, rows)
     mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    epoch_seed = int.from_bytes(mixed[:4], "little")  # index_shuffle takes 32 bits
+    epoch_seed = int.from_bytes(mixed[:4], "little")  # index_shuffle takes a 32-bit seed
     return index_shuffle(k, max_index=rows - 1, seed=epoch_seed, rounds=SHUFFLE_ROUNDS)
 
 
 def number_documents(ids: Int32[np.ndarray, "*batch S"], eos: int) -> Int32[np.ndarray, "*batch S"]:
-    """The number of EOS before each id of its row: one ends the document that it belongs to."""
+    """The number of EOS before each id in its row; an EOS belongs to the document that it ends."""
     ends = (ids == eos).astype(np.int32)
     return ends.cumsum(axis=-1, dtype=np.int32) - ends
 
@@ -59,18 +59,18 @@ def train_batch(
     sharding: NamedSharding,
     across_documents: bool,
 ) -> Batch:
-    """Row j = a * microbatch + m of update u is row u * batch + j of the stream: pure in (seed, u).
+    """The batch of update u: its row j = a * microbatch + m is row u * batch + j of the stream.
 
-    `sharding` lays out the microbatch axis of all parts alike. Each process reads the rows of its own
-    devices alone. Documents are numbered where they are not to be attended `across_documents`.
+    `sharding` applies to ids, lengths and segment_ids alike. Each process reads only the rows of its own
+    devices. `segment_ids` are set unless attention goes `across_documents`.
     """
     stream = update * batch + np.arange(batch).reshape(-1, microbatch)
-    place = lambda i: row_index(i, rows=store.rows, seed=seed)  # noqa: E731
-    return _load(store, stream, place, sharding, across_documents)
+    index_of = lambda i: row_index(i, rows=store.rows, seed=seed)  # noqa: E731
+    return _load(store, stream, index_of, sharding, across_documents)
 
 
 def stream(config: Config, store: RowStore, sharding: NamedSharding) -> Callable[[int], Batch]:
-    """`train_batch` of a config: update -> its batch."""
+    """The function update -> `train_batch` for a config."""
     return lambda update: train_batch(
         store,
         update,
@@ -83,57 +83,57 @@ def stream(config: Config, store: RowStore, sharding: NamedSharding) -> Callable
 
 
 def validation_rows(store: RowStore, *, eval_tokens: int) -> int:
-    """eval_tokens // L, one at least, all at most."""
+    """Number of validation rows: eval_tokens // L, at least 1, at most all."""
     return min(store.rows, max(1, eval_tokens // store.sequence_length))
 
 
 def validation_batches(
     store: RowStore, *, eval_tokens: int, microbatch: int, sharding: NamedSharding, across_documents: bool
 ) -> Iterator[Batch]:
-    """The first `validation_rows` in the store's order, read as they are asked for.
+    """Lazily read batches of the first `validation_rows` rows, in the store's order.
 
-    The last batch is filled up with rows of length 0, none of whose targets count.
+    The last batch is padded with rows of length 0, whose targets do not count.
     """
     rows = validation_rows(store, eval_tokens=eval_tokens)
     stream = np.full(math.ceil(rows / microbatch) * microbatch, -1)
     stream[:rows] = np.arange(rows)
     batches = stream.reshape(-1, microbatch)
-    return (_load(store, each, lambda i: i, sharding, across_documents) for each in batches)
+    return (_load(store, batch, lambda i: i, sharding, across_documents) for batch in batches)
 
 
 def _load(
     store: RowStore,
     stream: np.ndarray,
-    place: Callable[[int], int],
+    index_of: Callable[[int], int],
     sharding: NamedSharding,
     across_documents: bool,
 ) -> Batch:
-    """Rows place(i) for each i of `stream` [*batch] that a device of this process holds; -1 is no row."""
+    """Rows index_of(i) for each i of `stream` [*batch] on this process's devices; -1 is a padding row."""
     shape = (*stream.shape, store.sequence_length + 1)
     mine = np.zeros(stream.shape, bool)
     for index in sharding.addressable_devices_indices_map(shape).values():
         mine[(index or ())[: stream.ndim]] = True
     mine &= stream >= 0
     ids, lengths = np.zeros(shape, np.int32), np.zeros(stream.shape, np.int32)
-    ids[mine], lengths[mine] = store.read([place(int(i)) for i in stream[mine]])
+    ids[mine], lengths[mine] = store.read([index_of(int(i)) for i in stream[mine]])
     parts = [ids, lengths] if across_documents else [ids, lengths, number_documents(ids, store.eos)]
     return Batch(*(jax.make_array_from_callback(part.shape, sharding, part.__getitem__) for part in parts))
 
 
 def prefetch(
-    make: Callable[[int], Batch], start: int, stop: int, depth: int = 2
+    load: Callable[[int], Batch], start: int, stop: int, depth: int = 2
 ) -> Generator[Batch, None, None]:
-    """make(start), ..., make(stop - 1) in order, up to `depth` of them made ahead on a thread.
+    """load(start), ..., load(stop - 1) in order, up to `depth` of them ahead, on a thread.
 
-    An error of `make` is raised where its batch would have come; closing the iterator ends the thread.
+    An error in `load` is raised in place of its batch; closing the generator ends the thread.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
-        ahead = deque(thread.submit(make, u) for u in range(start, min(start + depth, stop)))
+        ahead = deque(thread.submit(load, u) for u in range(start, min(start + depth, stop)))
         try:
             for u in range(start + depth, stop + depth):
                 batch = ahead.popleft()
                 if u < stop:
-                    ahead.append(thread.submit(make, u))
+                    ahead.append(thread.submit(load, u))
                 yield batch.result()
         finally:
             thread.shutdown(cancel_futures=True)

@@ -1,8 +1,8 @@
-"""Documents of one's own files, streamed: JSON lines, text, Parquet.
+"""Streams documents from local files: JSON lines, plain text, Parquet.
 
-.jsonl and .json (one object a line, the text in one field) and .txt (one document) may be compressed as .gz
-or .zst; .parquet has the text in a column. A document is held out for validation where the first 8 bytes of
-its text's sha256, read as a fraction, lie below `validation_fraction`: no other document decides that.
+.jsonl and .json (one object per line, the text in one field) and .txt (one document) may be compressed as
+.gz or .zst; .parquet has the text in a column. A document is held out for validation if the first 8 bytes of
+its text's sha256, read as a fraction, are below `validation_fraction`, whatever other documents there are.
 """
 
 import contextlib
@@ -27,13 +27,12 @@ PARTS = ("train", "validation")
 ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
 COMPRESSED = (".gz", ".zst")
 FINGERPRINT_BYTES = 2**16
-_BOM = b"\xef\xbb\xbf"
-_Document = Callable[[], str]  # decodes it: one that is skipped never is
+_Document = Callable[[], str]  # decodes the text, so that skipped documents are not decoded
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """The documents of files, in the order of their paths; a source of blocks for both parts."""
+    """A Source of both parts: the documents of files, in the order of their paths."""
 
     paths: tuple[Path, ...]
     field: str
@@ -43,53 +42,53 @@ class Files:
 
     @property
     def name(self) -> str:
-        """The files, shortly."""
+        """The first path, and how many more there are."""
         first, *more = self.paths
         return f"{first} and {len(more)} more" if more else str(first)
 
     @property
     def files(self) -> int:
-        """How many there are."""
+        """Number of files."""
         return len(self.paths)
 
     @property
     def documents(self) -> int | None:
-        """One a file, where all are .txt; of others only reading tells."""
-        return len(self.paths) if all(_kind(path) == ".txt" for path in self.paths) else None
+        """Number of documents: one per file if all are .txt, otherwise unknown."""
+        return len(self.paths) if all(_file_type(path) == ".txt" for path in self.paths) else None
 
     @property
     def bytes(self) -> int:
-        """The size of the files."""
+        """Total size of the files."""
         return sum(path.stat().st_size for path in self.paths)
 
     @property
     def size(self) -> int:
-        """In bytes."""
+        """Total size in bytes, for progress."""
         return self.bytes
 
     def fingerprint(self) -> str:
-        """The same for the same files wherever they lie: names, sizes, their first and last 64 KiB."""
-        known = hashlib.sha256()
+        """Hash of the files' names, sizes and first and last 64 KiB; it does not depend on their folder."""
+        digest = hashlib.sha256()
         for path in self.paths:
             size = path.stat().st_size
             with path.open("rb") as file:
-                known.update(f"{path.name} {size} ".encode())
-                known.update(file.read(FINGERPRINT_BYTES))
+                digest.update(f"{path.name} {size} ".encode())
+                digest.update(file.read(FINGERPRINT_BYTES))
                 file.seek(max(0, size - FINGERPRINT_BYTES))
-                known.update(file.read(FINGERPRINT_BYTES))
-        return known.hexdigest()
+                digest.update(file.read(FINGERPRINT_BYTES))
+        return digest.hexdigest()
 
     def stripes(self, workers: int) -> list[Stripe]:
-        """A file each; where workers outnumber files several read one, each encoding its share of blocks.
+        """One stripe per file; if workers outnumber files, several share a file, each with its own blocks.
 
-        A compressed file has one reader: what the others would read over, each of them would decompress.
+        A compressed file has a single reader, as each reader would have to decompress all of it.
         """
         shares = -(-workers // len(self.paths))
         steps = [1 if path.suffix in COMPRESSED else shares for path in self.paths]
         return [Stripe(file, first, step) for file, step in enumerate(steps) for first in range(step)]
 
     def blocks(self, file: int) -> Generator[Iterator[Chunk], None, None]:
-        """The blocks of a file; what is not asked for is read over, not decoded."""
+        """The blocks of a file; documents of a block that is not consumed are read but not decoded."""
         path = self.paths[file]
         with path.open("rb") as raw:
             position = raw.tell
@@ -97,15 +96,15 @@ class Files:
                 documents = _parquet(path, raw, self.field)
             else:
                 stream = _decompressed(path, raw)
-                lines = _kind(path) != ".txt"
-                documents = _json_lines(path, stream, self.field) if lines else _whole(path, stream)
+                is_text = _file_type(path) == ".txt"
+                documents = _whole(path, stream) if is_text else _json_lines(path, stream, self.field)
             while (first := next(documents, None)) is not None:
                 block = itertools.islice(itertools.chain([first], documents), self.block_documents)
                 yield _chunks(block, position)
                 deque(block, maxlen=0)
 
     def part(self, text: str) -> int:
-        """1 where the text is held out."""
+        """1 if the text is held out for validation, else 0."""
         first = hashlib.sha256(text.encode()).digest()[:8]
         return int(int.from_bytes(first, "big") < self.validation_fraction * 2**64)
 
@@ -117,51 +116,52 @@ class Files:
                 yield from (t for t in documents if not self.part(t))
 
 
-class AbsentError(UserError):
-    """No file is where the text should be."""
+class NoFilesError(UserError):
+    """No file matches the pattern."""
 
 
 def find(pattern: str, *, field: str, validation_fraction: float, setting: str = "data.text") -> Files:
-    """The files that a glob pattern (** for any folders, ~ for home) matches, by path; `setting` has it.
+    """The files that a glob pattern (** for nested folders, ~ for home) matches, sorted by path.
 
-    AbsentError where there are none, UserError where one is of an unknown kind.
+    NoFilesError if there are none, UserError for an unsupported file type; both name `setting`.
     """
-    found = {Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)}
-    paths = sorted(path for path in found if path.is_file())
+    matches = {Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)}
+    paths = sorted(path for path in matches if path.is_file())
     if not paths:
-        raise AbsentError(
-            f"{setting} {pattern!r} matches no file (from {os.getcwd()}): quote it, write ** for any folders"
+        raise NoFilesError(
+            f"{setting} {pattern!r} matches no file (working directory {os.getcwd()}): quote the pattern, "
+            "and use ** for nested folders"
         )
     for path in paths:
-        if _kind(path) not in ENDINGS or path.name.endswith((".parquet.gz", ".parquet.zst")):
+        if _file_type(path) not in ENDINGS or path.name.endswith((".parquet.gz", ".parquet.zst")):
             raise UserError(
-                f"{path} of {setting} {pattern!r} is of no known kind: write a pattern for "
-                f"{', '.join(ENDINGS)}, the first three also with .gz or .zst"
+                f"{path} of {setting} {pattern!r} has an unsupported file type: use {', '.join(ENDINGS)} "
+                "(the first three also with .gz or .zst)"
             )
     for path in [path for path in paths if path.suffix in (".parquet", ".zst")]:
-        _arrow(path)  # a missing package shows before hours of work
+        _arrow(path)  # report a missing package before hours of work
         break
     return Files(tuple(paths), field, validation_fraction)
 
 
-def _kind(path: Path) -> str:
+def _file_type(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
 
 
 def _chunks(block: Iterable[_Document], position: Callable[[], int]) -> Iterator[Chunk]:
-    before = position()
-    left = iter(block)
-    while documents := list(itertools.islice(left, CHUNK_DOCUMENTS)):
-        yield Chunk([decode() for decode in documents], (now := position()) - before)
-        before = now
+    start = position()
+    remaining = iter(block)
+    while documents := list(itertools.islice(remaining, CHUNK_DOCUMENTS)):
+        yield Chunk([decode() for decode in documents], (end := position()) - start)
+        start = end
 
 
 def _arrow(path: Path) -> Any:
-    """The package pyarrow, which reads Parquet, and notices a .zst file that ends too early."""
+    """The package pyarrow, which reads Parquet, and detects truncated .zst files."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path} is read by pyarrow: pip install 'relora-jax[arrow]'") from None
+        raise UserError(f"{path} requires pyarrow: pip install 'relora-jax[arrow]'") from None
     return pyarrow
 
 
@@ -181,15 +181,15 @@ def _json_lines(path: Path, stream: io.BufferedIOBase, field: str) -> Iterator[_
         raise UserError(f"{path} is damaged at line {error.line} ({error}): copy it again") from error
 
 
-def _json_text(place: str, line: bytes, field: str) -> str:
+def _json_text(location: str, line: bytes, field: str) -> str:
     try:
-        found = json_lines.parse(line)
+        record = json_lines.parse(line)
     except json_lines.Broken as error:
-        raise UserError(f"{place} is {error}: one JSON object in UTF-8 a line is read") from error
-    if field not in found:
-        there = ", ".join(found) or "none"
-        raise UserError(f"{place} has no field {field!r}: set data.text_field to one of its own ({there})")
-    return _string(place, lambda: found[field], field)
+        raise UserError(f"{location} is {error}: each line must be one JSON object in UTF-8") from error
+    if field not in record:
+        fields = ", ".join(record) or "none"
+        raise UserError(f"{location} has no field {field!r}: set data.text_field to one of {fields}")
+    return _string(location, lambda: record[field], field)
 
 
 def _whole(path: Path, stream: io.BufferedIOBase) -> Iterator[_Document]:
@@ -199,7 +199,7 @@ def _whole(path: Path, stream: io.BufferedIOBase) -> Iterator[_Document]:
         if json_lines.disk_failed(error):
             raise
         raise UserError(f"{path} is damaged ({error}): copy it again") from error
-    yield lambda: _utf8(str(path), content.removeprefix(_BOM))
+    yield lambda: _utf8(str(path), content.removeprefix(json_lines.BOM))
 
 
 def _parquet(path: Path, raw: io.BufferedReader, field: str) -> Iterator[_Document]:
@@ -209,8 +209,8 @@ def _parquet(path: Path, raw: io.BufferedReader, field: str) -> Iterator[_Docume
     except (arrow.ArrowException, OSError) as error:
         raise _damaged_parquet(path, error) from error
     if field not in file.schema_arrow.names:
-        there = ", ".join(file.schema_arrow.names)
-        raise UserError(f"{path} has no column {field!r}: set data.text_field to one of its own ({there})")
+        columns = ", ".join(file.schema_arrow.names)
+        raise UserError(f"{path} has no column {field!r}: set data.text_field to one of {columns}")
     batches, number = file.iter_batches(batch_size=CHUNK_DOCUMENTS, columns=[field]), 0
     while True:
         try:
@@ -228,24 +228,24 @@ def _damaged_parquet(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read as Parquet ({error}): copy it again")
 
 
-def _string(place: str, read: Callable[[], Any], field: str) -> str:
+def _string(location: str, read: Callable[[], Any], field: str) -> str:
     try:
         value = read()
         if not isinstance(value, str):
-            raise UserError(f"{place}: {field!r} is no text but {type(value).__name__}; see data.text_field")
-        value.encode()  # not so where JSON spells half of a surrogate pair
+            raise UserError(f"{location}: {field!r} is {type(value).__name__}, not text: set data.text_field")
+        value.encode()  # fails on a lone surrogate, which JSON can spell
     except UnicodeError as error:
-        raise _not_utf8(place, error) from error
+        raise _not_utf8(location, error) from error
     return value
 
 
-def _utf8(place: str, content: bytes) -> str:
+def _utf8(location: str, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise _not_utf8(place, error) from error
+        raise _not_utf8(location, error) from error
 
 
-def _not_utf8(place: str, error: UnicodeError) -> UserError:
-    at = getattr(error, "start", 0)
-    return UserError(f"{place} is not UTF-8 ({getattr(error, 'reason', error)} at byte {at}): convert it")
+def _not_utf8(location: str, error: UnicodeError) -> UserError:
+    reason, start = getattr(error, "reason", error), getattr(error, "start", 0)
+    return UserError(f"{location} is not UTF-8 ({reason} at byte {start}): convert it")

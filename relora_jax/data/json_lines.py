@@ -1,4 +1,4 @@
-"""JSON lines, one object in UTF-8 a line: read here by all, and what is wrong with one told in its place."""
+"""JSON lines, one UTF-8 object per line, with errors that name the line."""
 
 import io
 import json
@@ -6,13 +6,13 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-LONGEST_LINE = 2**26  # bytes; a longer one counts as broken, so that memory is bounded
-DAMAGE = (EOFError, OSError, zlib.error)  # of gzip and pyarrow; an OSError of theirs has no errno
-_BOM = b"\xef\xbb\xbf"
+LONGEST_LINE = 2**26  # bytes; longer lines count as broken, which bounds memory
+DAMAGE = (EOFError, OSError, zlib.error)  # of gzip and pyarrow, whose OSErrors have no errno
+BOM = b"\xef\xbb\xbf"
 
 
 class Broken(Exception):  # noqa: N818
-    """What a line is, in words that follow "is"."""
+    """An invalid line; the message completes "the line is ..."."""
 
 
 class Damaged(Exception):  # noqa: N818
@@ -24,17 +24,17 @@ class Damaged(Exception):  # noqa: N818
 
 
 def lines(stream: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of each line that is not empty; the beginning of one that is too long.
+    """(number from 1, line) of each non-empty line; of an overlong line only the beginning.
 
-    Damaged where the stream is; OSError where the disk fails.
+    Damaged if the stream is, OSError if the disk fails.
     """
-    number, whole = 0, True
-    while line := _read(stream, number + whole):
-        begins, whole = whole, line.endswith(b"\n")
-        if begins:
+    number, complete = 0, True
+    while line := _read(stream, number + complete):
+        new, complete = complete, line.endswith(b"\n")
+        if new:
             number += 1
             if number == 1:
-                line = line.removeprefix(_BOM)
+                line = line.removeprefix(BOM)
             if line.strip():
                 yield number, line
 
@@ -49,22 +49,22 @@ def _read(stream: io.BufferedIOBase, number: int) -> bytes:
 
 
 def disk_failed(error: BaseException) -> bool:
-    """Whether the system gave the error, not a decompressor that met damaged bytes."""
+    """Whether the operating system raised the error, rather than a decompressor on damaged bytes."""
     return isinstance(error, OSError) and error.errno is not None
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The object that a line is; Broken otherwise."""
+    """The JSON object on a line; Broken otherwise."""
     if len(line) >= LONGEST_LINE and not line.endswith(b"\n"):
         raise Broken(f"longer than {LONGEST_LINE:,} bytes")
     try:
-        found = json.loads(line.rstrip().decode())
+        value = json.loads(line.rstrip().decode())
     except UnicodeDecodeError as error:
         raise Broken(f"not UTF-8 ({error.reason} at byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise Broken(f"no JSON ({error.msg} at column {error.colno})") from error
-    except (ValueError, RecursionError) as error:  # a whole number of more digits than Python takes
-        raise Broken(f"no JSON ({str(error).partition(';')[0]})") from error
-    if not isinstance(found, dict):
-        raise Broken(f"no JSON object but {type(found).__name__}")
-    return found
+        raise Broken(f"not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # an integer with more digits than Python parses
+        raise Broken(f"not JSON ({str(error).partition(';')[0]})") from error
+    if not isinstance(value, dict):
+        raise Broken(f"not a JSON object but {type(value).__name__}")
+    return value

@@ -1,8 +1,8 @@
-"""Blocks of text -> shards of rows, each finished one with what the manifest will need of it.
+"""Turns blocks of text into shards of rows, and records of finished blocks into manifests.
 
-A store in the making is a directory: the shards of each part (train, validation) in a directory of its own,
-and `blocks/`, which holds a file for each finished block and one for each input file that was read to its
-end. Both are written aside and renamed, so that a kill loses the blocks that were being made, and no other.
+An unfinished store is a directory with one subdirectory of shards per part (train, validation), and `blocks/`
+with one file per finished block and one per input file that was read to its end. All files are written under
+a temporary name and renamed, so a kill loses only the blocks in progress.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from relora_jax.storage import atomic
 from relora_jax.tokenizer.tokenizer import Tokenizer
 
 BLOCKS = "blocks"
-COUNTED = ".counts.npy"  # ends the name of a block's counts
+COUNTS_SUFFIX = ".counts.npy"  # of a block's counts
 
 
-class Advance(NamedTuple):
-    """So much more of the source was read, and so many tokens came of it."""
+class Progress(NamedTuple):
+    """How much of the source was just read (in its `size`), and the number of its tokens."""
 
     size: float
     tokens: int
 
 
 class Block(NamedTuple):
-    """A finished block: `size` of its source, and of each part the documents, rows, tokens and tokens given.
+    """A finished block: its share of the source's `size`; of each part documents, rows, tokens, tokens given.
 
-    The counts of each piece of each part lie beside them on the disk, too large to keep.
+    The counts of each piece are in a file of their own, too large to keep in memory.
     """
 
     file: int
@@ -45,7 +45,7 @@ class Block(NamedTuple):
 
 
 class End(NamedTuple):
-    """An input file has so many blocks."""
+    """An input file was read to its end and has this many blocks."""
 
     file: int
     blocks: int
@@ -53,7 +53,7 @@ class End(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What turns the blocks of `source` into shards under `folder`; sent to the workers."""
+    """Turns the blocks of `source` into shards under `folder`; sent to the workers."""
 
     folder: Path
     parts: tuple[str, ...]
@@ -63,47 +63,47 @@ class Job:
     sequence_length: int
     one_thread: bool
 
-    def work(self, stripe: Stripe) -> Iterator[Advance | Block | End]:
-        """Makes the blocks of a stripe that are not there yet, and says what it does."""
+    def work(self, stripe: Stripe) -> Iterator[Progress | Block | End]:
+        """Builds the blocks of a stripe that do not exist yet, reporting progress."""
         number = -1
         with contextlib.closing(self.source.blocks(stripe.file)) as blocks:
             for number, chunks in enumerate(blocks):
                 if number in stripe and not self._record(stripe.file, number).exists():
-                    yield from self._make(stripe.file, number, chunks)
+                    yield from self._build(stripe.file, number, chunks)
         end = End(stripe.file, number + 1)
         atomic.write(self.folder / BLOCKS / f"{stripe.file:05d}.end", json.dumps(end).encode())
         yield end
 
-    def found(self) -> tuple[list[Block], list[End]]:
-        """The blocks that are finished, and the files whose number of blocks is known."""
+    def finished(self) -> tuple[list[Block], list[End]]:
+        """The finished blocks, and the input files whose number of blocks is known."""
         folder = self.folder / BLOCKS
         folder.mkdir(parents=True, exist_ok=True)
         for part in self.parts:
             (self.folder / part).mkdir(exist_ok=True)
-        blocks = [Block(*told) for told in _readable(folder.glob("*.json"))]
-        for lost in [block for block in blocks if not self._whole(block)]:
-            self._record(lost.file, lost.number).unlink()
-            blocks.remove(lost)
-        return blocks, [End(*told) for told in _readable(folder.glob("*.end"))]
+        blocks = [Block(*fields) for fields in _readable(folder.glob("*.json"))]
+        for damaged in [block for block in blocks if not self._intact(block)]:
+            self._record(damaged.file, damaged.number).unlink()
+            blocks.remove(damaged)
+        return blocks, [End(*fields) for fields in _readable(folder.glob("*.end"))]
 
-    def _whole(self, block: Block) -> bool:
-        """Whether shards and counts are there: someone may have deleted them, or cut them short."""
+    def _intact(self, block: Block) -> bool:
+        """Whether shards and counts exist: they may have been deleted or truncated."""
         name = f"{_name(block.file, block.number)}.array_record"
         parts = zip(self.parts, block.parts, strict=True)
-        shards = all((self.folder / part / name).exists() for part, facts in parts if facts["rows"])
+        shards_exist = all((self.folder / part / name).exists() for part, facts in parts if facts["rows"])
         try:
-            return shards and len(self._counts(block)) == 2
+            return shards_exist and len(self._counts(block)) == 2
         except (OSError, ValueError, EOFError):
             return False
 
     def _counts(self, block: Block) -> np.ndarray:
-        """[2, n]: places in an array [parts, vocab_size], and the counts there; read where they are used."""
-        return np.load(self._record(block.file, block.number).with_suffix(COUNTED), mmap_mode="r")
+        """[2, n]: flat indices into an array [parts, vocab_size], and their nonzero counts."""
+        return np.load(self._record(block.file, block.number).with_suffix(COUNTS_SUFFIX), mmap_mode="r")
 
     def _record(self, file: int, number: int) -> Path:
         return self.folder / BLOCKS / f"{_name(file, number)}.json"
 
-    def _make(self, file: int, number: int, chunks: Iterator[Chunk]) -> Iterator[Advance | Block]:
+    def _build(self, file: int, number: int, chunks: Iterator[Chunk]) -> Iterator[Progress | Block]:
         shards = [_Shard(self, part, f"{_name(file, number)}.array_record") for part in self.parts]
         size = 0.0
         with contextlib.ExitStack() as writers:
@@ -111,53 +111,54 @@ class Job:
                 writers.enter_context(shard.writer)
             for chunk in chunks:
                 encoded = self._encode(chunk.texts)
-                places = [self.source.part(text) for text in chunk.texts]
-                for at, shard in enumerate(shards):
-                    shard.add([ids for ids, place in zip(encoded, places, strict=True) if place == at])
+                parts = [self.source.part(text) for text in chunk.texts]
+                for index, shard in enumerate(shards):
+                    shard.add([ids for ids, part in zip(encoded, parts, strict=True) if part == index])
                 size += chunk.size
-                yield Advance(chunk.size, sum(map(len, encoded)))
+                yield Progress(chunk.size, sum(map(len, encoded)))
         record = self._record(file, number)
         counts = np.concatenate([shard.writer.counts for shard in shards])
-        counted = np.flatnonzero(counts)  # few, where a file is short
-        atomic.write(record.with_suffix(COUNTED), _saved(np.stack([counted, counts[counted]])))
+        nonzero = np.flatnonzero(counts)  # few, if the file is short
+        atomic.write(record.with_suffix(COUNTS_SUFFIX), _npy(np.stack([nonzero, counts[nonzero]])))
         block = Block(file, number, size, [shard.facts() for shard in shards])
         atomic.write(record, json.dumps(block).encode())
         yield block
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text; a list of one text keeps a tokenizer to one thread."""
+        """The ids of each text; encoding texts one by one keeps a tokenizer to one thread."""
         if not self.one_thread:
             return self.tokenizer.encode_documents(texts)
         return [ids for text in texts for ids in self.tokenizer.encode_documents([text])]
 
     def finish(self, blocks: Sequence[Block], facts: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """The parts become stores of `blocks`, in that order; shards of other blocks go. Their manifests."""
+        """Completes a store per part from `blocks`, in this order, without other shards; the manifests."""
         counts = np.zeros((len(self.parts), self.tokenizer.vocab_size), np.int64)
         for block in blocks:
-            counted, of_block = self._counts(block)
-            counts.reshape(-1)[counted] += of_block
+            nonzero, block_counts = self._counts(block)
+            counts.reshape(-1)[nonzero] += block_counts
         manifests = {}
-        for at, part in enumerate(self.parts):
-            manifest = manifests[part] = {**self._manifest(blocks, at), **facts}
-            place = self.folder / part
+        for index, part in enumerate(self.parts):
+            manifest = manifests[part] = {**self._manifest(blocks, index), **facts}
+            store = self.folder / part
             listed = {shard["file"] for shard in manifest["shards"] if shard["rows"]}
-            for extra in [entry for entry in place.iterdir() if entry.name not in listed]:
+            for extra in [entry for entry in store.iterdir() if entry.name not in listed]:
                 extra.unlink(missing_ok=True)
-            atomic.write(place / COUNTS, _saved(counts[at]))
-            atomic.write(place / MANIFEST, f"{json.dumps(manifest, indent=2)}\n".encode())
-            RowStore.open(place)  # what did not reach the disk shows before the store has its name
+            atomic.write(store / COUNTS, _npy(counts[index]))
+            atomic.write(store / MANIFEST, f"{json.dumps(manifest, indent=2)}\n".encode())
+            RowStore.open(store)  # detects incomplete writes before the store gets its final name
         return manifests
 
-    def _manifest(self, blocks: Sequence[Block], at: int) -> dict[str, Any]:
-        """What part `at` holds; `dropped` is the share of its tokens that are in no row."""
+    def _manifest(self, blocks: Sequence[Block], index: int) -> dict[str, Any]:
+        """The manifest of part `index`; `dropped` is the fraction of its tokens that are in no row."""
         record = record_type(sequence_length=self.sequence_length, vocab_size=self.tokenizer.vocab_size)
         shards = [
-            {"file": f"{_name(block.file, block.number)}.array_record", **block.parts[at]} for block in blocks
+            {"file": f"{_name(block.file, block.number)}.array_record", **block.parts[index]}
+            for block in blocks
         ]
         total = {name: sum(s[name] for s in shards) for name in ("documents", "rows", "tokens", "given")}
         return {
             "format": FORMAT,
-            "part": self.parts[at],
+            "part": self.parts[index],
             "packing": self.packing,
             "sequence_length": self.sequence_length,
             "vocab_size": self.tokenizer.vocab_size,
@@ -185,12 +186,12 @@ class _Shard:
         self.writer.write(*self._packer.add(documents))
 
     def facts(self) -> dict[str, int]:
-        """Of the manifest."""
+        """Its numbers for the manifest."""
         return {
             "documents": self._documents,
             "rows": self.writer.rows,
             "tokens": int(self.writer.counts.sum()),
-            "given": self._packer.given,
+            "given": self._packer.tokens,
         }
 
 
@@ -199,16 +200,16 @@ def _name(file: int, number: int) -> str:
 
 
 def _readable(files: Iterable[Path]) -> Iterator[list[Any]]:
-    """The list in each file, in the order of their names; what is empty or cut goes, to be made again."""
+    """The list in each file, by file name; deletes empty and truncated files, so that they are rebuilt."""
     for file in sorted(files):
         with contextlib.suppress(ValueError):
-            if isinstance(found := json.loads(file.read_bytes()), list):
-                yield found
+            if isinstance(fields := json.loads(file.read_bytes()), list):
+                yield fields
                 continue
         file.unlink()
 
 
-def _saved(array: np.ndarray) -> bytes:
+def _npy(array: np.ndarray) -> bytes:
     """The bytes of a .npy file."""
     file = io.BytesIO()
     np.save(file, array)

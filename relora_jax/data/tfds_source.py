@@ -1,9 +1,8 @@
-"""Documents of a TFDS dataset, read at random places without TensorFlow.
+"""Documents of a TFDS dataset, read with random access and without TensorFlow.
 
-A dataset is written name[/config][:version], such as "c4/en:3.1.0"; without a version the newest one
-that lies in TFDS's directory is read; where none does, rows may still tell which it was.
-Datasets are found by their directories, not by TFDS's code for them, so nothing is ever fetched. "sotu" is
-built on first use.
+A dataset is named name[/config][:version], such as "c4/en:3.1.0". Without a version, the newest one in
+TFDS's directory is used, or else the one that rows in the cache were built from. Datasets are located by
+their directories, not by TFDS's builder code, so nothing is ever downloaded. "sotu" is built on first use.
 """
 
 import errno
@@ -23,61 +22,61 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 class Documents:
-    """The texts of one split; documents[i], or documents[i:j] as a list by one read; a source of blocks.
+    """A Source of one split's texts: documents[i], or documents[i:j] as a list in one read.
 
-    `version` is the dataset's name with its version ("sotu:1.0.0"), `bytes` the size of all its
-    splits on disk, `takes` how many documents come from each of its files.
+    `version` is the dataset's name with its version ("sotu:1.0.0"), `bytes` the size of all its splits on
+    disk, `counts` the number of documents from each of its files.
     """
 
     unit = " documents"
 
-    def __init__(self, source: Any, *, version: str, split: str, bytes: int, takes: Sequence[int]) -> None:
-        self._source, self._split, self._takes = source, split, list(takes)
+    def __init__(self, source: Any, *, version: str, split: str, bytes: int, counts: Sequence[int]) -> None:
+        self._source, self._split, self._counts = source, split, list(counts)
         self.version, self.bytes = version, bytes
 
     def __reduce__(self) -> tuple[Callable[[str, str], "Documents"], tuple[str, str]]:
-        return open_dataset, (self.version, self._split)  # another process opens it anew
+        return open_dataset, (self.version, self._split)  # another process opens its own
 
     @property
     def name(self) -> str:
-        """Version and split."""
+        """Name with version and split."""
         return f"{self.version} {self._split}"
 
     @property
     def files(self) -> int:
-        """How many files the split lies in."""
-        return len(self._takes)
+        """Number of files in the split."""
+        return len(self._counts)
 
     @property
     def documents(self) -> int:
-        """How many there are."""
+        """Number of documents."""
         return len(self)
 
     @property
     def size(self) -> int:
-        """In documents."""
+        """Number of documents, for progress."""
         return len(self)
 
     def stripes(self, workers: int) -> list[Stripe]:
-        """Each block by itself: any document is found at once."""
+        """One stripe per block, as access is random."""
         return [
-            Stripe(file, block, count)
-            for file, count in enumerate(-(-take // BLOCK_DOCUMENTS) for take in self._takes)
-            for block in range(count)
+            Stripe(file, block, blocks)
+            for file, blocks in enumerate(-(-count // BLOCK_DOCUMENTS) for count in self._counts)
+            for block in range(blocks)
         ]
 
     def blocks(self, file: int) -> Generator[Iterator[Chunk], None, None]:
-        """The blocks of a file, each read where it is asked for its chunks."""
-        start = sum(self._takes[:file])
-        for first in range(start, start + self._takes[file], BLOCK_DOCUMENTS):
-            yield self._chunks(first, min(first + BLOCK_DOCUMENTS, start + self._takes[file]))
+        """The blocks of a file; a block is read when its chunks are consumed."""
+        start = sum(self._counts[:file])
+        for first in range(start, start + self._counts[file], BLOCK_DOCUMENTS):
+            yield self._chunks(first, min(first + BLOCK_DOCUMENTS, start + self._counts[file]))
 
     def train_texts(self) -> Iterator[str]:
-        """All of them, in order."""
+        """All documents, in order."""
         return iter(self)
 
     def part(self, text: str) -> int:
-        """A split is one part."""
+        """0: a split is a single part."""
         return 0
 
     def _chunks(self, start: int, stop: int) -> Iterator[Chunk]:
@@ -104,7 +103,7 @@ class Documents:
     def _read(self, indices: Sequence[int]) -> list[str]:
         try:
             examples = self._source.__getitems__(list(indices))
-        except RuntimeError as error:  # a shard that is cut or not there
+        except RuntimeError as error:  # a truncated or missing shard
             raise _unreadable(self.name, error) from error
         return [self._text(i, example["text"]) for i, example in zip(indices, examples, strict=True)]
 
@@ -112,25 +111,25 @@ class Documents:
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
-            place = f"document {index} of {self.name}"
-            raise UserError(f"{place} is not UTF-8 ({error.reason} at byte {error.start})") from error
+            location = f"document {index} of {self.name}"
+            raise UserError(f"{location} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def dataset_version(dataset: str, made: Callable[[str], Iterable[str]] = lambda name: ()) -> str:
-    """name:version of what `dataset` names; a version that is written out is not looked for.
+def dataset_version(dataset: str, cached: Callable[[str], Iterable[str]] = lambda name: ()) -> str:
+    """name:version of `dataset`; an explicit version is not checked.
 
-    Where TFDS's directory has no version, it is the one of made(name), those that rows were made of.
-    UserError where there is none, or a choice of several.
+    If TFDS's directory has no version, it is that of cached(name), the versions that rows were built from.
+    UserError if there is none, or more than one.
     """
     name, version = _parse(dataset)
-    return f"{name}:{version or _newest(name, made)}"
+    return f"{name}:{version or _newest(name, cached)}"
 
 
 def open_dataset(dataset: str, split: str) -> Documents:
     """The documents of a split ("train", or a slice: "train[:1%]"), in the dataset's own order.
 
-    UserError, also while they are read, where something is wrong with the dataset, OSError where files
-    cannot be opened: each stays open once it was read.
+    UserError, now or during reads, if something is wrong with the dataset; OSError if files cannot be
+    opened: each stays open once read.
     """
     version = dataset_version(dataset)
     name, number = version.split(":")
@@ -139,98 +138,98 @@ def open_dataset(dataset: str, split: str) -> Documents:
         sotu.build()
     if not (path / "dataset_info.json").is_file():
         raise _missing(name, number)
-    import tensorflow_datasets as tfds  # half a second: only where documents are read
+    import tensorflow_datasets as tfds  # takes half a second: only if documents are read
 
     try:
         builder: Any = tfds.builder_from_directory(path)
-    except Exception as error:  # what it raises depends on which file is damaged
+    except Exception as error:  # its type depends on which file is damaged
         raise _unreadable(version, error) from error
     _check_features(version, builder.info.features)
     _check_format(version, path, builder.info)
     try:
-        takes = [part.take for part in builder.info.splits[split].file_instructions]
-        rows.allow_open_files(len(takes))
+        counts = [part.take for part in builder.info.splits[split].file_instructions]
+        rows.allow_open_files(len(counts))
         source = builder.as_data_source(split)
-        if len(source) != sum(takes):  # a slice of negative length fails here
+        if len(source) != sum(counts):  # a slice of negative length
             raise ValueError
     except ValueError as error:
-        there = ", ".join(builder.info.splits)
-        raise UserError(f"{version} has no split {split!r}: there are {there}, and slices of them") from error
+        splits = ", ".join(builder.info.splits)
+        raise UserError(f"{version} has no split {split!r}: choose {splits}, or a slice of one") from error
     size = sum(file.stat().st_size for file in path.iterdir())
-    return Documents(source, version=version, split=split, bytes=size, takes=takes)
+    return Documents(source, version=version, split=split, bytes=size, counts=counts)
 
 
 def _parse(dataset: str) -> tuple[str, str | None]:
     match = _NAME.fullmatch(dataset)
     if match is None:
-        raise UserError(f"dataset {dataset!r} cannot be read: write name, name/config or name/config:1.2.3")
+        raise UserError(f"dataset {dataset!r} is invalid: write name, name/config or name/config:1.2.3")
     return match[1], match[2]
 
 
 def _versions(path: Path) -> list[str]:
-    """Versions that lie whole in `path`, oldest first; TFDS renames a dataset when it is whole."""
-    found = [entry.parent.name for entry in path.glob("*/dataset_info.json")]
-    return _ordered(name for name in found if _VERSION.fullmatch(name))
+    """Complete versions in `path`, oldest first; TFDS renames a dataset once it is complete."""
+    names = [file.parent.name for file in path.glob("*/dataset_info.json")]
+    return _sorted(name for name in names if _VERSION.fullmatch(name))
 
 
-def _ordered(versions: Iterable[str]) -> list[str]:
+def _sorted(versions: Iterable[str]) -> list[str]:
     return sorted(versions, key=lambda name: [int(number) for number in name.split(".")])
 
 
-def _newest(name: str, made: Callable[[str], Iterable[str]]) -> str:
+def _newest(name: str, cached: Callable[[str], Iterable[str]]) -> str:
     if versions := _versions(places.datasets_dir() / name):
         return versions[-1]
     if name == sotu.NAME:
         return sotu.VERSION
-    match _ordered(made(name)):
+    match _sorted(cached(name)):
         case []:
             raise _missing(name, None)
         case [version]:
             return version
         case versions:
             raise UserError(
-                f"dataset {name} is not in {places.datasets_dir()}, and there are rows of its versions "
-                f"{', '.join(versions)}: write data.dataset={name}:{versions[-1]}, or another of these"
+                f"dataset {name} is not in {places.datasets_dir()}, but rows of several versions exist "
+                f"({', '.join(versions)}): set data.dataset={name}:{versions[-1]}, or another of these"
             )
 
 
 def _missing(name: str, version: str | None) -> UserError:
     root = places.datasets_dir()
     folders = sorted(entry for entry in (root / name).glob("*") if entry.is_dir())
-    wanted = name if version is None else f"{name}:{version}"
+    dataset = name if version is None else f"{name}:{version}"
     if versions := _versions(root / name):
-        return UserError(f"{root} holds {name} in {', '.join(versions)}, not {version}: name one of these")
+        return UserError(f"{root} has {name} in {', '.join(versions)}, not {version}: use one of these")
     if configs := [entry.name for entry in folders if _versions(entry)]:
         return UserError(
-            f"dataset {wanted} lies in {root} as {', '.join(configs)}: write {name}/{configs[0]}"
+            f"dataset {dataset} in {root} has configs {', '.join(configs)}: write {name}/{configs[0]}"
         )
     return UserError(
-        f"dataset {wanted} is not in {root}: set TFDS_DATA_DIR to the directory that holds {name}/<version>"
+        f"dataset {dataset} is not in {root}: set TFDS_DATA_DIR to the directory that holds {name}/<version>"
     )
 
 
-def _unreadable(what: str, error: Exception) -> UserError | OSError:
+def _unreadable(name: str, error: Exception) -> UserError | OSError:
     reason = str(error).partition("\n")[0]
     if (too_many := os.strerror(errno.EMFILE)) in reason:
-        return OSError(errno.EMFILE, too_many, what)
-    return UserError(f"{what} in {places.datasets_dir()} cannot be read ({reason}): build or copy it again")
+        return OSError(errno.EMFILE, too_many, name)
+    return UserError(f"{name} in {places.datasets_dir()} cannot be read ({reason}): build or copy it again")
 
 
 def _check_features(version: str, features: Any) -> None:
-    """`text`, one string a document, is all that is asked of a dataset."""
+    """UserError unless the dataset has the feature `text`, one string per document."""
     import tensorflow_datasets as tfds
 
     by_name = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
     if not isinstance(by_name.get("text"), tfds.features.Text):
-        there = ", ".join(sorted(by_name)) or type(features).__name__
-        raise UserError(f"{version} has no feature `text` of plain text: its features are {there}")
+        names = ", ".join(sorted(by_name)) or type(features).__name__
+        raise UserError(f"{version} has no feature `text` of plain text: its features are {names}")
 
 
 def _check_format(version: str, path: Path, info: Any) -> None:
-    """ArrayRecord is what can be read at random places without TensorFlow."""
+    """UserError unless it is ArrayRecord, which allows random access without TensorFlow."""
     formats = sorted(format.value for format in info.available_file_formats())
     if "array_record" not in formats:
         raise UserError(
-            f"{version} lies in {path} as {', '.join(formats)}: convert it, where TensorFlow is, by "
+            f"{version} is stored in {path} as {', '.join(formats)}: convert it, with TensorFlow, by "
             f"tfds convert_format --dataset_version_dir={path} --out_file_format=array_record"
         )

@@ -1,7 +1,7 @@
-"""The same work on many tasks, in processes or in this one: what it says comes as it is said.
+"""Runs the same work on many tasks, in worker processes or in this one, and yields its messages as they come.
 
-`work(task)` gives messages. A UserError in a process comes out as the same line; workers end with
-the one who asked, however that ends.
+`work(task)` yields messages. A UserError in a worker is raised here with the same message; workers exit with
+the process that started them, however it ends.
 """
 
 import multiprocessing
@@ -19,32 +19,32 @@ _DONE = None
 
 
 class _Failure(NamedTuple):
-    """Why a worker ended: the error where a user can mend it, else its trace."""
+    """Why a worker ended: the error if a user can fix it, and the traceback."""
 
     error: BaseException | None
     trace: str
 
 
 def cpus() -> int:
-    """CPUs that this process may use, where the system tells: as many workers are enough."""
+    """Number of CPUs that this process may use, if the system reports it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(
     work: Callable[[Task], Iterator[Any]], tasks: Sequence[Task], workers: int
 ) -> Generator[Any, None, None]:
-    """The messages of work(task) for each task, begun in this order; by one worker: in this process.
+    """The messages of work(task) for each task, started in order; with one worker, in this process.
 
-    Closing the iterator ends the workers at once.
+    Closing the generator ends the workers at once.
     """
     if min(workers, len(tasks)) < 2:
         for task in tasks:
             yield from work(task)
         return
-    left = iter(tasks)
+    queue = iter(tasks)
     processes: dict[Any, Any] = {}
     try:
-        for task in [next(left) for _ in range(min(workers, len(tasks)))]:
+        for task in [next(queue) for _ in range(min(workers, len(tasks)))]:
             pipe, process = _start(work)
             processes[pipe] = process
             pipe.send(task)
@@ -54,7 +54,7 @@ def run(
                 message = _receive(pipe, processes[pipe])
                 if message is not _DONE:
                     yield message
-                elif (task := next(left, None)) is None:
+                elif (task := next(queue, None)) is None:
                     busy.remove(pipe)
                 else:
                     pipe.send(task)
@@ -67,16 +67,16 @@ def run(
 
 
 def _start(work: Callable[[Any], Iterator[Any]]) -> tuple[Any, Any]:
-    """A process of its own interpreter; Ctrl-C reaches us alone, and we end it."""
+    """(pipe, process) of a new worker, which ignores Ctrl-C: only this process handles it."""
     context = multiprocessing.get_context("spawn")  # JAX and gRPC threads do not survive a fork
     ours, theirs = context.Pipe()
-    resource_tracker.ensure_running()  # which would unblock SIGINT again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # which would otherwise unblock SIGINT in start()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process = context.Process(target=_serve, args=(theirs, work), daemon=True)
         process.start()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     theirs.close()
     return ours, process
 
@@ -87,8 +87,8 @@ def _receive(pipe: Any, process: Any) -> Any:
     except (EOFError, ConnectionError):
         process.join()
         raise OSError(
-            f"a worker process was ended from outside (exit code {process.exitcode}), as where memory runs "
-            "out: the same command goes on, with fewer --workers if need be"
+            f"a worker process was killed (exit code {process.exitcode}), perhaps for lack of memory: run "
+            "the same command again to continue, with fewer --workers if needed"
         ) from None
     if not isinstance(message, _Failure):
         return message
@@ -100,7 +100,7 @@ def _receive(pipe: Any, process: Any) -> Any:
 
 
 def _serve(pipe: Any, work: Callable[[Any], Iterator[Any]]) -> None:
-    """Tasks from the pipe, messages back, until nobody is there."""
+    """Receives tasks and sends messages until the pipe is closed."""
     try:
         while True:
             task = pipe.recv()

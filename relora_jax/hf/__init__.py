@@ -1,1 +1,1 @@
-"""transformers' formats, both ways."""
+"""Import from and export to the formats of transformers."""

@@ -1,4 +1,4 @@
-"""JSON of another's making, read without trust: of a size that is asked for, no name of an object twice."""
+"""JSON from untrusted files: of limited size, without duplicate keys."""
 
 import json
 from collections import Counter
@@ -8,35 +8,35 @@ from typing import Any
 from relora_jax.errors import UserError
 
 
-def read(path: Path, *, most_bytes: int) -> Any:
-    """What the file says. UserError where it is larger, no JSON, or has a name twice."""
+def read(path: Path, *, max_bytes: int) -> Any:
+    """The file's content. UserError if it is larger, not JSON, or has a duplicate key."""
     size = path.stat().st_size
-    if size > most_bytes:
-        raise UserError(f"{path} has {size:,} bytes: no file of its kind is so large")
+    if size > max_bytes:
+        raise UserError(f"{path} has {size:,} bytes, expected at most {max_bytes:,}: download it again")
     return parse(path, path.read_bytes())
 
 
 def parse(path: Path, content: bytes) -> Any:
-    """What the JSON says that was read in `path`. UserError as above."""
+    """The value of JSON that was read from `path`; errors as in `read`."""
     try:
-        return json.loads(content, object_pairs_hook=_once)
+        return json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise broken(path, shown(error)) from error
+        raise invalid(path, printable(error)) from error
 
 
-def broken(path: Path, reason: str) -> UserError:
-    """The error of a file that is not what its name says."""
-    return UserError(f"{path} is not whole, or no file of its kind ({reason}): bring it again")
+def invalid(path: Path, reason: str) -> UserError:
+    """The error for a file whose content is not of its format."""
+    return UserError(f"{path} is truncated or invalid ({reason}): download it again")
 
 
-def shown(said: object) -> str:
-    """A short line that a terminal can show, whatever a file made a library say."""
-    return "".join(c if c.isprintable() else "?" for c in str(said))[:200]
+def printable(message: object) -> str:
+    """The start of a library's message, which may quote a file, in characters that a terminal can show."""
+    return "".join(c if c.isprintable() else "?" for c in str(message))[:200]
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"it names {twice!r} twice")
-    return found
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"duplicate key {key!r}")
+    return result

@@ -1,11 +1,12 @@
-"""A SentencePiece model as a tokenizer of Hugging Face's `tokenizers` library, with the same ids.
+"""Converts a SentencePiece model to a tokenizer of Hugging Face's `tokenizers` library with the same ids.
 
-BPE is exact, but for merges of equal score, of which SentencePiece takes the first in the text and the
-library the lowest id: probes.py has texts that show a difference. A unigram model adds scores in float32
-here and in float64 there: of segmentations whose scores are equal to float32's precision ("77" + "7" or
-"7" + "77") the two may take another, about one piece in 300,000 of English text. A normalization rule (T5's,
-say) is the library's `Precompiled`, as in everybody's exports: it looks up grapheme by grapheme, where
-SentencePiece rewrites the longest sequence that it knows. What has no counterpart there is a UserError.
+BPE is exact, except for merges with the same score, of which SentencePiece takes the first in the text and
+the library the lowest id: probes.py generates texts that show a difference. Unigram scores are added in
+float32 by SentencePiece, in float64 by the library: of segmentations with the same score in float32 ("77" +
+"7" or "7" + "77") they may choose different ones, for about one piece in 300,000 of English text. A
+normalization rule (T5's, for example) becomes the library's `Precompiled`, as in other converters: it maps
+grapheme by grapheme, while SentencePiece rewrites the longest known sequence. Unsupported settings are a
+UserError.
 """
 
 import re
@@ -18,66 +19,66 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from relora_jax.errors import UserError
 
-NORMAL, UNKNOWN, CONTROL, SYMBOL, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces; a symbol: user-defined
-UNIGRAM, BPE = 1, 2  # types of models
+NORMAL, UNKNOWN, CONTROL, SYMBOL, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # piece types; SYMBOL: user-defined
+UNIGRAM, BPE = 1, 2  # model types
 SPACE = "\u2581"
-UNKNOWN_CHARACTER = "\ufdd0"  # no character of any text
-SMALLEST = 2.0**-126  # SentencePiece's first guess of the highest score, which is no higher than 0
+UNKNOWN_CHARACTER = "\ufdd0"  # a noncharacter, in no text
+SMALLEST = 2.0**-126  # SentencePiece's initial value for the highest score, which is at most 0
 
 
 def parse(content: bytes) -> Any:
-    """The ModelProto in a file's content."""
+    """The ModelProto of a file's content."""
     try:
         from sentencepiece import sentencepiece_model_pb2
-    except Exception as error:  # an older protobuf than SentencePiece was made with raises its own
+    except Exception as error:  # an older protobuf raises its own type
         raise UserError(
-            f"SentencePiece's settings cannot be read: {error}: pip install -U protobuf"
+            f"SentencePiece's protobuf module cannot be imported: {error}: pip install -U protobuf"
         ) from error
     return sentencepiece_model_pb2.ModelProto.FromString(content)  # pyright: ignore
 
 
 def convert(model: Any, *, special: Iterable[int] = (), bos: int | None = None) -> tokenizers.Tokenizer:
-    """The tokenizer of a ModelProto: control pieces and `special` ids are its special tokens.
+    """The tokenizer of a ModelProto; control pieces and `special` ids are its special tokens.
 
-    `bos` begins a text unless it is encoded with `add_special_tokens=False`. A special token that is written
-    out in a text is parsed; with `encode_special_tokens` it is text, as SentencePiece has it.
+    `bos` precedes a text unless it is encoded with `add_special_tokens=False`. A special token in a text is
+    parsed as the token; with `encode_special_tokens` it is text, as in SentencePiece.
     """
     _check(model)
-    rule, kind = model.normalizer_spec, model.trainer_spec.model_type
+    spec, kind = model.normalizer_spec, model.trainer_spec.model_type
     symbols = [piece.piece for piece in model.pieces if piece.type == SYMBOL]
-    before: list[Any] = []
-    if rule.add_dummy_prefix and not rule.remove_extra_whitespaces:
-        before.append(normalizers.Prepend(SPACE))  # first, since a rule may leave nothing to put it before
-    if rule.precompiled_charsmap:
-        before.append(normalizers.Precompiled(rule.precompiled_charsmap))
-    before += _spaces(rule)
+    steps: list[Any] = []
+    if spec.add_dummy_prefix and not spec.remove_extra_whitespaces:
+        steps.append(normalizers.Prepend(SPACE))  # before a rule, which may leave an empty text
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    steps += _spaces(spec)
     if kind == BPE:
-        made = tokenizers.Tokenizer(_bpe(model))
-        # a symbol with a space is never found, here as there: texts have SPACE where symbols are looked for
+        tokenizer = tokenizers.Tokenizer(_bpe(model))
+        # a symbol with a space never matches, in SentencePiece neither: texts are searched with SPACE for " "
         if symbols := [symbol for symbol in symbols if " " not in symbol]:
-            made = _with_symbols(model, made, symbols)
+            tokenizer = _with_symbols(model, tokenizer, symbols)
     else:
-        made = tokenizers.Tokenizer(_unigram(model))
-        if names := _names(model):
+        tokenizer = tokenizers.Tokenizer(_unigram(model))
+        if pattern := _special_names(model):
             if model.trainer_spec.byte_fallback:
-                made.pre_tokenizer = pre_tokenizers.Split(Regex(names), "isolated")
+                tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
             else:
-                before.append(normalizers.Replace(Regex(names), UNKNOWN_CHARACTER))
-    made.normalizer = normalizers.Sequence(before)
-    made.decoder = decoders.Sequence([*_decoders(model)])
-    chosen = {i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNKNOWN)} | {*special}
-    tokens = [model.pieces[i].piece for i in sorted(chosen) if model.pieces[i].type != SYMBOL]
-    made.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
+                steps.append(normalizers.Replace(Regex(pattern), UNKNOWN_CHARACTER))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence([*_decoders(model)])
+    ids = {i for i, piece in enumerate(model.pieces) if piece.type in (CONTROL, UNKNOWN)} | {*special}
+    tokens = [model.pieces[i].piece for i in sorted(ids) if model.pieces[i].type != SYMBOL]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in tokens])
     if bos is not None:
-        begin = model.pieces[bos].piece
-        made.post_processor = processors.TemplateProcessing(
-            single=[begin, "$A"], pair=[begin, "$A", f"{begin}:1", "$B:1"], special_tokens=[(begin, bos)]
+        token = model.pieces[bos].piece
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[token, "$A"], pair=[token, "$A", f"{token}:1", "$B:1"], special_tokens=[(token, bos)]
         )
-    return made
+    return tokenizer
 
 
 def is_tie(model: Any, one: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether a unigram model gives both segmentations of a text the same score, to float32's precision."""
+    """Whether a unigram model gives two segmentations of a text the same score in float32 precision."""
     if model.trainer_spec.model_type != UNIGRAM:
         return False
     scores = _scores(model)
@@ -86,94 +87,93 @@ def is_tie(model: Any, one: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def _check(model: Any) -> None:
-    """UserError for settings that the library has not, or not so that ids stay equal."""
-    trainer, rule, pieces = model.trainer_spec, model.normalizer_spec, model.pieces
+    """UserError for settings with which the library could not produce the same ids."""
+    trainer, spec, pieces = model.trainer_spec, model.normalizer_spec, model.pieces
     if trainer.model_type not in (UNIGRAM, BPE):
         name = trainer.ModelType.Name(trainer.model_type)
-        raise UserError(f"its model_type {name} has no counterpart: only BPE and UNIGRAM have")
-    if trainer.treat_whitespace_as_suffix or not rule.escape_whitespaces:
-        raise UserError("its treat_whitespace_as_suffix or escape_whitespaces has no counterpart")
+        raise UserError(f"model_type {name} is not supported, only BPE and UNIGRAM")
+    if trainer.treat_whitespace_as_suffix or not spec.escape_whitespaces:
+        raise UserError("treat_whitespace_as_suffix or escape_whitespaces=false is not supported")
     if model.HasField("denormalizer_spec") and model.denormalizer_spec.precompiled_charsmap:
-        raise UserError("its denormalization rule has no counterpart")
+        raise UserError("a denormalization rule is not supported")
     if unused := [piece.piece for piece in pieces if piece.type == UNUSED]:
-        raise UserError(f"its unused piece {unused[0]!r} has no counterpart")
-    known = {piece.piece for piece in pieces if piece.type in (NORMAL, SYMBOL)}
+        raise UserError(f"unused piece {unused[0]!r} is not supported")
+    spellable = {piece.piece for piece in pieces if piece.type in (NORMAL, SYMBOL)}
     for piece in pieces:
-        if piece.type == NORMAL and not known.issuperset(piece.piece):
-            raise UserError(f"its piece {piece.piece!r} holds a character that is no piece")
+        if piece.type == NORMAL and not spellable.issuperset(piece.piece):
+            raise UserError(f"piece {piece.piece!r} contains a character that is not a piece")
         if piece.type not in (NORMAL, SYMBOL) and len(piece.piece) == 1:
-            raise UserError(f"its special piece {piece.piece!r} is a single character")
+            raise UserError(f"special piece {piece.piece!r} is a single character")
     symbols = [piece.piece for piece in pieces if piece.type == SYMBOL]
-    rewritten = rule.remove_extra_whitespaces or rule.precompiled_charsmap
-    if symbols and trainer.model_type == BPE and rewritten:
+    rewrites = spec.remove_extra_whitespaces or spec.precompiled_charsmap
+    if symbols and trainer.model_type == BPE and rewrites:
         raise UserError(
-            f"its user-defined symbol {symbols[0]!r} has no counterpart beside a BPE model's "
-            "remove_extra_whitespaces or normalization rule"
+            f"user-defined symbol {symbols[0]!r} is not supported in a BPE model with "
+            "remove_extra_whitespaces or a normalization rule"
         )
-    if rule.remove_extra_whitespaces and any(" " in symbol or SPACE in symbol for symbol in symbols):
-        raise UserError("its user-defined symbol with a space has no counterpart: extra spaces are removed")
+    if spec.remove_extra_whitespaces and any(" " in symbol or SPACE in symbol for symbol in symbols):
+        raise UserError("a user-defined symbol with a space is not supported with remove_extra_whitespaces")
 
 
-def _spaces(rule: Any) -> Iterable[Any]:
-    """Normalizers after the rule: no extra spaces, the one in front, and the sign they are written by."""
-    extra = rule.remove_extra_whitespaces
-    if extra:
+def _spaces(spec: Any) -> Iterable[Any]:
+    """Normalizers after the rule: remove extra spaces, add the prefix, and replace " " by SPACE."""
+    if spec.remove_extra_whitespaces:
         yield normalizers.Replace(Regex(r"\A +"), "")
         yield normalizers.Replace(Regex(" {2,}"), " ")
-        if rule.add_dummy_prefix:
+        if spec.add_dummy_prefix:
             yield normalizers.Prepend(SPACE)
     yield normalizers.Replace(" ", SPACE)
-    if extra:
-        yield normalizers.Replace(Regex(rf"{SPACE}+\z"), "")  # also where the text itself has the sign
+    if spec.remove_extra_whitespaces:
+        yield normalizers.Replace(Regex(rf"{SPACE}+\z"), "")  # also a SPACE of the text itself
 
 
 def _decoders(model: Any) -> Iterable[Any]:
-    rule = model.normalizer_spec
+    spec = model.normalizer_spec
     yield decoders.Replace(SPACE, " ")
     if model.trainer_spec.byte_fallback:
         yield decoders.ByteFallback()
     yield decoders.Fuse()
-    if rule.add_dummy_prefix or rule.remove_extra_whitespaces:
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
         yield decoders.Strip(" ", 1, 0)
 
 
 def merges(model: Any) -> list[tuple[float, int, str, str]]:
-    """(-score, id, left, right) of each split of a piece, in order.
+    """Sorted (-score, id, left, right) of each split of a piece in two.
 
-    SentencePiece joins any two that make a piece, the best first.
+    SentencePiece merges any two pieces that form a piece, the best score first.
     """
     normal = {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type == NORMAL}
-    found = [
+    splits = [
         (-model.pieces[i].score, i, piece[:cut], piece[cut:])
         for piece, i in normal.items()
         for cut in range(1, len(piece))
         if piece[:cut] in normal and piece[cut:] in normal
     ]
-    return sorted(found)
+    return sorted(splits)
 
 
 def _with_symbols(model: Any, plain: tokenizers.Tokenizer, symbols: list[str]) -> tokenizers.Tokenizer:
-    """Texts are cut at symbols, and a part that is a whole piece is that piece, as each symbol is.
+    """A BPE tokenizer that splits texts at symbols; a part that equals a piece is that piece, as are symbols.
 
-    The name of a piece that `plain` spells otherwise, such as a byte's, is cut where it has two pieces.
+    The name of a piece that `plain` encodes otherwise, such as a byte's, is split where it has two pieces.
     """
-    made = tokenizers.Tokenizer(_bpe(model, ignore_merges=True))
+    tokenizer = tokenizers.Tokenizer(_bpe(model, ignore_merges=True))
     names = [piece.piece for piece in model.pieces if piece.type != SYMBOL]
     ids = (i for i, piece in enumerate(model.pieces) if piece.type != SYMBOL)
-    spelled = zip(ids, names, plain.encode_batch(names), strict=True)
-    odd = {name: [end for _, end in found.offsets[:-1]] for i, name, found in spelled if found.ids != [i]}
-    cuts = []
-    for name, ends in odd.items():
-        at = next((at for at in ends if name[:at] not in odd and name[at:] not in odd), None)
-        if at is None:
-            raise UserError(f"its piece {name!r} has no counterpart beside user-defined symbols")
-        cuts.append(f"{re.escape(name[:at])}(?={re.escape(name[at:])}\\z)")
-    first = "|".join(map(re.escape, sorted(symbols, key=len, reverse=True)))  # the longest one is found
-    steps = [pre_tokenizers.Split(Regex(first), "isolated")]
-    if cuts:
-        steps.append(pre_tokenizers.Split(Regex(rf"\A(?:{'|'.join(cuts)})"), "isolated"))
-    made.pre_tokenizer = pre_tokenizers.Sequence([*steps])
-    return made
+    encoded = zip(ids, names, plain.encode_batch(names), strict=True)
+    ends_of = {name: [end for _, end in text.offsets[:-1]] for i, name, text in encoded if text.ids != [i]}
+    patterns = []
+    for name, ends in ends_of.items():
+        cut = next((end for end in ends if name[:end] not in ends_of and name[end:] not in ends_of), None)
+        if cut is None:
+            raise UserError(f"piece {name!r} is not supported in a model with user-defined symbols")
+        patterns.append(f"{re.escape(name[:cut])}(?={re.escape(name[cut:])}\\z)")
+    longest_first = "|".join(map(re.escape, sorted(symbols, key=len, reverse=True)))
+    steps = [pre_tokenizers.Split(Regex(longest_first), "isolated")]
+    if patterns:
+        steps.append(pre_tokenizers.Split(Regex(rf"\A(?:{'|'.join(patterns)})"), "isolated"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps])
+    return tokenizer
 
 
 def _bpe(model: Any, *, ignore_merges: bool = False) -> models.BPE:
@@ -195,47 +195,47 @@ def _unigram(model: Any) -> models.Unigram:
 
 
 def _scores(model: Any) -> list[float]:
-    """The scores of pieces in a text; special ones, which no text may give, have less than any spelling."""
+    """The score of each piece; special ones, which must not occur in a text, score less than any spelling."""
     normal = [piece.score for piece in model.pieces if piece.type == NORMAL]
     names = [piece.piece for piece in model.pieces if piece.type not in (NORMAL, SYMBOL)]
     least = min([0.0, *normal]) * max(map(len, names)) - 1.0
-    a_byte = 0.1 if _counts_bytes() else max([SMALLEST, *normal])
+    byte_score = 0.1 if _scores_bytes() else max([SMALLEST, *normal])
 
     def score(piece: Any) -> float:
         if piece.type == SYMBOL:
-            return len(piece.piece.encode()) * a_byte - 0.1
+            return len(piece.piece.encode()) * byte_score - 0.1
         return piece.score if piece.type == NORMAL else least
 
     return [score(piece) for piece in model.pieces]
 
 
-def _counts_bytes() -> bool:
-    """Whether this SentencePiece gives a symbol of n bytes 0.1 n - 0.1 (0.2.3), or the highest score n times.
+def _scores_bytes() -> bool:
+    """Whether SentencePiece scores a symbol of n bytes `0.1 * n - 0.1` (0.2.3), or n times the highest score.
 
-    Asked of a model where the one is more than its symbol's part of a longer piece, and the other is less.
+    Checked with a model in which only the former makes "ab" + "c" beat "abc".
     """
     model = parse(b"")
     pieces = ("<unk>", 0, UNKNOWN), ("ab", 0, SYMBOL), ("abc", -9, NORMAL), ("c", -9, NORMAL)
     for piece, score, kind in pieces:
         model.pieces.add(piece=piece, score=score, type=kind)
-    rule = model.normalizer_spec
-    rule.add_dummy_prefix = rule.remove_extra_whitespaces = False
-    asked = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
-    return len(asked.encode("abc")) == 2
+    spec = model.normalizer_spec
+    spec.add_dummy_prefix = spec.remove_extra_whitespaces = False
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+    return len(processor.encode("abc")) == 2
 
 
-def _names(model: Any) -> str:
-    """A pattern of a character that is no piece, in each special piece's name with such a one.
+def _special_names(model: Any) -> str:
+    """A pattern that matches the first character that is not a piece within each special piece's name.
 
-    Apart, or replaced by another unknown one, it keeps the name in a text from being read as that piece.
-    Other names never are: the piece scores less than the name's characters.
+    Isolated, or replaced by another unknown one, it keeps the name in a text from being read as that piece.
+    A name without such a character never is: the piece scores less than the name's characters.
     """
-    known = {piece.piece for piece in model.pieces if piece.type in (NORMAL, SYMBOL)}
-    found = []
+    spellable = {piece.piece for piece in model.pieces if piece.type in (NORMAL, SYMBOL)}
+    patterns = []
     for piece in model.pieces:
         name = piece.piece
-        at = next((at for at, char in enumerate(name) if char not in known), None)
+        at = next((at for at, char in enumerate(name) if char not in spellable), None)
         if piece.type not in (NORMAL, SYMBOL) and at is not None:
             start, char, end = map(re.escape, (name[:at], name[at], name[at + 1 :]))
-            found.append(f"(?<={start})" * bool(start) + char + f"(?={end})")
-    return "|".join(found)
+            patterns.append(f"(?<={start})" * bool(start) + char + f"(?={end})")
+    return "|".join(patterns)

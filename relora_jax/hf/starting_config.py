@@ -1,8 +1,8 @@
-"""The config with which an imported model is pretrained further: its own shapes and tokenizer, our choices.
+"""The config to pretrain an imported model with: its shapes and tokenizer, our choice of settings.
 
-Reproduces nothing published and is not tuned. Ours: rank and alpha as the paper's 350m and 1b have them
-(rank 128, scale 1/4; a rank that its smallest kernel can hold twice), low rates, since the model has been
-trained before, and twice the full-rank one for the factors; three restarts; 64 rows an update.
+It reproduces nothing published and is not tuned. Rank and alpha are the paper's for 350m and 1b (rank 128,
+scale 1/4; the rank is at most half of the smallest kernel dimension). Learning rates are low, because the
+model is already trained, and twice the full-rank one for the factors; three restarts; 64 rows an update.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ from relora_jax.core.prune import magnitude
 from relora_jax.errors import UserError
 from relora_jax.run import record
 
-ROWS = 1024  # positions; fewer where the model's reach ends before
+SEQUENCE_LENGTH = 1024  # or the model's max_positions if that is less
 RANK = 128  # the paper's from 350m on
-LARGE = 10**9  # parameters above which activations are computed again rather than kept
+REMAT_PARAMETERS = 10**9  # larger models recompute activations in the backward pass
 
 _TEXT = '''"""{name}, an imported model of {parameters:,} parameters, pretrained further.
 
@@ -26,10 +26,10 @@ _TEXT = '''"""{name}, an imported model of {parameters:,} parameters, pretrained
     python -m relora_jax.train --config={config} --text='data/*.jsonl.gz'
     python -m relora_jax.export --workdir={workdir} --output=NEW
 
-make rows of a text, once; train; write the result for transformers. ARM in --config=FILE:ARM is full, lora or
-relora (the default). Imported from {source}.
-The settings are those of relora_jax/hf/starting_config.py: override them by --config.GROUP.FIELD=VALUE, or by
-assignments to what it returns.
+These prepare the rows of a text (once), train, and export the result to transformers. ARM in
+--config=FILE:ARM is full, lora or relora (the default). Imported from {source}.
+The settings come from relora_jax/hf/starting_config.py: override them with --config.GROUP.FIELD=VALUE, or
+change the config that it returns.
 """
 
 from relora_jax.hf.starting_config import starting_config
@@ -49,12 +49,12 @@ def starting_config(run: str, arm: str) -> Config:
 
 
 def of_model(model: ModelConfig, run: str, arm: str, *, compute_dtype: str, ids: dict[str, Any]) -> Config:
-    """The config of one arm; `ids`: those of DataConfig that are known."""
+    """The config of one arm; `ids`: the special ids of DataConfig, without unknown ones."""
     if arm == "control":
-        raise UserError("an imported model has no smaller control: take the arm full, lora or relora")
+        raise UserError("an imported model has no control arm: choose full, lora or relora")
     half = min(min(sides) for sides in shapes.kernels(model).values()) // 2
     rank = min(RANK, 2 ** (max(half, 1).bit_length() - 1))
-    remat = "full" if shapes.parameters(model) > LARGE else "none"
+    remat = "full" if shapes.parameters(model) > REMAT_PARAMETERS else "none"
     return Config(
         name=Path(run).name,
         arm=arm,
@@ -63,7 +63,7 @@ def of_model(model: ModelConfig, run: str, arm: str, *, compute_dtype: str, ids:
             rank=rank,
             alpha=rank / 4,
             product="fused",
-            base_dtype="float32",  # bfloat16: half of the frozen part's memory, rounded at each merge
+            base_dtype="float32",  # bfloat16 halves the base kernels' memory, but rounds at each merge
             warm_start_updates=0,  # the model is the warm start
             cycle_updates=1_000,
             warm_up_updates=100,
@@ -72,8 +72,10 @@ def of_model(model: ModelConfig, run: str, arm: str, *, compute_dtype: str, ids:
             prune=magnitude(0.9),
         ),
         optimizer=OptimizerConfig(peak_lr=1e-4, warm_up_updates=100 if arm == "full" else 0),
-        data=DataConfig(  # `text` is given by --text
-            tokenizer=f"{run}/tokenizer", sequence_length=min(ROWS, model.max_positions or ROWS), **ids
+        data=DataConfig(  # --text sets `text`
+            tokenizer=f"{run}/tokenizer",
+            sequence_length=min(SEQUENCE_LENGTH, model.max_positions or SEQUENCE_LENGTH),
+            **ids,
         ),
         train=TrainConfig(
             updates=4_000,
@@ -100,5 +102,5 @@ def text(model: ModelConfig, run: Path, *, source: str) -> str:
     )
 
 
-def _in_docstring(words: str) -> str:
-    return repr(words)[1:-1].replace('"', '\\"')
+def _in_docstring(value: str) -> str:
+    return repr(value)[1:-1].replace('"', '\\"')

@@ -1,7 +1,7 @@
-"""safetensors, a model's tensors in one file or several: read without trust, written by the library.
+"""safetensors: reads untrusted files of a model's tensors, and writes them.
 
-A directory holds `model.safetensors`, or `model.safetensors.index.json` and the files that it names. A file
-is 8 bytes with the header's length, the header in JSON, and the tensors without a gap. Nothing is unpickled.
+A directory has `model.safetensors`, or `model.safetensors.index.json` and the files that it lists. A file is
+the header's length in 8 bytes, the header as JSON, and the tensors without gaps. Nothing is unpickled.
 """
 
 import dataclasses
@@ -20,20 +20,19 @@ from relora_jax.errors import UserError
 from relora_jax.hf import json_file
 from relora_jax.storage import atomic
 
-Kind = tuple[tuple[int, ...], np.dtype]  # shape and type of a tensor
+Kind = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a tensor
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**8  # of a file; twice as much is in memory while it is written
+SHARD_BYTES = 5 * 10**8  # of a file; writing it takes twice as much memory
 PICKLES = ("*.bin", "*.pt", "*.pth")
-HEADER_BYTES, INDEX_BYTES = 2**24, 2**26  # what is larger describes no model, and is not read
-MOST_AXES = 64  # NumPy's own limit
-# By their names in a file, in the order in which the library lays them out.
-TYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(bfloat16), "F16": np.dtype(np.float16)}
+MAX_HEADER_BYTES, MAX_INDEX_BYTES = 2**24, 2**26
+MAX_AXES = 64  # NumPy's limit
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(bfloat16), "F16": np.dtype(np.float16)}
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorFiles:
-    """The tensors of a directory: `kinds` is {name: (shape, type)} of all, from the headers alone."""
+    """The tensors of a directory; `kinds` is {name: (shape, dtype)}, from the headers alone."""
 
     folder: Path
     kinds: dict[str, Kind]
@@ -41,127 +40,129 @@ class TensorFiles:
 
     @classmethod
     def open(cls, folder: Path) -> "TensorFiles":
-        """UserError where a file is missing, not as its header says, or of a kind that is not read here.
+        """UserError if a file is missing, does not match its header, or has an unsupported format.
 
-        A file may be a link, as in the hub's cache, but the index names only files of the directory.
+        A file may be a link, as in the hub's cache, but the index may only list files of the directory.
         """
         folder = Path(folder)
         kinds: dict[str, Kind] = {}
         files: dict[str, Any] = {}
-        for path, names in _named(folder).items():
-            held, file = _open(path)
-            for name in sorted(held.keys() if names is None else held.keys() | names):
-                if name not in held:
-                    raise UserError(f"{path} has no tensor {name!r}, which {INDEX} looks for in it")
+        for path, names in _tensors_by_file(folder).items():
+            header, file = _open(path)
+            for name in sorted(header.keys() if names is None else header.keys() | names):
+                if name not in header:
+                    raise UserError(f"{path} has no tensor {name!r}, which {INDEX} expects in it")
                 if names is not None and name not in names:
-                    raise UserError(f"{path} has a tensor {name!r} that {INDEX} does not look for in it")
-                kinds[name], files[name] = held[name], file
+                    raise UserError(f"{path} has a tensor {name!r}, which {INDEX} does not expect in it")
+                kinds[name], files[name] = header[name], file
         return cls(folder, kinds, files)
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor of that name. OSError where the disk does not give it."""
+        """The tensor. OSError if it cannot be read from disk."""
         try:
             return self._files[name].get_tensor(name)
         except SafetensorError as error:
-            raise OSError(f"{self.folder}: {name!r} cannot be read ({json_file.shown(error)})") from error
+            raise OSError(f"{self.folder}: cannot read {name!r} ({json_file.printable(error)})") from error
 
 
-def _named(folder: Path) -> dict[Path, set[str] | None]:
-    """The files, each with the tensors that the index looks for in it; None: there is no index."""
-    if (folder / FILE).is_file():  # transformers looks for it first, too
+def _tensors_by_file(folder: Path) -> dict[Path, set[str] | None]:
+    """{file: names of its tensors in the index}; None instead of the names if there is no index."""
+    if (folder / FILE).is_file():  # has precedence in transformers, too
         return {folder / FILE: None}
     if (folder / INDEX).is_file():
-        return _indexed(folder / INDEX)
+        return _read_index(folder / INDEX)
     if not folder.is_dir():
-        raise UserError(f"{str(folder)!r} is no directory: name the one that holds {FILE}")
+        raise UserError(f"{str(folder)!r} is not a directory: pass the directory of a model")
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise UserError(
-            f"{folder / pickles[0]} is a pickle, which could run anything, and is not opened: load the model "
-            "with transformers and save it by save_pretrained(folder, safe_serialization=True)"
+            f"{folder / pickles[0]} is a pickle, which could execute code, and is not read: load the model "
+            "with transformers and save it with save_pretrained(folder, safe_serialization=True)"
         )
-    raise UserError(f"{folder} has no {FILE}, nor {INDEX}: name the directory of a model")
+    raise UserError(f"{folder} has no {FILE} or {INDEX}: pass the directory of a model")
 
 
-def _indexed(index: Path) -> dict[Path, set[str] | None]:
-    content = json_file.read(index, most_bytes=INDEX_BYTES)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise UserError(f"{index} is no index of tensors: it has no weight_map")
+def _read_index(index: Path) -> dict[Path, set[str] | None]:
+    content = json_file.read(index, max_bytes=MAX_INDEX_BYTES)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map: download it again")
     files: dict[Path, set[str] | None] = {}
-    for name, file in places.items():
+    for name, file in weight_map.items():
         plain = isinstance(file, str) and file == os.path.basename(file) and file.endswith(".safetensors")
         if not plain or "\0" in file or "\\" in file:
-            raise UserError(f"{index} looks for {name!r} in {file!r}, which is no file of its directory")
+            raise UserError(
+                f"{index} lists {name!r} in {file!r}, which is not a .safetensors file of its directory"
+            )
         files.setdefault(index.parent / file, set()).add(name)  # pyright: ignore
     for path in files:
-        if not os.path.isfile(path):  # never an error, whatever the name
-            raise UserError(f"{str(path)!r} is missing, which {INDEX} names: bring it, too")
+        if not os.path.isfile(path):  # unlike Path.is_file, never raises
+            raise UserError(f"{str(path)!r} is missing, but {INDEX} lists it: download it too")
     return files
 
 
 def _open(path: Path) -> tuple[dict[str, Kind], Any]:
-    """({name: kind}, the library's lazy file); it compares header, offsets, shapes and length."""
+    """({name: kind}, lazy file); the library validates the header, offsets, shapes and length."""
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
-        if length > HEADER_BYTES:
-            raise json_file.broken(path, f"its header claims {length:,} bytes")
+        if length > MAX_HEADER_BYTES:
+            raise json_file.invalid(path, f"its header claims {length:,} bytes")
         header = raw.read(length)
     try:
-        # pread: a file that is cut meanwhile is an error, where a map of it would be a SIGBUS
+        # pread: reading a file that was truncated after it was opened is an error, with mmap a SIGBUS
         file: Any = safe_open(path, framework="np", backend="pread")
     except SafetensorError as error:
-        said = json_file.shown(error)
-        raise json_file.broken(path, said.partition("header: ")[2] or said) from error
-    json_file.parse(path, header)  # the library takes the last of two tensors of one name without a word
+        message = json_file.printable(error)
+        raise json_file.invalid(path, message.partition("header: ")[2] or message) from error
+    json_file.parse(path, header)  # the library silently takes the last of duplicate names
     return {name: _kind(path, name, file.get_slice(name)) for name in file.keys()}, file  # noqa: SIM118
 
 
 def _kind(path: Path, name: str, tensor: Any) -> Kind:
-    told, shape = tensor.get_dtype(), tuple(tensor.get_shape())
-    if told not in TYPES:
-        raise UserError(f"{path}: {name!r} is of the type {told}: only {', '.join(TYPES)} are read here")
-    if 0 in shape or len(shape) > MOST_AXES:
-        raise UserError(f"{path}: {name!r} has the shape {str(list(shape))[:60]}, which no tensor has")
-    return shape, TYPES[told]
+    dtype, shape = tensor.get_dtype(), tuple(tensor.get_shape())
+    if dtype not in DTYPES:
+        raise UserError(f"{path}: {name!r} has dtype {dtype}: only {', '.join(DTYPES)} are supported")
+    if 0 in shape or len(shape) > MAX_AXES:
+        raise UserError(f"{path}: {name!r} has the unsupported shape {str(list(shape))[:60]}")
+    return shape, DTYPES[dtype]
 
 
-def save(folder: Path, groups: Sequence[Callable[[], dict[str, np.ndarray]]], *, stem: str = "model") -> None:
-    """Writes the tensors {name: array} that each group gives to a file of its own, named as by transformers.
+def save(folder: Path, shards: Sequence[Callable[[], dict[str, np.ndarray]]], *, stem: str = "model") -> None:
+    """Writes the {name: array} that each function returns to its own file, named as by transformers.
 
-    One group is in memory at a time, and the library's copy of it. Where there are several groups an index is
-    written last: without it nobody takes the files for a model. OSError where the disk does not take them.
+    One shard and the library's copy of it are in memory at a time. The index of several shards is written
+    last, so that nothing loads a partial model. OSError if the disk fails.
     """
-    places: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     parameters = size = 0
-    for number, group in enumerate(groups, 1):
-        several = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        path, tensors = folder / f"{stem}{several}.safetensors", group()
+    for number, shard in enumerate(shards, 1):
+        suffix = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        path, tensors = folder / f"{stem}{suffix}.safetensors", shard()
         path.touch()
         mode = path.stat().st_mode
         try:
             save_file(tensors, path, metadata={"format": "pt"})
         except SafetensorError as error:
-            raise OSError(f"{path} cannot be written ({json_file.shown(error)})") from error
-        path.chmod(mode)  # the library lets nobody else read it
+            raise OSError(f"cannot write {path} ({json_file.printable(error)})") from error
+        path.chmod(mode)  # the library restricts it to the owner
         atomic.sync(path)
-        places |= dict.fromkeys(tensors, path.name)
+        weight_map |= dict.fromkeys(tensors, path.name)
         parameters += sum(array.size for array in tensors.values())
         size += sum(array.nbytes for array in tensors.values())
-    if len(groups) > 1:
+    if len(shards) > 1:
         metadata = {"total_parameters": parameters, "total_size": size}
-        index = json.dumps({"metadata": metadata, "weight_map": places}, indent=2, sort_keys=True)
+        index = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True)
         atomic.write(folder / f"{stem}.safetensors.index.json", f"{index}\n".encode())
 
 
-def grouped(sizes: dict[str, int], limit: float = SHARD_BYTES) -> list[list[str]]:
-    """Names in order, in groups of at most `limit` bytes; what is above it alone is a group of its own."""
+def group_by_size(sizes: dict[str, int], limit: float = SHARD_BYTES) -> list[list[str]]:
+    """The names in order, in groups of at most `limit` bytes; a larger one has a group of its own."""
     groups: list[list[str]] = [[]]
-    filled = 0
+    total = 0
     for name, size in sizes.items():
-        if groups[-1] and filled + size > limit:
+        if groups[-1] and total + size > limit:
             groups.append([])
-            filled = 0
+            total = 0
         groups[-1].append(name)
-        filled += size
+        total += size
     return groups

@@ -1,8 +1,8 @@
 """The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
 
-Plain `nnx.Linear`s in blocks that are stacked on a leading axis and scanned; it knows nothing of low rank.
+Plain `nnx.Linear`s, in blocks that are stacked on a leading axis and scanned; nothing here is low-rank.
 Shapes: B rows, L positions, D hidden, H query heads, K key-value heads, h head dimension, V vocabulary.
-Every variable names its `axes`, from which sharding follows.
+Every variable has named `axes`, which determine its sharding.
 """
 
 from functools import partial
@@ -22,22 +22,22 @@ ATTENTION = ("xla", "einsum", "cudnn")
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
-    """ValueError, which begins with the argument's name, where they make no attention."""
+    """Raises ValueError, starting with the argument's name, for incompatible head sizes."""
     if heads % kv_heads:
         raise ValueError(f"kv_heads {kv_heads} must divide heads {heads}")
     if head_dim % 2:
-        raise ValueError(f"head_dim {head_dim} must be even: positions turn it in two halves")
+        raise ValueError(f"head_dim {head_dim} must be even: rotary positions split it in two halves")
 
 
 class Llama(nnx.Module):
-    """Logits [B, L, V] of ids [B, L]; each depends on the ids up to its own position.
+    """Causal language model: logits [B, L, V] of ids [B, L].
 
-    With `segment_ids` [B, L], the number of each id's document in its row, on those of its document alone:
-    the logits are those of the documents run one at a time.
+    `segment_ids` [B, L] number the documents within a row. With them, ids attend only to their own document:
+    the logits equal those of each document run separately.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        dtype, param_dtype = types(config)
+        dtype, param_dtype = dtypes(config)
         normal = nnx.initializers.normal(config.init_std)
         self.embed = nnx.Embed(
             config.vocab_size,
@@ -64,7 +64,7 @@ class Llama(nnx.Module):
         *,
         at: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B out V"]:
-        """Logits in at least float32: at every position, or `at` one of each row alone."""
+        """Logits in at least float32, at every position, or only at position `at` of each row."""
         graph, layers = nnx.split(self.blocks)
         positions, mask = jnp.arange(ids.shape[1])[None], None
         if segment_ids is not None:
@@ -98,7 +98,7 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """softmax(q k^T / sqrt(h)) v over the past; each key-value head serves H / K query heads."""
+    """Causal softmax(q k^T / sqrt(h)) v; each key-value head serves H / K query heads."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         query, value = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -114,15 +114,19 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L D"], positions: Int[Array, "#B L"], mask: Bool[Array, "B L L"] | None
     ) -> Float[Array, "B L D"]:
-        """Causal self-attention, within `mask` where there is one."""
+        """Causal self-attention, restricted to `mask` if given."""
         rows, length, _ = x.shape
         q = self.q(x).reshape(rows, length, self.heads, self.head_dim)
         k = self.k(x).reshape(rows, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(rows, length, self.kv_heads, self.head_dim)
         frequencies = self.scaling.frequencies(self.head_dim, theta=self.theta, length=length)
-        turn = frequencies, self.scaling.amplitude()
+        rotation = frequencies, self.scaling.amplitude()
         y = attend(
-            rotate(q, positions, *turn), rotate(k, positions, *turn), v, mask, kernel=self.implementation
+            rotate(q, positions, *rotation),
+            rotate(k, positions, *rotation),
+            v,
+            mask,
+            implementation=self.implementation,
         )
         return self.o(y.reshape(rows, length, -1))
 
@@ -137,25 +141,25 @@ class Mlp(nnx.Module):
         self.down = _linear(config, config.mlp, config.hidden, axes, rngs)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        """The position-wise half of a block."""
+        """The feed-forward half of a block."""
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 
 
 def positions_and_mask(segment_ids: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L L"]]:
-    """(place of each id within its document, whether two ids are of one document)."""
-    places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
-    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    starts = lax.cummax(jnp.where(begins, places, 0), axis=1)
-    return places - starts, segment_ids[:, :, None] == segment_ids[:, None, :]
+    """(position of each id in its document, whether two ids belong to the same document)."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
+    is_start = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    starts = lax.cummax(jnp.where(is_start, index, 0), axis=1)
+    return index - starts, segment_ids[:, :, None] == segment_ids[:, None, :]
 
 
 def rotate(
     x: Float[Array, "B L heads h"], positions: Int[Array, "#B L"], frequencies: Any, factor: float
 ) -> Float[Array, "B L heads h"]:
-    """(x1 cos - x2 sin, x2 cos + x1 sin) of the head's halves, at angles position * frequencies [h/2].
+    """(x1 cos - x2 sin, x2 cos + x1 sin) of the halves of each head, at angles position * frequencies [h/2].
 
-    Computed in at least float32; the halves are those of the published LLaMA checkpoints. `factor` is on
-    cos and sin (1 but for yarn).
+    Computed in at least float32, with the halves of published LLaMA checkpoints. `factor` multiplies cos and
+    sin (1 except for yarn).
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     angle = jnp.multiply.outer(positions.astype(wide), jnp.asarray(frequencies, wide))[:, :, None, :]
@@ -170,34 +174,33 @@ def attend(
     v: Float[Array, "B L K h"],
     mask: Bool[Array, "B L L"] | None = None,
     *,
-    kernel: str,
+    implementation: str,
 ) -> Float[Array, "B L H h"]:
-    """Causal attention within `mask`, a query's keys in its last axis (None: all that is past).
+    """Causal attention, restricted to `mask` [B, query, key] if given.
 
-    By jax's own kernels, or written out ("einsum") where those round to float32.
+    "einsum" is written out here, because JAX's own implementations round to float32.
     """
-    if kernel != "einsum":
-        heads_alike = None if mask is None else mask[:, None]
+    if implementation != "einsum":
         return jax.nn.dot_product_attention(
             q,
             k,
             v,
-            mask=heads_alike,
+            mask=None if mask is None else mask[:, None],
             is_causal=True,
-            implementation=kernel,  # pyright: ignore
+            implementation=implementation,  # pyright: ignore
         )
     wide = jnp.promote_types(q.dtype, jnp.float32)
     rows, length, heads, dim = q.shape
     q = q.reshape(rows, length, k.shape[2], heads // k.shape[2], dim)
     logits = jnp.einsum("blkgh,bmkh->bkglm", q, k, preferred_element_type=wide) * dim**-0.5
-    seen = jnp.tril(jnp.ones((1, length, length), bool))
-    seen = seen if mask is None else seen & mask
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], logits, -jnp.inf), axis=-1).astype(v.dtype)
+    visible = jnp.tril(jnp.ones((1, length, length), bool))
+    visible = visible if mask is None else visible & mask
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, -jnp.inf), axis=-1).astype(v.dtype)
     return jnp.einsum("bkglm,bmkh->blkgh", weights, v).reshape(rows, length, heads, dim)
 
 
-def types(config: ModelConfig) -> tuple[Any, Any]:
-    """(compute type, type of trained variables and moments: at least float32)."""
+def dtypes(config: ModelConfig) -> tuple[Any, Any]:
+    """(compute dtype, dtype of the trained variables and moments: at least float32)."""
     dtype = jnp.dtype(config.compute_dtype)
     return dtype, jnp.promote_types(dtype, jnp.float32)
 
@@ -205,7 +208,7 @@ def types(config: ModelConfig) -> tuple[Any, Any]:
 def _linear(
     config: ModelConfig, fan_in: int, fan_out: int, axes: tuple[str, ...], rngs: nnx.Rngs
 ) -> nnx.Linear:
-    dtype, param_dtype = types(config)
+    dtype, param_dtype = dtypes(config)
     return nnx.Linear(
         fan_in,
         fan_out,
@@ -219,7 +222,7 @@ def _linear(
 
 
 def _norm(config: ModelConfig, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.RMSNorm:
-    dtype, param_dtype = types(config)
+    dtype, param_dtype = dtypes(config)
     return nnx.RMSNorm(
         config.hidden,
         epsilon=config.rms_eps,
@@ -231,7 +234,7 @@ def _norm(config: ModelConfig, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.
 
 
 def _remat(block: Any, remat: str) -> Any:
-    """The block with nothing, its products without batch axes ("dots") or its input alone ("full") saved."""
+    """The block, rematerialized: "dots" saves products without batch axes, "full" saves only its input."""
     if remat == "none":
         return block
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

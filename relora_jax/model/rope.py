@@ -1,15 +1,14 @@
-"""How fast rotary positions turn: theta^(-2i/h), and the usual scalings for longer rows.
+"""Frequencies of rotary positions, theta^(-2i/h), and the common scalings for longer rows.
 
     none                                           theta^(-2i/h)
-    linear(factor)                                 all of them divided by factor
-    dynamic(factor, length)                        a larger theta for rows beyond `length`
-    llama3(factor, low, high, length)              the slow ones divided by factor
+    linear(factor)                                 all frequencies divided by factor
+    dynamic(factor, length)                        a larger theta for rows longer than `length`
+    llama3(factor, low, high, length)              low frequencies divided by factor
     yarn(factor, length, fast, slow, attention)    likewise, and a factor on cos and sin
 
-A scaling's numbers have the names of a published checkpoint's config, where `length`, the positions that the
-unscaled model was trained at, is `original_max_position_embeddings`. Sources: Chen et al. 2023 (linear),
-bloc97 and emozilla (dynamic), Llama 3.1, YaRN (arXiv 2309.00071). h: head dimension; everything is float64
-on the host.
+Fields have the names of published checkpoint configs; `length`, the number of positions that the unscaled
+model was trained with, is `original_max_position_embeddings`. Sources: Chen et al. 2023 (linear), bloc97 and
+emozilla (dynamic), Llama 3.1, YaRN (arXiv 2309.00071). h: head dimension; all values are float64 on the host.
 """
 
 import dataclasses
@@ -20,11 +19,11 @@ import numpy as np
 
 from relora_jax.core import grammar
 
-Frequencies = np.ndarray[Any, np.dtype[np.float64]]  # radians a position, of each of the h/2 pairs
+Frequencies = np.ndarray[Any, np.dtype[np.float64]]  # radians per position, for each of the h/2 pairs
 
 
 class Scaling(grammar.Choice):
-    """One scaling; another one is a class that has `frequencies`, and a row in CHOICES."""
+    """One scaling. To add one, subclass with `kind` and `frequencies`, and add it to CHOICES."""
 
     def __post_init__(self) -> None:
         numbers = dataclasses.astuple(self)
@@ -32,7 +31,7 @@ class Scaling(grammar.Choice):
             raise ValueError(f"rope scaling {self}: its numbers must be finite and above 0")
 
     def frequencies(self, head_dim: int, *, theta: float, length: int) -> Frequencies:
-        """Radians a position of each pair, in rows of `length` ids."""
+        """Radians per position of each pair, for rows of `length` ids."""
         return theta ** -(np.arange(head_dim // 2) / (head_dim // 2))
 
     def amplitude(self) -> float:
@@ -47,7 +46,7 @@ class Unscaled(Scaling):
 
 
 class Linear(Scaling):
-    """All pairs `factor` times slower."""
+    """All frequencies divided by `factor`."""
 
     kind: ClassVar[str] = "linear"
     example: ClassVar[str] = "linear(4.0)"
@@ -59,7 +58,7 @@ class Linear(Scaling):
 
 
 class Dynamic(Scaling):
-    """A theta that grows with rows beyond the length that the model was trained at."""
+    """A theta that grows with the row length beyond the original training length."""
 
     kind: ClassVar[str] = "dynamic"
     example: ClassVar[str] = "dynamic(2.0, 2048.0)"
@@ -67,15 +66,15 @@ class Dynamic(Scaling):
     original_max_position_embeddings: float
 
     def frequencies(self, head_dim: int, *, theta: float, length: int) -> Frequencies:
-        """Those of the grown theta; the only ones that depend on `length`."""
-        trained = self.original_max_position_embeddings
-        grown = self.factor * max(length, trained) / trained - (self.factor - 1)
-        theta = theta * grown ** (head_dim / max(head_dim - 2, 1))
+        """theta^(-2i/h) with a scaled theta, which depends on `length`."""
+        original = self.original_max_position_embeddings
+        growth = self.factor * max(length, original) / original - (self.factor - 1)
+        theta = theta * growth ** (head_dim / max(head_dim - 2, 1))
         return super().frequencies(head_dim, theta=theta, length=length)
 
 
 class Llama3(Scaling):
-    """Pairs that turn more than `high` times within the trained length stay, those below `low` are slowed."""
+    """Pairs with over `high` turns in the original length are unchanged, those below `low` scaled."""
 
     kind: ClassVar[str] = "llama3"
     example: ClassVar[str] = "llama3(8.0, 1.0, 4.0, 8192.0)"
@@ -90,15 +89,15 @@ class Llama3(Scaling):
             raise ValueError(f"rope scaling {self}: low must be below high, such as 1.0 and 4.0")
 
     def frequencies(self, head_dim: int, *, theta: float, length: int) -> Frequencies:
-        """A ramp over the pairs' turns."""
+        """Interpolated by each pair's number of turns."""
         plain = super().frequencies(head_dim, theta=theta, length=length)
         turns = self.original_max_position_embeddings * plain / (2 * math.pi)
-        kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
-        return plain * (kept + (1 - kept) / self.factor)
+        ramp = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+        return plain * (ramp + (1 - ramp) / self.factor)
 
 
 class Yarn(Scaling):
-    """Likewise, with a ramp over the pairs' indices between those of `fast` and of `slow` turns."""
+    """Like llama3, but interpolated by pair index, between `beta_fast` and `beta_slow` turns."""
 
     kind: ClassVar[str] = "yarn"
     example: ClassVar[str] = "yarn(4.0, 4096.0, 32.0, 1.0, 1.14)"
@@ -109,21 +108,21 @@ class Yarn(Scaling):
     attention_factor: float
 
     def frequencies(self, head_dim: int, *, theta: float, length: int) -> Frequencies:
-        """A ramp over the pairs' indices."""
+        """Interpolated by pair index."""
         plain = super().frequencies(head_dim, theta=theta, length=length)
         half = len(plain)
 
         def index(turns: float) -> float:
-            trained = self.original_max_position_embeddings
-            return half * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)
+            original = self.original_max_position_embeddings
+            return half * math.log(original / (turns * 2 * math.pi)) / math.log(theta)
 
         first = max(math.floor(index(self.beta_fast)), 0)
         last = min(math.ceil(index(self.beta_slow)), 2 * half - 1)
-        kept = 1 - np.clip((np.arange(half) - first) / (last - first or 0.001), 0, 1)
-        return plain * (kept + (1 - kept) / self.factor)
+        ramp = 1 - np.clip((np.arange(half) - first) / (last - first or 0.001), 0, 1)
+        return plain * (ramp + (1 - ramp) / self.factor)
 
     def amplitude(self) -> float:
-        """The one that is given."""
+        """The configured `attention_factor`."""
         return self.attention_factor
 
 
@@ -133,5 +132,5 @@ CHOICES: dict[str, type[Scaling]] = {
 
 
 def parse(text: object) -> Scaling:
-    """The scaling that `text` writes; parse(str(s)) == s. ValueError with the grammar otherwise."""
-    return grammar.parse(text, CHOICES, what="rope scaling")
+    """The scaling that `text` describes; parse(str(s)) == s. ValueError otherwise."""
+    return grammar.parse(text, CHOICES, name="rope scaling")

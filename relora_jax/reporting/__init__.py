@@ -1,1 +1,1 @@
-"""report.md, report.html and their pictures, runs side by side, spectra."""
+"""report.md, report.html and their pictures, comparisons of runs, and spectra."""

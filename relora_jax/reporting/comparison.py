@@ -1,4 +1,4 @@
-"""Runs side by side, from their directories alone: a table of one row each, and a picture over tokens seen.
+"""Compares runs from their directories: a table with one row per run, and a picture over tokens seen.
 
 python -m relora_jax.report --workdir runs/* --output=comparison.md
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from relora_jax.errors import UserError
 from relora_jax.reporting import html, pictures
-from relora_jax.reporting.samples import shown
+from relora_jax.reporting.samples import escape
 from relora_jax.run import metrics_file
 from relora_jax.run.format import duration, number
 from relora_jax.run.record import LOCK, REPORT, Run, read
@@ -26,47 +26,49 @@ HEAD = (
     "frozen",
     "updates",
     "tokens seen",
-    "perplexity at last",
-    "best",
+    "last perplexity",
+    "best perplexity",
     "tokens/s",
     "time",
     "skipped",
 )
 NOT_COMPARABLE = """\
-**Not all of these can be compared.** What follows decides what was read or which targets are counted, and
-differs between them:
+**These runs are not all comparable.** They differ in settings that decide which text is read or which
+targets are counted:
 """
 NOTE = """\
-Tokens seen are the targets that were trained on, perplexity is exp(loss) on held-out text, and tokens/s the
-median of a run. A vertical line is where the low-rank phase of the runs named at it begins, after W updates.
+Tokens seen are the targets trained on, perplexity is exp(loss) on held-out text, and tokens/s is the median
+over a run. A vertical line marks the start of the low-rank phase, after W updates, of the runs named next
+to it.
 """
 
 
-def places(words: Sequence[str]) -> list[Path]:
-    """Directories as given, and those that patterns match, each once. UserError where none matches.
+def find_workdirs(patterns: Sequence[str]) -> list[Path]:
+    """The workdirs that paths and glob patterns name, each once. UserError if a pattern matches nothing.
 
-    A run that has not begun is left out beside others: its directory holds the lock alone.
+    Runs that have not started, whose workdir holds only the lock, are skipped unless there are no others.
     """
-    found: dict[Path, None] = {}
-    for word in words:
-        matches = [word] if Path(word).exists() or not glob.has_magic(word) else sorted(glob.glob(word))
+    workdirs: dict[Path, None] = {}
+    for pattern in patterns:
+        literal = Path(pattern).exists() or not glob.has_magic(pattern)
+        matches = [pattern] if literal else sorted(glob.glob(pattern))
         if not matches:
-            raise UserError(f"no directory matches {word!r}: give those of runs, such as runs/*")
-        found |= dict.fromkeys(map(Path, matches))
-    return [path for path in found if _begun(path)] or list(found)
+            raise UserError(f"no directory matches {pattern!r}: pass the workdirs of runs, such as runs/*")
+        workdirs |= dict.fromkeys(map(Path, matches))
+    return [path for path in workdirs if _has_started(path)] or list(workdirs)
 
 
-def _begun(path: Path) -> bool:
-    return not path.is_dir() or [one.name for one in path.iterdir()] != [LOCK]
+def _has_started(workdir: Path) -> bool:
+    return not workdir.is_dir() or [path.name for path in workdir.iterdir()] != [LOCK]
 
 
 def write(workdirs: Sequence[Path], output: Path) -> Path:
-    """`output`, a page in Markdown; beside it its picture, and both in one .html. UserError for no run."""
+    """Writes the Markdown page `output`, with its picture and an .html copy next to it; returns `output`."""
     if output.suffix != ".md":
-        raise UserError(f"--output {str(output)!r} is a page in Markdown: let its name end in .md")
+        raise UserError(f"--output {str(output)!r} is a Markdown page: its name must end in .md")
     if output.resolve() in {(workdir / REPORT).resolve() for workdir in workdirs}:
-        raise UserError(f"--output {str(output)!r} is the report of one of the runs: give it another name")
-    runs = _named([read(workdir) for workdir in workdirs])
+        raise UserError(f"--output {str(output)!r} is the report of one of the runs: choose another name")
+    runs = _by_name([read(workdir) for workdir in workdirs])
     output.parent.mkdir(parents=True, exist_ok=True)
     picture = output.with_suffix(".png")
     curves = [
@@ -83,60 +85,67 @@ def write(workdirs: Sequence[Path], output: Path) -> Path:
 
 
 def over_tokens(run: Run, kind: str, key: str) -> list[tuple[float, float]]:
-    """(tokens seen, value) of the rows of one kind, those without a finite value left out."""
+    """(tokens seen, value) of the rows of one kind that have a finite value."""
     return [(_tokens_at(run, update), value) for update, value in run.points(kind, key)]
 
 
 def _tokens_at(run: Run, update: int) -> float:
-    """Tokens seen after so many updates: those of its train row, or between those of the rows around it."""
-    seen = run.points("train", "tokens_seen")
-    return float(np.interp(update, [0, *(u for u, _ in seen)], [0, *(tokens for _, tokens in seen)]))
+    """Tokens seen after `update` updates, interpolated between train rows."""
+    updates, tokens = zip((0, 0), *run.points("train", "tokens_seen"), strict=True)
+    return float(np.interp(update, updates, tokens))
 
 
-def _named(runs: Sequence[Run]) -> dict[str, Run]:
-    """Runs by the name of their directory, or its path where two share it; unfinished ones say so."""
+def _by_name(runs: Sequence[Run]) -> dict[str, Run]:
+    """Runs by directory name, or by path if two runs share a name; unfinished runs are labeled."""
     names = [run.workdir.absolute().name for run in runs]
-    plain = [str(r.workdir) if names.count(n) > 1 else n for n, r in zip(names, runs, strict=True)]
+    labels = [str(r.workdir) if names.count(n) > 1 else n for n, r in zip(names, runs, strict=True)]
     return {
-        name if _done(run) == run.config.train.updates else f"{name} (unfinished)": run
-        for name, run in zip(plain, runs, strict=True)
+        label if _last_update(run) == run.config.train.updates else f"{label} (unfinished)": run
+        for label, run in zip(labels, runs, strict=True)
     }
 
 
-def _done(run: Run) -> int:
+def _last_update(run: Run) -> int:
     return run.rows[-1]["update"]
 
 
 def _starts(runs: dict[str, Run]) -> dict[str, float]:
-    """ "W = ...: the runs that share it" -> the tokens that they had seen by then."""
+    """{"W = ...: names of the runs": tokens seen at W}, for the start of each low-rank phase."""
     shared: dict[tuple[int, float], list[str]] = {}
     for name, run in runs.items():
-        if run.low_rank and 0 < run.low_rank_start <= _done(run):
+        if run.low_rank and 0 < run.low_rank_start <= _last_update(run):
             tokens = _tokens_at(run, run.low_rank_start)
             shared.setdefault((run.low_rank_start, tokens), []).append(name)
-    told = {at: ", ".join(names[:3]) + (", ..." if names[3:] else "") for at, names in shared.items()}
-    return {f"W = {start:,}: {names}": tokens for (start, tokens), names in told.items()}
+    labels = {}
+    for (start, tokens), names in shared.items():
+        more = ", ..." if len(names) > 3 else ""
+        labels[f"W = {start:,}: {', '.join(names[:3])}{more}"] = tokens
+    return labels
 
 
 def _table(runs: dict[str, Run]) -> str:
     lines = [HEAD, ("---", "---", *("---:",) * (len(HEAD) - 2))]
-    lines += [(shown(name), *_row(run)) for name, run in runs.items()]
+    lines += [(escape(name), *_row(run)) for name, run in runs.items()]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _row(run: Run) -> list[str]:
-    train, told = run.of("train"), run.perplexities()
+    train, perplexities = run.of("train"), run.perplexities()
     last: dict[str, Any] = train[-1] if train else {}
-    done, total = _done(run), run.config.train.updates
+    update, total = _last_update(run), run.config.train.updates
     finite = run.points("eval", "perplexity")
     best = min(finite, key=lambda point: point[1]) if finite else None
+    last_perplexity = "-"
+    if perplexities:
+        evaluated_at, last_perplexity = perplexities[-1]
+        last_perplexity += f" (update {evaluated_at:,})" if evaluated_at < update else ""
     return [
         run.config.arm,
         number(run.facts.get("trained"), ","),
         number(run.facts.get("frozen"), ","),
-        f"{done:,}" if done == total else f"{done:,} of {total:,}",
+        f"{update:,}" if update == total else f"{update:,} of {total:,}",
         number(last.get("tokens_seen"), ","),
-        "-" if not told else told[-1][1] + (f" (update {told[-1][0]:,})" if told[-1][0] < done else ""),
+        last_perplexity,
         f"{best[1]:,.1f} (update {best[0]:,})" if best else "-",
         number(metrics_file.tokens_per_s(run.rows), ",.0f"),
         duration(last["elapsed_s"]) if train else "-",
@@ -145,21 +154,21 @@ def _row(run: Run) -> list[str]:
 
 
 def _differences(runs: dict[str, Run]) -> list[str]:
-    """The warning, and a line for each fact in which the runs read or count differently; else nothing."""
-    facts = {name: _read_and_counted(run) for name, run in runs.items()}
+    """A warning with a line for each setting that makes the runs incomparable, or nothing."""
+    facts = {name: _data_facts(run) for name, run in runs.items()}
     lines = []
     for key in dict.fromkeys(key for each in facts.values() for key in each):
         values: dict[str, list[str]] = {}
         for name, each in facts.items():
             values.setdefault(str(each.get(key, "-")), []).append(name)
         if len(values) > 1:
-            # the first characters of a hash tell which it is
-            told = [f"{shown(value[:24])} in {shown(', '.join(names))}" for value, names in values.items()]
-            lines.append(f"- {key}: {'; '.join(told)}")
+            # the first characters identify a hash
+            groups = [f"{escape(v[:24])} in {escape(', '.join(names))}" for v, names in values.items()]
+            lines.append(f"- {key}: {'; '.join(groups)}")
     return [NOT_COMPARABLE, "\n".join(lines) + "\n"] if lines else []
 
 
-def _read_and_counted(run: Run) -> dict[str, Any]:
+def _data_facts(run: Run) -> dict[str, Any]:
     rows = run.facts.get("rows", {})
     facts = {f"{split} {key}": value for split, keys in rows.items() for key, value in keys.items()}
     return facts | {

@@ -1,4 +1,4 @@
-"""A page in Markdown -> the same page as one HTML file that holds its pictures and needs nothing else."""
+"""Renders a Markdown page as one self-contained HTML file with embedded pictures."""
 
 import base64
 from pathlib import Path
@@ -9,9 +9,9 @@ from markdown_it.common.utils import escapeHtml
 
 from relora_jax.storage import atomic
 
-# The browser itself holds the promise: no script runs, and nothing is loaded from anywhere else.
+# The browser enforces this: no script runs, and nothing is loaded from elsewhere.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-# What is too wide for the screen shrinks (pictures) or scrolls in its own box (tables): the page never does.
+# Wide pictures shrink and wide tables scroll in their own box: the page itself never scrolls sideways.
 STYLE = """\
 :root { color-scheme: light; }
 body { max-width: 64rem; margin: 0 auto; padding: 1rem; color: #1f2328; background: #fff;
@@ -21,7 +21,7 @@ h2 { margin-top: 2.5rem; padding-bottom: 0.3rem; border-bottom: 1px solid #d1d9e
 img { max-width: 100%; height: auto; }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-size: 0.9rem; }
 th, td { padding: 0.35rem 0.5rem; border: 1px solid #d1d9e0; text-align: left; vertical-align: top; }
-td[style] { white-space: nowrap; } /* aligned to the right: numbers */
+td[style] { white-space: nowrap; } /* right-aligned: numbers */
 th:empty { padding: 0; border: 0; }
 code, pre { font-family: ui-monospace, monospace; font-size: 0.85rem; background: #f3f4f6; }
 pre { padding: 0.8rem; overflow-x: auto; }
@@ -45,9 +45,9 @@ PAGE = """\
 
 
 def write(path: Path, text: str) -> None:
-    """`path`, the page that the Markdown `text` describes; its pictures are PNG files named from that place.
+    """Renders the Markdown `text` to `path`, embedding its PNG files (named relative to `path`'s directory).
 
-    HTML in `text` is kept as it stands: whoever writes the page escapes what is not theirs.
+    HTML in `text` is passed through: the caller must escape untrusted text.
     """
     markdown = MarkdownIt("commonmark").enable("table")
     blocks = markdown.parse(text)

@@ -1,9 +1,9 @@
-"""How many directions the low-rank phase has moved the kernels in: singular values of the summed update.
+"""Singular values and numerical rank of the summed update: in how many directions the kernels have moved.
 
     summed update = base now + scale * (lora_a @ lora_b) - base at the start of the low-rank phase
 
-per kind of kernel and per layer, in float64, from the {path: array} that a checkpoint holds. Where
-nothing was frozen (the arms full and control) it is kernel now - kernel then.
+per kind of kernel and per layer, in float64, from the {path: array} of two checkpoints. For kernels trained
+in full (the arms full and control) it is kernel now - kernel then.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,16 +19,16 @@ Values = Float[np.ndarray, "layers side"]
 
 
 def is_low_rank(model: Model, kind: str) -> bool:
-    """Whether the kernels of this kind are frozen bases with factors."""
+    """Whether kernels of this kind are frozen bases with factors."""
     return names.factors(names.LAYERS[kind])[0] in model
 
 
 def summed_updates(
     now: Model, then: Model, kind: str, *, scale: float, base_dtype: str, base_init: str = "keep"
 ) -> Iterator[Float[np.ndarray, "in out"]]:
-    """base now + scale * (A @ B) - base then, layer by layer; base then is 0 where `base_init` is "zero".
+    """base now + scale * (A @ B) - base then, layer by layer; base then is 0 if `base_init` is "zero".
 
-    `then` holds the trained kernel that the base began as: what its type made of it is what moved since.
+    `then` holds the trained kernel that became the base: it is first rounded as `base_dtype` stores it.
     """
     layer = names.LAYERS[kind]
     kernel, start = now[names.kernel_of(layer)], then[names.kernel_of(layer)]
@@ -37,15 +37,15 @@ def summed_updates(
         return
     a, b = (now[path] for path in names.factors(layer))
     for n, w in enumerate(kernel):
-        moved = w.astype(np.float64)
-        moved += scale * np.matmul(a[n].astype(np.float64), b[n].astype(np.float64))
-        yield moved if base_init == "zero" else moved - _as_base(start[n], base_dtype).astype(np.float64)
+        total = w.astype(np.float64)
+        total += scale * np.matmul(a[n].astype(np.float64), b[n].astype(np.float64))
+        yield total if base_init == "zero" else total - _as_base(start[n], base_dtype).astype(np.float64)
 
 
 def spectra(
     now: Model, then: Model, *, scale: float, base_dtype: str, base_init: str = "keep"
 ) -> dict[str, Values]:
-    """Singular values of the summed update, largest first, of each kind and layer; one kind in memory."""
+    """Singular values of the summed update by kind and layer, largest first; one kind at a time in memory."""
     options = {"scale": scale, "base_dtype": base_dtype, "base_init": base_init}
     return {
         kind: np.stack(
@@ -56,8 +56,8 @@ def spectra(
 
 
 def _as_base(kernel: np.ndarray, base_dtype: str) -> np.ndarray:
-    """The kernel as its base type reads what it stored of it."""
-    import jax.numpy as jnp  # here: two reports beside each other need no JAX
+    """The kernel after a round trip through `base_dtype`."""
+    import jax.numpy as jnp  # here: comparing runs needs no JAX
 
     from relora_jax.core import base
 
@@ -66,22 +66,22 @@ def _as_base(kernel: np.ndarray, base_dtype: str) -> np.ndarray:
 
 
 def rank(values: Values, tolerance: float) -> Int[np.ndarray, " layers"]:
-    """Numerical rank per layer: singular values above `tolerance` and above the decomposition's own error."""
-    own_error = values.max(axis=-1, keepdims=True) * values.shape[-1] * np.finfo(np.float64).eps
-    return np.sum(values > np.maximum(tolerance, own_error), axis=-1)
+    """Numerical rank per layer: singular values above both `tolerance` and the error of the SVD itself."""
+    svd_error = values.max(axis=-1, keepdims=True) * values.shape[-1] * np.finfo(np.float64).eps
+    return np.sum(values > np.maximum(tolerance, svd_error), axis=-1)
 
 
 def below(values: Values, threshold: float = 0.1) -> int:
-    """How many singular values lie below `threshold`, summed over layers, as the paper tabulates."""
+    """Number of singular values below `threshold`, summed over layers, as in the paper's table."""
     return int(np.sum(values < threshold))
 
 
 def rounding(kernels: np.ndarray, *, writes: int) -> float:
-    """eps rms(W) (sqrt(in) + sqrt(out)) sqrt(writes): a largest singular value that rounding alone can make.
+    """Bound on singular values due to rounding: eps * rms(W) * (sqrt(in) + sqrt(out)) * sqrt(writes).
 
-    `writes` counts how often the kernels were rounded to their dtype since the start (merges, or updates
-    where they are trained). Each leaves an error of at most eps |W| / 2 in every entry, independent of the
-    others; a matrix of such errors has half this largest singular value. Smaller values tell nothing.
+    `writes` counts how often the kernels were rounded to their dtype since the start (at merges, or at
+    updates if they are trained). Each rounding leaves an independent error of at most eps |W| / 2 per entry;
+    a matrix of such errors has half this bound as its largest singular value. Smaller values mean nothing.
     """
     eps = float(np.spacing(np.ones((), kernels.dtype)))
     rms = float(np.sqrt(np.mean(np.square(kernels.astype(np.float32)))))

@@ -1,1 +1,1 @@
-"""A run's directory: opening it, its rows and where they go, signals."""
+"""A run: its directory, opening and restoring it, metrics and sinks, signals."""

@@ -1,4 +1,4 @@
-"""A run's directory before and at its start: whose it is, may this run use it, what is the run made of."""
+"""A run's directory at its start: locking it, checking that this run may use it, writing config and facts."""
 
 import contextlib
 import json
@@ -19,31 +19,29 @@ from relora_jax.run.record import CONFIG, FACTS, LOCK, read_config, read_facts
 from relora_jax.storage import lock
 from relora_jax.storage.writer import Writer
 
-LEFT = (".new", ".tmp")  # of files that a kill left half written, by this version and earlier ones
+TEMPORARY_SUFFIXES = (".new", ".tmp")  # of files that a killed process may leave; .tmp by earlier versions
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 @contextlib.contextmanager
 def locked(writer: Writer, config: Config) -> Iterator[None]:
-    """The directory is there for the run of `config`, and no other process writes it meanwhile.
+    """Creates the directory for the run of `config` and locks it against other processes.
 
-    UserError where it holds something else, another run, or another process is inside. What was made here is
-    removed again where an error ends the `with` before a run was written.
+    UserError if it holds another run or anything else, or is in use. Whatever this creates is removed if the
+    `with` ends with an error before a run was written.
     """
     workdir = writer.folder
-    _check_free(workdir)
+    _check_is_run_or_empty(workdir)
     if not writer.active:
         check(workdir, config)
         yield
         return
 
     def refuse(process: str) -> None:
-        raise UserError(
-            f"{workdir} is in use by process {process}: wait for its end, or take another --workdir"
-        )
+        raise UserError(f"{workdir} is in use by process {process}: wait for it, or use another --workdir")
 
     file = workdir / LOCK
-    made = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
+    new_folders = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
     is_new = not file.exists()
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -51,7 +49,7 @@ def locked(writer: Writer, config: Config) -> Iterator[None]:
             pass
     except OSError as error:
         raise UserError(
-            f"workdir {str(workdir)!r} cannot be written ({error.strerror}): take another --workdir"
+            f"workdir {str(workdir)!r} cannot be written ({error.strerror}): use another --workdir"
         ) from None
     with lock.locked(file, busy=refuse) as sign:
         try:
@@ -63,96 +61,95 @@ def locked(writer: Writer, config: Config) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 if is_new:
                     file.unlink()
-                for path in made:
-                    path.rmdir()  # where nothing was written
+                for path in new_folders:
+                    path.rmdir()  # fails if it is not empty
             raise
 
 
-def _check_free(workdir: Path) -> None:
-    """UserError where the directory is neither new nor a run's."""
+def _check_is_run_or_empty(workdir: Path) -> None:
+    """UserError if the directory exists, is not empty, and is not a run's."""
     if workdir.is_symlink() and not workdir.exists():
-        raise UserError(f"workdir {str(workdir)!r} is a link to nowhere: take another --workdir")
+        raise UserError(f"workdir {str(workdir)!r} is a broken symbolic link: use another --workdir")
     if (workdir / CONFIG).is_file():
         read_config(workdir)
         return
-    held = [path for path in workdir.iterdir() if path.name != LOCK] if workdir.is_dir() else []
-    if any(path.suffix not in LEFT for path in held):
-        raise UserError(f"workdir {str(workdir)!r} holds something else than a run: take a new one")
+    entries = [path for path in workdir.iterdir() if path.name != LOCK] if workdir.is_dir() else []
+    if any(path.suffix not in TEMPORARY_SUFFIXES for path in entries):
+        raise UserError(f"workdir {str(workdir)!r} is not empty and not a run: use another --workdir")
 
 
 def check(workdir: Path, config: Config) -> None:
-    """UserError where the directory holds another run, or this one on another version of its dataset.
+    """UserError if the directory holds another run, or this run with another version of its dataset.
 
-    A run without a checkpoint has nothing to lose: another config may begin anew in its place.
+    A run without a checkpoint has nothing to lose: it may start over with another config.
     """
     if not (workdir / CONFIG).is_file():
         return
     changed = changed_results(read_config(workdir), config)
     if changed and updates_saved(workdir):
         raise UserError(
-            f"{workdir} holds a run of another config, which would change its result "
-            f"({'; '.join(changed)}): set it back, or take another --workdir"
+            f"{workdir} holds a run with another config, which would change its result "
+            f"({'; '.join(changed)}): restore these settings, or use another --workdir"
         )
     _check_dataset(workdir, config)
 
 
 def _check_dataset(workdir: Path, config: Config) -> None:
-    """UserError where data.dataset names another version than that of the run, as where a newer one came.
+    """UserError if data.dataset resolves to another version than the run's, because a newer one was added.
 
-    A run that has done its updates reads no more.
+    A run that is complete reads no more rows.
     """
     saved = updates_saved(workdir)
     if not saved or config.train.updates in saved or config.data.text:
         return
     before, now = dataset_of(workdir), ""
-    with contextlib.suppress(UserError):  # it is not found: said where rows are made
+    with contextlib.suppress(UserError):  # not found: reported when the rows are prepared
         now = dataset_version(config.data)
     if before and now and before != now:
         raise UserError(
             f"{workdir} was trained on another dataset, which would change its result ({before} -> {now}): "
-            f"set --config.data.dataset={before}, or take another --workdir"
+            f"set --config.data.dataset={before}, or use another --workdir"
         )
 
 
 def dataset_of(workdir: Path) -> str:
-    """name:version of the dataset that the run was trained on; empty where none is told."""
+    """name:version of the dataset that the run was trained on; empty if not recorded."""
     return read_facts(workdir).get("rows", {}).get("train", {}).get("dataset", "")
 
 
 def keys_of(prepared: Prepared) -> dict[str, Any]:
-    """What decides the rows of each split: dataset version, tokenizer, packing, length."""
+    """{split: whatever decides its rows: dataset version, tokenizer, packing, length}."""
     return {"train": prepared.train.manifest["key"], "validation": prepared.validation.manifest["key"]}
 
 
 def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
-    """UserError where the run in `workdir` was trained on other rows: newer text, another tokenizer file."""
+    """UserError if the run in `workdir` was trained on other rows: changed text or another tokenizer."""
     saved = updates_saved(workdir)
     facts = read_facts(workdir) if saved else {}
     if saved and "rows" not in facts:
-        raise UserError(f"{workdir / FACTS} does not say what the run was trained on: bring it back")
-    before = facts.get("rows", {})
-    told = [(split, key, was, rows[split].get(key)) for split in before for key, was in before[split].items()]
-    for split, key, was, now in told:
-        if was != now:
-            raise UserError(
-                f"{workdir} was trained on other rows, which would change its result ({split} {key}: "
-                f"{was} -> {now}): bring them back, or take another --workdir"
-            )
+        raise UserError(f"{workdir / FACTS} does not say what the run was trained on: restore the file")
+    for split, saved_key in facts.get("rows", {}).items():
+        for name, before in saved_key.items():
+            if before != (now := rows[split].get(name)):
+                raise UserError(
+                    f"{workdir} was trained on other rows, which would change its result ({split} {name}: "
+                    f"{before} -> {now}): restore them, or use another --workdir"
+                )
 
 
 def special(workdir: Path, config: Config) -> dict[str, Any]:
-    """{"special": those ids of the imported model that the run began with}, for `begin`; else nothing.
+    """{"special": special token ids of the imported model that the run starts from}, for `begin`, or {}.
 
-    A run that goes on has them from itself: that model may be gone.
+    A resumed run takes them from its own run.json, because that model may no longer exist.
     """
     if not config.train.init_from:
         return {}
-    told = read_facts(workdir if updates_saved(workdir) else Path(config.train.init_from).expanduser())
-    return {"special": told["special"]} if "special" in told else {}
+    facts = read_facts(workdir if updates_saved(workdir) else Path(config.train.init_from).expanduser())
+    return {"special": facts["special"]} if "special" in facts else {}
 
 
 def begin(writer: Writer, config: Config, *, rows: dict[str, Any], **more: Any) -> None:
-    """Writes config.json and run.json: counts, `more` (the unigram's perplexity), the rows, versions."""
+    """Writes config.json and run.json: parameter counts, `more` (unigram perplexity, say), rows, versions."""
     count = shapes.count(config)
     facts = {
         "trained": count.trained,

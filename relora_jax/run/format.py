@@ -1,11 +1,11 @@
-"""Numbers and times as people read them."""
+"""Formats numbers and durations for people."""
 
 import math
 from typing import Any
 
 
 def describe(row: dict[str, Any], *, left_s: float) -> list[str]:
-    """A train row in words: loss, perplexity, learning rate, tokens/s, time left."""
+    """A train row as text: loss, perplexity, learning rate, tokens/s, time left."""
     loss, learning_rate, speed = row["loss"], row["lr"], row["tokens_per_s"]
     parts = [
         f"loss {number(loss, '.3f')}",
@@ -19,12 +19,12 @@ def describe(row: dict[str, Any], *, left_s: float) -> list[str]:
 
 
 def perplexity(loss: float | int | None) -> float | None:
-    """exp(loss), loss in nats; None where that is no finite number."""
+    """exp(loss), loss in nats; None if it would not be finite."""
     return math.exp(loss) if loss is not None and loss < 700 else None
 
 
 def number(value: float | int | None, form: str) -> str:
-    """`value` as `form` writes it; "-" where there is none."""
+    """`value` formatted with `form`; "-" for None."""
     return "-" if value is None else format(value, form)
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a row a line in strict JSON, the last one perhaps torn by a kill."""
+"""metrics.jsonl: one row per line in strict JSON; a kill may leave the last line incomplete."""
 
 import contextlib
 import json
@@ -15,30 +15,30 @@ Row = dict[str, Any]
 
 
 def read(workdir: Path) -> list[Row]:
-    """The rows of a run, in order; a torn last line is left out, and no file gives no rows."""
-    return [row for _, row in _whole(Path(workdir) / NAME)]
+    """The rows of a run, in order, without an incomplete last line; no file means no rows."""
+    return [row for _, row in _complete_lines(Path(workdir) / NAME)]
 
 
 def cut(writer: Writer, restored_update: int) -> list[Row]:
-    """Keeps rows with update <= u, restart rows with update < u: the resumed run does that restart again."""
+    """Keeps rows with update <= u, restart rows only with update < u: a resumed run repeats that restart."""
     end = {"restart": restored_update}
-    kept = [
+    lines = [
         (line, row)
-        for line, row in _whole(writer.folder / NAME)
+        for line, row in _complete_lines(writer.folder / NAME)
         if row["update"] < end.get(row["kind"], restored_update + 1)
     ]
-    writer.write(NAME, "".join(f"{line}\n" for line, _ in kept))
-    return [row for _, row in kept]
+    writer.write(NAME, "".join(f"{line}\n" for line, _ in lines))
+    return [row for _, row in lines]
 
 
 def tokens_per_s(rows: Iterable[Row]) -> float | None:
-    """The median of the train rows' tokens per second; None where no row has one."""
+    """The median of the train rows' tokens per second; None if no row has one."""
     speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train" and row["tokens_per_s"]]
     return statistics.median(speeds) if speeds else None
 
 
-def _whole(file: Path) -> Iterator[tuple[str, Row]]:
-    """(line, row) of every line that is whole."""
+def _complete_lines(file: Path) -> Iterator[tuple[str, Row]]:
+    """(line, row) of every complete line."""
     if not file.exists():
         return
     for line in file.read_bytes().decode("utf-8", errors="replace").splitlines():

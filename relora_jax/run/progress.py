@@ -1,7 +1,7 @@
-"""One live line that tells where a run is, and short lines for what happens to it.
+"""A run's progress line, and notes above it.
 
-On a terminal the line is redrawn in place (tqdm). Anywhere else it is plain text without control
-characters: the first line at once, then at most one per `EVERY_S` seconds, and always the last.
+On a terminal the line is redrawn in place (tqdm). Anywhere else it is plain text without control characters:
+the first row immediately, then at most one line per `EVERY_S` seconds, and always the last row.
 """
 
 import io
@@ -19,35 +19,34 @@ EVERY_S = 10.0
 _REDRAW_S = 0.1
 _PACE_ROWS = 50
 
-
-Stream = TextIO | io.TextIOBase  # io.StringIO is the second only
+Stream = TextIO | io.TextIOBase  # io.StringIO is not a TextIO
 
 
 class _Bar(tqdm):
-    monitor_interval = 0  # no thread of tqdm's: the line is redrawn when a row arrives
+    monitor_interval = 0  # no monitor thread: the line is redrawn when a row arrives
 
 
 class Progress:
-    """The line of one run of `updates` updates, `done` of which lie behind it."""
+    """The line of a run of `updates` updates that begins after update `start`."""
 
-    def __init__(self, stream: Stream, *, updates: int, done: int) -> None:
+    def __init__(self, stream: Stream, *, updates: int, start: int) -> None:
         self._stream, self._updates = stream, updates
         self._rows: deque[tuple[int, float]] = deque(maxlen=_PACE_ROWS)
         self._pending = ""
         self._shown_at = -math.inf
         self._bar = None
         if stream.isatty():
-            shape = "{n_fmt}/{total_fmt} |{bar}| {desc}"
+            bar_format = "{n_fmt}/{total_fmt} |{bar}| {desc}"
             columns, lines = shutil.get_terminal_size()
             self._bar = _Bar(
-                total=updates, initial=done, file=stream, bar_format=shape, ncols=columns, nrows=lines
+                total=updates, initial=start, file=stream, bar_format=bar_format, ncols=columns, nrows=lines
             )
-            # tqdm's own measure hides the line where a terminal tells no size (0 x 0)
+            # tqdm's own function hides the line if the terminal reports no size (0 x 0)
             self._bar.dynamic_ncols = lambda _: shutil.get_terminal_size()
-            self._bar.set_description_str("compiling; the first numbers come soon")
+            self._bar.set_description_str("compiling")
 
     def show(self, row: dict[str, Any]) -> None:
-        """The line says `row`, a train row; it may be held back until the next is due."""
+        """Shows a train row, now or when the next line is due."""
         now = time.monotonic()
         self._rows.append((row["update"], now))
         parts = describe(row, left_s=self._left_s())
@@ -61,14 +60,14 @@ class Progress:
             self._draw(now)
 
     def note(self, text: str) -> None:
-        """A line of its own, that stays."""
+        """Prints a permanent line above the progress line."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Draws what was held back and leaves the cursor on a fresh line."""
+        """Shows the last pending row and moves the cursor to a new line."""
         if self._pending:
             self._draw(time.monotonic())
         if self._bar is not None:
@@ -82,11 +81,11 @@ class Progress:
         self._pending, self._shown_at = "", now
 
     def _left_s(self) -> float:
-        """Updates to go times the seconds that one took lately, evaluations and saves included.
+        """Remaining updates times the recent seconds per update, including evaluations and saves.
 
-        The first row's own time is left out: compilation is in it. NaN until two rows are there.
+        The time before the first row is excluded, as it includes compilation. NaN before the second row.
         """
-        (first, began), (last, now) = self._rows[0], self._rows[-1]
+        (first, start), (last, now) = self._rows[0], self._rows[-1]
         if last == first:
             return 0.0 if last >= self._updates else math.nan
-        return (self._updates - last) * (now - began) / (last - first)
+        return (self._updates - last) * (now - start) / (last - first)

@@ -1,4 +1,4 @@
-"""A run's directory as values: what config.json, run.json and metrics.jsonl say."""
+"""Reads a run's config.json, run.json and metrics.jsonl."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ CONFIG, FACTS, REPORT, LOCK = "config.json", "run.json", "report.md", "lock"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run; `facts` is run.json, `rows` are those of metrics.jsonl."""
+    """One run; `facts` is the content of run.json, `rows` that of metrics.jsonl."""
 
     workdir: Path
     config: Config
@@ -28,13 +28,13 @@ class Run:
         return [row for row in self.rows if row["kind"] == kind]
 
     def points(self, kind: str, key: str) -> list[tuple[int, float]]:
-        """(update, value) of the rows of one kind, those without a finite value left out."""
+        """(update, value) of the rows of one kind that have a finite value."""
         return [(row["update"], row[key]) for row in self.of(kind) if row[key] is not None]
 
     def perplexities(self) -> list[tuple[int, str]]:
-        """(update, perplexity in words) of each evaluation; one that is no number is told as diverged."""
-        words = lambda value: "nan (diverged)" if value is None else f"{value:,.1f}"  # noqa: E731
-        return [(row["update"], words(row["perplexity"])) for row in self.of("eval")]
+        """(update, formatted perplexity) of each evaluation; "nan (diverged)" if it is not finite."""
+        text = lambda value: "nan (diverged)" if value is None else f"{value:,.1f}"  # noqa: E731
+        return [(row["update"], text(row["perplexity"])) for row in self.of("eval")]
 
     @property
     def low_rank(self) -> bool:
@@ -43,53 +43,56 @@ class Run:
 
     @property
     def low_rank_start(self) -> int:
-        """W: the update that the summed update is measured from, in every arm."""
+        """W, from which the summed update is measured, in every arm."""
         return self.config.relora.warm_start_updates
 
 
 def read(workdir: Path) -> Run:
-    """The run in `workdir`. UserError where there is none, or one that has not written a row."""
+    """The run in `workdir`. UserError if there is none, or if it has no rows yet."""
     workdir = Path(workdir)
     config, facts = read_config(workdir), read_facts(workdir)
     rows = metrics_file.read(workdir)
     if not rows:
-        raise UserError(f"the run in {str(workdir)!r} has no metrics yet: let it train a little first")
+        raise UserError(f"the run in {str(workdir)!r} has no metrics yet: let it train first")
     return Run(workdir, config, facts, rows)
 
 
 def read_config(workdir: Path) -> Config:
-    """The config of the run in `workdir`. UserError where there is none, or not as it was written."""
+    """The config of the run in `workdir`. UserError if there is none, or if it cannot be read."""
     saved = workdir / CONFIG
     if not saved.is_file():
-        raise UserError(f"workdir {str(workdir)!r} holds no run (no config.json): give a run's --workdir")
+        raise UserError(
+            f"workdir {str(workdir)!r} holds no run (no config.json): pass the --workdir of a run"
+        )
     try:
         return from_json(saved.read_text(encoding="utf-8", errors="replace"))
     except UserError as error:
-        raise UserError(f"{saved}: {error}: take another --workdir, or bring the file back") from error
+        raise UserError(f"{saved}: {error}: use another --workdir, or restore the file") from error
 
 
 def read_facts(workdir: Path) -> dict[str, Any]:
-    """What `directory.begin` wrote; empty where it did not. UserError where it is not as it was written."""
+    """The content of run.json (see `directory.begin`); {} if it is missing. UserError if it is damaged."""
     file = Path(workdir) / FACTS
     if not file.is_file():
         return {}
     try:
         facts = json.loads(file.read_text(encoding="utf-8", errors="replace"))
         if not all(isinstance(keys, dict) for keys in facts.get("rows", {}).values()):
-            raise TypeError("rows of another kind")
+            raise TypeError("rows is not of dicts")
         if not isinstance(facts.get("special", {}), dict):
-            raise TypeError("special ids of another kind")
+            raise TypeError("special is not a dict")
     except (TypeError, AttributeError, RecursionError, ValueError) as error:
-        raise UserError(f"{file} is not as it was written ({error}): bring it back") from error
+        raise UserError(f"{file} is damaged ({error}): restore the file") from error
     return facts
 
 
 def summary(workdir: Path) -> str:
-    """Perplexity before and after, the unigram distribution's, tokens/s, and where the report is."""
+    """First and last perplexity, the unigram distribution's, tokens/s, and the path of the report."""
     run = read(workdir)
-    told = [words for _, words in run.perplexities()] or ["-"]
+    perplexities = [text for _, text in run.perplexities()] or ["-"]
     unigram, speed = run.facts.get("unigram_perplexity"), metrics_file.tokens_per_s(run.rows)
     return (
-        f"perplexity {told[0]} -> {told[-1]} (unigram distribution {number(unigram, ',.1f')}), "
+        f"perplexity {perplexities[0]} -> {perplexities[-1]} "
+        f"(unigram distribution {number(unigram, ',.1f')}), "
         f"{number(speed, ',.0f')} tokens/s, report {run.workdir / REPORT}"
     )

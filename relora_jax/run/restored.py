@@ -1,6 +1,6 @@
-"""A run's model at one of its checkpoints, on the devices that are here, and the run's own tokenizer.
+"""Restores a run's model from a checkpoint onto the available devices, with the run's own tokenizer.
 
-Nothing is written into the run's directory: it may go on meanwhile.
+Nothing is written into the run's directory, so that the run may continue at the same time.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from relora_jax.checkpoint.saved import DamagedError, checkpoints_dir, updates_s
 from relora_jax.config import Config, DataConfig
 from relora_jax.data import prepared
 from relora_jax.data.rows import RowStore
-from relora_jax.data.stores import How
+from relora_jax.data.stores import PrepareOptions
 from relora_jax.errors import UserError
 from relora_jax.run import directory, record
 from relora_jax.tokenizer import tokenizer as tokenizers
@@ -28,123 +28,122 @@ from relora_jax.training.state import TrainState
 from relora_jax.training.state import model_of as only_model
 from relora_jax.validate import check_settings
 
-TOKENIZER = "tokenizer"  # of an imported run: its own
-OWN_SPLITS = ("train", "validation")  # of a run; others are splits of its dataset
+TOKENIZER = "tokenizer"  # the folder of an imported run's tokenizer
+OWN_SPLITS = ("train", "validation")  # a run's rows; other names are splits of its dataset
 
 
-def settings_of(place: Path) -> Config:
-    """The config of the run in `place`. UserError where there is no run, or none that could be trained."""
-    config = record.read_config(place)
+def settings_of(workdir: Path) -> Config:
+    """The config of the run in `workdir`. UserError if there is no run or its config is invalid."""
+    config = record.read_config(workdir)
     try:
         check_settings(config)
     except UserError as error:
-        raise UserError(f"{place / record.CONFIG}: {error}") from error
+        raise UserError(f"{workdir / record.CONFIG}: {error}") from error
     return config
 
 
-def config_of(place: Path) -> Config:
-    """The config of the run in `place`, as it can be computed here. UserError as `settings_of`.
+def config_of(workdir: Path) -> Config:
+    """The config of the run in `workdir`, adapted to this machine. UserError as in `settings_of`.
 
-    The devices are started first: what a checkpoint is read on must not be taken for its damage.
+    Starts the devices first, so that their failure is not taken for a damaged checkpoint.
     """
-    config = settings_of(place)
+    config = settings_of(workdir)
     start_devices()
-    if jax.default_backend() != "gpu":  # where the run was, cuDNN may have been
+    if jax.default_backend() != "gpu":  # the run may have used cuDNN
         config.model.attention = config.model.attention.replace("cudnn", "xla")
     return config
 
 
-def update_of(place: Path, asked: int | None) -> int:
-    """`asked`, or the update of the newest checkpoint. UserError where there is none."""
-    there = updates_saved(place)
-    if not there:
-        raise UserError(f"the run in {str(place)!r} has no checkpoint yet: wait for its first")
-    if asked is not None and asked not in there:
-        listed = ", ".join(map(str, there))
-        raise UserError(f"{place} has no checkpoint of --update={asked}: there are {listed}")
-    return there[-1] if asked is None else asked
+def update_of(workdir: Path, update: int | None) -> int:
+    """`update`, or that of the newest checkpoint if it is None. UserError if there is no such checkpoint."""
+    updates = updates_saved(workdir)
+    if not updates:
+        raise UserError(f"the run in {str(workdir)!r} has no checkpoint yet: wait for the first one")
+    if update is not None and update not in updates:
+        choices = ", ".join(map(str, updates))
+        raise UserError(f"{workdir} has no checkpoint at --update={update}: choose one of {choices}")
+    return updates[-1] if update is None else update
 
 
 def mesh_of(config: Config) -> Mesh:
-    """The run's fsdp where it fits the devices that are here, else data alone."""
+    """A mesh with the run's fsdp if it divides the number of devices, else data parallelism only."""
     devices, fsdp = jax.devices(), config.mesh.fsdp
     return make_mesh(data=-1, fsdp=fsdp if len(devices) % fsdp == 0 else 1, tensor=1, devices=devices)
 
 
-def model_of(place: Path, u: int, config: Config, program: Program) -> TrainState:
-    """The model after u updates, placed for the program. UserError names another that is whole."""
+def model_of(workdir: Path, u: int, config: Config, program: Program) -> TrainState:
+    """The model after u updates, placed for the program. If it is damaged, UserError names an intact one."""
 
     def model(u: int) -> TrainState:
-        return restore(place, u, config, only_model(program.state_at(u)))
+        return restore(workdir, u, config, only_model(program.state_at(u)))
 
     try:
         return model(u)
     except DamagedError as error:
-        check_kept(place, u)
-        others = set(updates_saved(place)) - {u}
-        for other in sorted(others, key=lambda other: (other > u, abs(other - u))):  # an older one first
+        check_not_deleted(workdir, u)
+        others = set(updates_saved(workdir)) - {u}
+        for other in sorted(others, key=lambda other: (other > u, abs(other - u))):  # older ones first
             with suppress(DamagedError):
                 model(other)
-                raise UserError(f"{error}: --update={other} is whole, take that one") from error
-        raise UserError(f"{error}, and no other is whole: nothing to restore here") from error
+                raise UserError(f"{error}: use --update={other}, which is intact") from error
+        raise UserError(f"{error}, and no other checkpoint is intact: nothing to restore") from error
 
 
-def check_kept(place: Path, u: int) -> None:
-    """UserError where the run, which goes on, has deleted the checkpoint that was being read."""
-    if not (checkpoints_dir(place) / str(u)).exists():
-        raise UserError(f"{place} deleted its checkpoint of {u} meanwhile: take a newer one")
+def check_not_deleted(workdir: Path, u: int) -> None:
+    """UserError if the run, still in progress, has deleted the checkpoint that was being read."""
+    if not (checkpoints_dir(workdir) / str(u)).exists():
+        raise UserError(f"{workdir} has deleted its checkpoint at update {u}: use a newer one")
 
 
-def tokenizer_of(place: Path, config: Config, lies_at: str) -> Tokenizer:
-    """The tokenizer that the run was trained with; of the rows nothing is needed.
+def tokenizer_of(workdir: Path, config: Config, spec: str) -> Tokenizer:
+    """The tokenizer that the run was trained with; needs none of its rows.
 
-    It is looked for at `lies_at`, as --tokenizer has it, and where that is empty as the run named it, then
-    in an imported run itself. UserError where it is not there, another lies in its place, or run.json does
-    not tell which it was.
+    Looks it up by `spec` (--tokenizer) if not empty, else by the run's data.tokenizer, then in an imported
+    run's directory. UserError if it is missing or another one, or if run.json does not say which it was.
     """
-    facts = record.read_facts(place)
+    facts = record.read_facts(workdir)
     rows = facts.get("rows", {}).get("train", {})
     if "imported_from" in facts and not rows:
         raise UserError(
-            f"{place} was imported without a tokenizer that ends documents: put one beside the model in "
+            f"{workdir} was imported without a tokenizer that ends documents: put one next to the model in "
             f"{facts['imported_from']}, and import it again"
         )
     if "tokenizer" not in rows:
-        raise UserError(f"{place / record.FACTS} does not say which tokenizer the run has: bring it back")
-    name = lies_at or _name_of(place, config)
-    found = prepared.tokenizer_of(dataclasses.replace(config.data, tokenizer=name), rows)
-    if found.sha256 != rows["tokenizer"]:
         raise UserError(
-            f"{place} was trained with another tokenizer than {found.path} (sha256 {rows['tokenizer']} -> "
-            f"{found.sha256}): bring it back, or say where it lies by --tokenizer=PATH"
+            f"{workdir / record.FACTS} does not say which tokenizer the run has: restore the file"
         )
-    return found
+    data = dataclasses.replace(config.data, tokenizer=spec or _own_spec(workdir, config))
+    tokenizer = prepared.tokenizer_of(data, rows)
+    if tokenizer.sha256 != rows["tokenizer"]:
+        raise UserError(
+            f"{workdir} was trained with another tokenizer than {tokenizer.path} (sha256 {rows['tokenizer']} "
+            f"-> {tokenizer.sha256}): restore it, or pass its path as --tokenizer=PATH"
+        )
+    return tokenizer
 
 
-def rows_of(place: Path, settings: DataConfig, tokenizer: Tokenizer, split: str) -> RowStore:
-    """The rows of a split, with the tokenizer that the run was trained with, found or made.
+def rows_of(workdir: Path, settings: DataConfig, tokenizer: Tokenizer, split: str) -> RowStore:
+    """The rows of a split, encoded with the run's tokenizer; they are prepared if missing.
 
-    UserError where they are not those that the run in `place` was trained on.
+    UserError if the text is not what the run in `workdir` was trained on.
     """
-    # the version that it was trained on, whatever is newer now
-    dataset = directory.dataset_of(place) or settings.dataset
+    # the version that it was trained on, even if there is a newer one
+    dataset = directory.dataset_of(workdir) or settings.dataset
     settings = dataclasses.replace(settings, dataset=dataset, tokenizer=str(tokenizer.path))
     own = prepared.prepare(settings)
-    directory.check_rows(place, directory.keys_of(own))
+    directory.check_rows(workdir, directory.keys_of(own))
     if split in OWN_SPLITS:
         return own.train if split == "train" else own.validation
-    # however large: it was asked for by name, and no other command makes it
-    how = How(build_limit_bytes=math.inf, progress=sys.stderr.isatty())
-    return prepared.rows_of_split(settings, split, own.tokenizer, how)
+    # of any size: the user named it, and no other command prepares it
+    options = PrepareOptions(build_limit_bytes=math.inf, progress=sys.stderr.isatty())
+    return prepared.rows_of_split(settings, split, own.tokenizer, options)
 
 
-def _name_of(place: Path, config: Config) -> str:
-    """The run's data.tokenizer, or that of an imported run which lies elsewhere now."""
-    name, own = config.data.tokenizer, str(place / TOKENIZER)
-    if tokenizers.is_trained(name) or tokenizers.locate(name):
-        return name
-    if tokenizers.locate(own):
-        return own
-    raise UserError(
-        f"{place} has its tokenizer at {name!r}, and none is there: say where by --tokenizer=PATH"
-    )
+def _own_spec(workdir: Path, config: Config) -> str:
+    """The run's data.tokenizer, or the tokenizer inside an imported run that was moved."""
+    spec, imported = config.data.tokenizer, str(workdir / TOKENIZER)
+    if tokenizers.is_trained(spec) or tokenizers.locate(spec):
+        return spec
+    if tokenizers.locate(imported):
+        return imported
+    raise UserError(f"{workdir}: tokenizer {spec!r} not found: pass its path as --tokenizer=PATH")

@@ -1,6 +1,6 @@
-"""SIGTERM and SIGINT: the first asks to stop; the second, or the 25th second after it, ends the process.
+"""SIGTERM and SIGINT: the first requests a stop; a second one, or 25 s later, the process exits.
 
-Watched by a thread through `signal.set_wakeup_fd`, since a handler in Python waits for as long as the main
+A thread watches for them with `signal.set_wakeup_fd`, because a Python handler does not run while the main
 thread computes or compiles outside of Python.
 """
 
@@ -14,25 +14,25 @@ from types import TracebackType
 
 from relora_jax.errors import STOPPED
 
-GRACE_S = 25.0  # supervisors kill 30 s after they ask
-ONE_PRESS_S = 0.5  # a process group and its supervisor may each pass on the same request
+GRACE_S = 25.0  # supervisors usually kill after 30 s
+ONE_PRESS_S = 0.5  # the terminal and a supervisor may both deliver the same Ctrl-C
 NAMES = (signal.SIGTERM, signal.SIGINT)
 
 
 class Signals:
-    """While inside (main thread): `asked` after the first signal; at the next the process ends with STOPPED.
+    """Sets `stop_requested` at the first signal, and exits with STOPPED at the second (main thread only).
 
-    With `at_once`, True at first, the first signal ends it as well: set it to False where something is to be
-    finished and saved. Ending so runs no clean-up: whatever is on the disk must be whole at any moment.
+    While `exit_immediately` (at first True), the first signal exits, too: set it to False once there is work
+    to finish and save. The exit runs no clean-up, so files must be intact at any moment.
     """
 
     def __init__(self) -> None:
-        self.asked, self.at_once = False, True
+        self.stop_requested, self.exit_immediately = False, True
 
     def __enter__(self) -> "Signals":
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
-        self._handlers = {name: signal.signal(name, self._hear) for name in NAMES}
+        self._handlers = {name: signal.signal(name, self._handle) for name in NAMES}
         self._wakeup = signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
@@ -49,34 +49,35 @@ class Signals:
         self._read.close()
         self._write.close()
 
-    def _hear(self, *_: object) -> None:
-        """In the main thread, which need not wait for the other one to say it."""
-        self.asked = True
+    def _handle(self, *_: object) -> None:
+        """Runs in the main thread, which need not wait for the watching one to set it."""
+        self.stop_requested = True
 
     def _watch(self) -> None:
         if not self._wait(None):
             return
-        asked_at, self.asked = time.monotonic(), True
-        why = "at once"
-        while not self.at_once:
-            left_s = asked_at + GRACE_S - time.monotonic()
-            why = f"after {GRACE_S:.0f} s, in which update and save did not end"
+        requested_at, self.stop_requested = time.monotonic(), True
+        reason = "immediately"
+        while not self.exit_immediately:
+            left_s = requested_at + GRACE_S - time.monotonic()
+            reason = f"after {GRACE_S:.0f} s, before the update was finished and saved"
             if left_s <= 0:
                 break
             again = self._wait(left_s)
             if again is False:
                 return
-            if again and time.monotonic() - asked_at > ONE_PRESS_S:
-                why = "at the second signal"
+            if again and time.monotonic() - requested_at > ONE_PRESS_S:
+                reason = "at the second signal"
                 break
-        os.write(2, f"\nstopped {why}: the same command goes on from the newest checkpoint\n".encode())
+        message = f"\nstopped {reason}: run the same command again to resume from the newest checkpoint\n"
+        os.write(2, message.encode())
         os._exit(STOPPED)
 
     def _wait(self, timeout_s: float | None) -> bool | None:
-        """True: one of NAMES came; False: the `with` ended; None: neither in that time."""
-        ends = None if timeout_s is None else time.monotonic() + timeout_s
+        """True: one of NAMES came; False: the `with` ended; None: timeout."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            left_s = None if ends is None else max(ends - time.monotonic(), 0)
+            left_s = None if deadline is None else max(deadline - time.monotonic(), 0)
             if not select.select([self._read], [], [], left_s)[0]:
                 return None
             numbers = self._read.recv(1)

@@ -1,4 +1,4 @@
-"""A run's rows as TensorBoard's files, through tensorboardX's protocol buffers."""
+"""Writes a run's rows as TensorBoard event files, with tensorboardX's protocol buffers."""
 
 import time
 from pathlib import Path
@@ -6,17 +6,17 @@ from typing import Any
 
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (made when imported)
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (generated at import)
 
-FLUSH_S = 30.0  # a flush is an fsync: too dear for every row
+FLUSH_S = 30.0  # a flush is an fsync: too slow for every row
 _NOT_CURVES = ("kind", "update", "elapsed_s")
 
 
 class Board:
-    """Points of this start replace, in TensorBoard's eyes, those from `purge_step` on of earlier ones.
+    """Writes event files; TensorBoard hides points of earlier starts at `purge_step` or later.
 
-    Written in the caller's thread: tensorboardX's SummaryWriter waits for ever once its own thread
-    died of a full disk. The file is opened by the first row.
+    The first row opens the file. Writes in the caller's thread: SummaryWriter hangs once its own thread
+    died of a full disk.
     """
 
     def __init__(self, folder: Path, *, purge_step: int) -> None:
@@ -25,7 +25,7 @@ class Board:
         self._flushed_at = time.monotonic()
 
     def write(self, row: dict[str, Any]) -> None:
-        """The row's `curves`, at step `update`."""
+        """Writes the row's `curves` at step `update`."""
         points = curves(row)
         if not points:
             return
@@ -38,7 +38,7 @@ class Board:
             self.flush()
 
     def flush(self) -> None:
-        """Every point is on the disk after this."""
+        """Flushes all points to the disk."""
         self._flushed_at = time.monotonic()
         if self._writer is not None:
             self._writer.flush()
@@ -50,7 +50,7 @@ class Board:
 
     def _open(self, purge_step: int) -> EventsWriter:
         self._folder.mkdir(exist_ok=True)
-        # the step in the name keeps two starts within one second apart
+        # the name contains the time in seconds: the step distinguishes two starts within one
         writer = EventsWriter(str(self._folder / "events"), f".from_{purge_step}")
         start = SessionLog(status=SessionLog.START)
         writer.write_event(Event(step=purge_step, wall_time=time.time(), session_log=start))
@@ -58,9 +58,9 @@ class Board:
 
 
 def curves(row: dict[str, Any]) -> dict[str, float]:
-    """A row's finite numbers by the names of their curves; restarts are a curve of the train rows already."""
+    """{curve name: value} of a row's finite numbers; {} for restarts, which the train rows count."""
     group = {"train": "train", "eval": "validation"}.get(row["kind"])
     if group is None:
         return {}
-    shown = {key: value for key, value in row.items() if key not in _NOT_CURVES and value is not None}
-    return {f"{group}/{key}": value for key, value in shown.items()}
+    values = {key: value for key, value in row.items() if key not in _NOT_CURVES and value is not None}
+    return {f"{group}/{key}": value for key, value in values.items()}

@@ -1,14 +1,14 @@
-"""The full-rank checkpoint of another run, with which a run begins in place of a warm start of its own.
+"""Starts a run from another run's full-rank checkpoint, instead of a warm start of its own.
 
-u, tokens_seen, weights and the moments of embeddings, norms and head go along, so that arms share one warm
-start; a checkpoint without moments, of an imported model, gives weights alone and begins at u = 0.
+It provides u, tokens_seen, weights and the moments of embeddings, norms and head, so that arms can share one
+warm start. A checkpoint without moments, of an imported model, provides only weights and starts at u = 0.
 """
 
 from pathlib import Path
 from typing import Any
 
 from relora_jax.checkpoint.restore import read_state
-from relora_jax.checkpoint.saved import DamagedError, Saved, checkpoints_dir, updates_saved
+from relora_jax.checkpoint.saved import Checkpoint, DamagedError, checkpoints_dir, updates_saved
 from relora_jax.config import RUN, Config, flatten
 from relora_jax.errors import UserError
 from relora_jax.run.record import read_facts
@@ -16,68 +16,71 @@ from relora_jax.training import names
 from relora_jax.training.program import Program
 from relora_jax.training.state import TrainState, model_of
 
-FREE = ("init_std", "compute_dtype")  # of the model's settings: what another run may choose for itself
+MAY_DIFFER = ("init_std", "compute_dtype")  # model settings that the two runs need not share
 
 
-def find(config: Config) -> Saved:
-    """The checkpoint of train.init_from at W = relora.warm_start_updates. UserError where there is none."""
+def find(config: Config) -> Checkpoint:
+    """The checkpoint of train.init_from at W = relora.warm_start_updates. UserError if there is none."""
     source, start = Path(config.train.init_from).expanduser(), config.relora.warm_start_updates
-    there = updates_saved(source)
-    if not there:
-        raise UserError(f"train.init_from {str(source)!r} holds no checkpoint: name the directory of a run")
-    if start not in there:
+    updates = updates_saved(source)
+    if not updates:
+        raise UserError(f"train.init_from {str(source)!r} holds no checkpoint: pass the directory of a run")
+    if start not in updates:
         raise UserError(
             f"relora.warm_start_updates is {start} and train.init_from {str(source)!r} has checkpoints at "
-            f"u = {', '.join(map(str, there))}: set it to one of these"
+            f"u = {', '.join(map(str, updates))}: set it to one of these"
         )
     try:
-        found = Saved.open(checkpoints_dir(source) / str(start))
-        kinds = found.kinds()
+        checkpoint = Checkpoint.open(checkpoints_dir(source) / str(start))
+        paths = checkpoint.specs()
     except DamagedError as error:
         raise UserError(f"train.init_from cannot be used: {error}") from error
-    _check_model(found, config)
-    if start and not any(map(names.is_moment, kinds)):
+    _check_model(checkpoint, config)
+    if start and not any(map(names.is_moment, paths)):
         raise UserError(
-            f"train.init_from {str(source)!r} has no moments at u = {start}: only at u = 0 can it do without"
+            f"train.init_from {str(source)!r} has no moments at u = {start}: set relora.warm_start_updates=0"
         )
-    if any(map(names.is_frozen, kinds)):
+    if any(map(names.is_frozen, paths)):
+        low_rank_start = checkpoint.config.low_rank_start
         raise UserError(
-            f"the checkpoint of train.init_from {str(source)!r} at u = {start} is of its low-rank phase, "
-            f"which began at {found.config.low_rank_start}: relora.warm_start_updates can be at most that"
+            f"train.init_from {str(source)!r} is in its low-rank phase at u = {start}: "
+            f"set relora.warm_start_updates to at most {low_rank_start}, where that phase starts"
         )
-    return found
+    return checkpoint
 
 
 def check_tokenizer(config: Config, rows: dict[str, Any]) -> None:
-    """UserError where the source was trained with another tokenizer than `rows`, the keys of this run's."""
+    """UserError if the source run was trained with another tokenizer than `rows`, the keys of this run."""
     source = Path(config.train.init_from).expanduser()
     before, now = read_facts(source).get("rows", {}).get("train", {}), rows["train"]
     for key in ("tokenizer", "eos"):
         if key in before and before[key] != now[key]:
             raise UserError(
                 f"train.init_from {str(source)!r} was trained with another tokenizer ({key}: {before[key]} "
-                f"-> {now[key]}): take its own as data.tokenizer"
+                f"-> {now[key]}): set data.tokenizer to the one of that run"
             )
 
 
-def _check_model(found: Saved, config: Config) -> None:
-    """UserError for a model that computes something else, though its arrays may have the same shapes."""
+def _check_model(checkpoint: Checkpoint, config: Config) -> None:
+    """UserError if the models compute different functions, even if their arrays have the same shapes."""
     changed = [
-        f"model.{key}: {was} -> {getattr(config.model, key)}"
-        for key, was, field in flatten(found.config.model)
-        if field.metadata != RUN and key not in FREE and was != getattr(config.model, key)
+        f"model.{key}: {before} -> {getattr(config.model, key)}"
+        for key, before, field in flatten(checkpoint.config.model)
+        if field.metadata != RUN and key not in MAY_DIFFER and before != getattr(config.model, key)
     ]
     if changed:
-        raise UserError(f"{found.path} is of another model ({'; '.join(changed)}): set these as they were")
+        raise UserError(
+            f"{checkpoint.path} is from another model ({'; '.join(changed)}): restore these settings"
+        )
 
 
-def load(found: Saved, program: Program) -> TrainState:
-    """The full-rank state of `found`, placed for the program. UserError for another model or damage."""
+def load(checkpoint: Checkpoint, program: Program) -> TrainState:
+    """The checkpoint's full-rank state, placed for the program. UserError for another model or damage."""
     like = program.full_rank
     try:
-        if any(map(names.is_moment, found.kinds())):
-            return read_state(found, like)
-        model = read_state(found, model_of(like))
-        return program.begin_with(model.trained, model.frozen)  # no weights are drawn beside them
+        if any(map(names.is_moment, checkpoint.specs())):
+            return read_state(checkpoint, like)
+        model = read_state(checkpoint, model_of(like))
+        return program.init_from(model.trained, model.frozen)  # draws no weights
     except DamagedError as error:
         raise UserError(f"train.init_from cannot be used: {error}") from error

@@ -1,1 +1,1 @@
-"""Files that are whole or not there, locks, cache directories."""
+"""Atomic files and directories, locks, cache directories."""

@@ -1,6 +1,7 @@
-"""What is whole under its name or not there at all, also after a kill or a power cut: written aside, renamed.
+"""Files and directories that are complete or absent, even after a kill or a power cut.
 
-Another process may be making the same: the same bytes, renamed to the same name.
+They are written under a temporary name and then renamed. Another process may write the same path at the same
+time: it writes the same bytes.
 """
 
 import contextlib
@@ -16,43 +17,43 @@ from pathlib import Path
 from relora_jax.errors import UserError
 from relora_jax.storage.lock import locked
 
-ASIDE = "*.new"  # what a kill leaves
-MARK = ".relora_jax"  # in a directory that `directory` made
+TEMPORARY = "*.new"  # the names of `temporary_path`
+MARK = ".relora_jax"  # a file in each directory that `directory` made
 
 
 def write(path: Path, content: bytes) -> None:
-    """The whole content under its name."""
-    aside = name_aside(path)
-    aside.write_bytes(content)
-    publish(aside, path)
+    """Replaces the content of `path` in one step."""
+    temporary = temporary_path(path)
+    temporary.write_bytes(content)
+    publish(temporary, path)
 
 
-def name_aside(path: Path) -> Path:
-    """Where this process writes what becomes `path`."""
+def temporary_path(path: Path) -> Path:
+    """The path under which this process writes `path` before it renames it."""
     return path.with_name(f"{path.name}.{os.getpid()}.new")
 
 
-def publish(aside: Path, path: Path) -> None:
-    """`aside` becomes `path`, its bytes on the disk first: a power cut leaves no name without them."""
-    sync(aside)
-    aside.replace(path)
+def publish(temporary: Path, path: Path) -> None:
+    """Renames `temporary` to `path`, after its bytes are on the disk."""
+    sync(temporary)
+    temporary.replace(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """What was written into a file, or the names in a directory, are on the disk after this."""
+    """Flushes a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise  # some file systems have no such call for directories
+            raise  # some file systems cannot fsync directories
     finally:
         os.close(descriptor)
 
 
 def remove(path: Path) -> None:
-    """The file or directory, if it is there."""
+    """Removes a file or directory, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -60,11 +61,11 @@ def remove(path: Path) -> None:
 
 
 def make_once(path: Path, make: Callable[[Path], object], *, variable: str, resume: bool = False) -> Path:
-    """After the call `path` is there, whole: made aside by `make(aside)`, then renamed.
+    """Creates `path` with `make(partial)` and a rename, unless it exists; returns `path`.
 
-    One process makes, others wait for it. A kill at any moment leaves at most `path`.partial, which
-    nobody reads and the next maker removes; with `resume` it continues with what is there. `variable` is
-    the environment variable that moves the place, named when it cannot be written.
+    One process makes it while the others wait. A kill leaves at most `path`.partial, which nobody reads: the
+    next call removes it, or with `resume` passes it to `make` as it is. The error for an unwritable `path`
+    names `variable`, the environment variable that moves it.
     """
     if path.exists():
         return path
@@ -73,82 +74,82 @@ def make_once(path: Path, make: Callable[[Path], object], *, variable: str, resu
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.touch()
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): set {variable} to another place") from error
+        raise UserError(f"cannot write {path} ({error.strerror}): set {variable} to another path") from error
 
     def wait(_: str) -> None:
         print(f"waiting for another process to make {path}", file=sys.stderr)
 
     with locked(lock, busy=wait):
         if not path.exists():
-            aside = path.with_name(f"{path.name}.partial")
+            partial = path.with_name(f"{path.name}.partial")
             if not resume:
-                remove(aside)
-            make(aside)
-            aside.rename(path)
+                remove(partial)
+            make(partial)
+            partial.rename(path)
             sync(path.parent)
     return path
 
 
 def check_output(path: Path, ours: Sequence[str], *, overwrite: bool) -> None:
-    """UserError where `directory` must not put a new one at `path`: something is there that it would lose.
+    """UserError if `directory` must not write to `path`, because foreign files would be lost.
 
-    With `overwrite` an older one may be: it has our mark, and no file but those of the patterns `ours`.
+    With `overwrite`, an older output may be replaced: it has our mark, and only files that match `ours`.
     """
-    blocking = next((place for place in (path, *path.parents) if place.is_symlink() or place.exists()), path)
-    if path.is_symlink() or not blocking.is_dir():
-        what = "a link" if path.is_symlink() else "no directory"
-        raise UserError(f"--output={path}: {blocking} is {what}: name another place")
-    there = sorted(path.rglob("*")) if path.exists() else []
-    files = [str(file.relative_to(path)) for file in there if file.is_symlink() or not file.is_dir()]
+    nearest = next((p for p in (path, *path.parents) if p.is_symlink() or p.exists()), path)
+    if path.is_symlink() or not nearest.is_dir():
+        problem = "a symbolic link" if path.is_symlink() else "not a directory"
+        raise UserError(f"--output={path}: {nearest} is {problem}: choose another path")
+    entries = sorted(path.rglob("*")) if path.exists() else []
+    files = [str(file.relative_to(path)) for file in entries if file.is_symlink() or not file.is_dir()]
     foreign = [name for name in files if not any(fnmatch.fnmatchcase(name, kind) for kind in (MARK, *ours))]
-    if there and (foreign or MARK not in files):
-        what = f"holds {foreign[0]!r}" if foreign else "was not written by this command"
-        raise UserError(f"--output={path} is not empty and {what}: name another place")
-    if there and not overwrite:
-        raise UserError(f"--output={path} is not empty: name another place, or replace it with --overwrite")
+    if entries and (foreign or MARK not in files):
+        problem = f"holds {foreign[0]!r}" if foreign else "was not written by this command"
+        raise UserError(f"--output={path} is not empty and {problem}: choose another path")
+    if entries and not overwrite:
+        raise UserError(f"--output={path} is not empty: choose another path, or replace it with --overwrite")
 
 
 @contextlib.contextmanager
 def directory(path: Path, ours: Sequence[str], *, overwrite: bool) -> Iterator[Path]:
-    """A new directory beside `path`, which takes its place where the `with` ends well and else is gone.
+    """Yields a new directory that replaces `path` at the end of the `with`, or is removed after an error.
 
-    UserError where another process is making it.
+    UserError if another process is writing it.
     """
-    aside, old, lock = (path.with_name(f".{path.name}.{word}") for word in ("partial", "replaced", "lock"))
+    partial, old, lock = (path.with_name(f".{path.name}.{word}") for word in ("partial", "replaced", "lock"))
     check_output(path, ours, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def refuse(_: str) -> None:
-        raise UserError(f"--output={path} is being written by another process: wait for its end")
+        raise UserError(f"--output={path} is being written by another process: wait until it ends")
 
     with locked(lock, busy=refuse):
         try:
-            _put_back(path, old)
-            remove(aside)  # what a kill left
-            aside.mkdir()
-            yield aside
-            write(aside / MARK, b"")
-            check_output(path, ours, overwrite=overwrite)  # again: much may have happened meanwhile
+            _restore_or_discard(path, old)
+            remove(partial)  # of a killed process
+            partial.mkdir()
+            yield partial
+            write(partial / MARK, b"")
+            check_output(path, ours, overwrite=overwrite)  # `path` may have changed in the meantime
             if path.exists():
                 path.rename(old)
-            aside.rename(path)
+            partial.rename(path)
             sync(path.parent)
         finally:
-            _put_back(path, old)
-            _clear(aside)
+            _restore_or_discard(path, old)
+            _remove_patiently(partial)
             lock.unlink()
 
 
-def _put_back(path: Path, old: Path) -> None:
-    """What was there before is restored where nothing took its place, and removed where something did."""
+def _restore_or_discard(path: Path, old: Path) -> None:
+    """Moves the previous directory back if nothing replaced it, and deletes it otherwise."""
     if old.exists():
         remove(old) if path.exists() else old.rename(path)
 
 
-def _clear(aside: Path) -> None:
-    """Gone also where threads of a save that failed still end in it; their error is the one to show."""
-    for pause in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8):  # seconds; what then remains goes at the next start
+def _remove_patiently(partial: Path) -> None:
+    """Removes a directory to which threads of a failed save may still write; their error is raised."""
+    for pause in (0.0, 0.05, 0.1, 0.2, 0.4, 0.8):  # seconds; the next start removes the rest
         time.sleep(pause)
-        shutil.rmtree(aside, ignore_errors=True)
-        if not aside.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        if not partial.exists():
             break

@@ -1,4 +1,4 @@
-"""A lock that dies with the process that holds it, however that dies."""
+"""A file lock that is released when its process ends, even by a kill."""
 
 import contextlib
 import fcntl
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def locked(file: Path, *, busy: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """While inside, no other process is inside with the same `file`, which the one inside may remove.
+    """Holds an exclusive lock on `file`, which the holder may remove.
 
-    Where another one is, `busy(its number)` is called: it raises, or the call waits after it returns. What is
-    yielded writes this process's number into the file; until then it stays as it was.
+    If another process holds it, calls `busy(its pid)`, which raises, or waits for the lock. Yields a function
+    that writes this process's pid into the file, which is unchanged until then.
     """
     while True:
         with file.open("a+") as lock:
@@ -22,7 +22,7 @@ def locked(file: Path, *, busy: Callable[[str], None]) -> Iterator[Callable[[], 
                 lock.seek(0)
                 busy(lock.read().strip() or "?")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if not _is_at(file, lock.fileno()):  # removed meanwhile by the one who had it
+            if not _is_at(file, lock.fileno()):  # its previous holder removed it
                 continue
 
             def sign() -> None:

@@ -1,6 +1,6 @@
-"""Where things lie: what is made once, under the user's cache; datasets, where TFDS looks.
+"""The cache directory and TFDS's data directory, read from the environment at each call.
 
-Nothing is created at import, and the environment is read at each call.
+Nothing is created at import.
 """
 
 import os
@@ -13,5 +13,5 @@ def cache_dir() -> Path:
 
 
 def datasets_dir() -> Path:
-    """$TFDS_DATA_DIR, else ~/tensorflow_datasets: where TFDS itself looks."""
+    """$TFDS_DATA_DIR, else ~/tensorflow_datasets, as in TFDS."""
     return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()

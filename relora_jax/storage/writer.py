@@ -1,4 +1,4 @@
-"""The one process that writes a run's directory and speaks to the user."""
+"""Writing to a run's directory and printing, from one process only."""
 
 import io
 import os
@@ -10,42 +10,42 @@ from relora_jax.storage import atomic
 
 
 class Writer:
-    """Writes a run's directory and prints; where another process does that (`active=False`), nothing.
+    """Writes to a run's directory and prints; with `active=False` (another process does it), does nothing.
 
-    What a run writes passes through here or is only begun where `active`: curves, report. Not so the arrays
-    of a checkpoint, of which each process writes its own shards.
+    Whatever a run writes goes through a `Writer` or is skipped if it is not `active` (curves, report), except
+    the arrays of a checkpoint: each process writes its own shards.
     """
 
     def __init__(self, folder: Path, *, active: bool = True) -> None:
         self.folder, self.active = folder, active
 
     def write(self, name: str, text: str) -> None:
-        """The whole text under its name, or the file as it was, also after a kill."""
+        """Replaces the file's content in one step, even if a kill comes."""
         if self.active:
             atomic.write(self.folder / name, text.encode())
 
     def append(self, name: str) -> "Lines":
-        """The file of lines under that name, to add to."""
+        """Opens a file of lines to append to."""
         return Lines((self.folder / name).open("a", encoding="utf-8") if self.active else None)
 
     def rename(self, path: Path, new: Path) -> None:
-        """A file or directory gets another name, in a directory that is made where it is missing."""
+        """Renames a file or directory, creating the parent directory of `new`."""
         if self.active:
             new.parent.mkdir(exist_ok=True)
             path.rename(new)
 
     def clear(self) -> None:
-        """Removes what a kill left half written; a report may be being written by another process."""
-        for left in self.folder.glob(atomic.ASIDE) if self.active else ():
-            if not left.name.startswith("report."):
-                left.unlink(missing_ok=True)
+        """Removes temporary files of killed processes, but not reports: one may be being written."""
+        for file in self.folder.glob(atomic.TEMPORARY) if self.active else ():
+            if not file.name.startswith("report."):
+                file.unlink(missing_ok=True)
 
     def stream(self, stream: TextIO | io.TextIOBase) -> TextIO | io.TextIOBase:
-        """The stream, or one that takes text and shows nothing."""
+        """`stream`, or one that discards its text."""
         return stream if self.active else _Silence()
 
-    def say(self, text: str, *, warning: bool = False) -> None:
-        """A line for the user: on stdout, or a warning on stderr."""
+    def print(self, text: str, *, warning: bool = False) -> None:
+        """Prints a line to stdout, or a warning to stderr."""
         if self.active:
             print(text, file=sys.stderr if warning else sys.stdout, flush=True)
 
@@ -56,24 +56,24 @@ class _Silence(io.TextIOBase):
 
 
 class Lines:
-    """A file that grows line by line; without one, nothing is written."""
+    """A file that grows line by line; with `file=None`, lines are discarded."""
 
     def __init__(self, file: TextIO | None) -> None:
         self._file = file
 
     def add(self, line: str) -> None:
-        """One more line, which another process may read at once."""
+        """Appends a line, flushed so that other processes can read it."""
         if self._file:
             self._file.write(line + "\n")
             self._file.flush()
 
     def sync(self) -> None:
-        """Every line is on the disk after this."""
+        """Flushes all lines to the disk."""
         if self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Nothing is added after this."""
+        """Closes the file."""
         if self._file:
             self._file.close()

@@ -1,1 +1,1 @@
-"""Ids of a text: SentencePiece models, tokenizer.json."""
+"""Tokenizers: SentencePiece models and tokenizer.json files."""

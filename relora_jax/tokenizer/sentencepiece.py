@@ -1,4 +1,4 @@
-"""A SentencePiece model as `tokenizer.py` asks for it: ids of texts and texts of ids."""
+"""The SentencePiece backend of `tokenizer.Tokenizer`."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from relora_jax.errors import UserError
 
 
 class SentencePiece:
-    """A SentencePiece model: `eos`, `pad` and `bos` are None where it has none.
+    """A SentencePiece model: `eos`, `pad` and `bos` are None if it has none.
 
-    `highest` is the highest id of a text: control pieces are in none.
+    `highest` is the highest id that a text can contain, which excludes control pieces.
     """
 
     def __init__(self, path: Path, content: bytes, *, parallel: bool) -> None:
@@ -19,20 +19,20 @@ class SentencePiece:
                 raise RuntimeError("the file is empty")
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise UserError(f"{path} is no SentencePiece model: name another file, or bpe(4096)") from error
+            raise UserError(f"{path} is not a SentencePiece model: use another file, or bpe(4096)") from error
         self._threads = -1 if parallel else 1
         self.vocab_size = self._model.get_piece_size()
         ids = self._model.eos_id(), self._model.pad_id(), self._model.bos_id()
         self.eos, self.pad, self.bos = (i if i >= 0 else None for i in ids)
-        given = (i for i in reversed(range(self.vocab_size)) if not self._model.is_control(i))  # pyright: ignore
-        self.highest = next(given)
+        ordinary = (i for i in reversed(range(self.vocab_size)) if not self._model.is_control(i))  # pyright: ignore
+        self.highest = next(ordinary)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
         return self._model.encode(texts, num_threads=self._threads)  # pyright: ignore
 
-    def name(self, i: int) -> str:
-        """How the file writes an id."""
+    def piece(self, i: int) -> str:
+        """The piece of an id, as spelled in the file."""
         return self._model.id_to_piece(i)  # pyright: ignore
 
     def decode(self, ids: list[int]) -> str:

@@ -1,8 +1,8 @@
-"""Tokenizers: found by a name, loaded (SentencePiece, Hugging Face's tokenizer.json), or trained.
+"""Finds, loads (SentencePiece, Hugging Face's tokenizer.json) and trains tokenizers.
 
-A model trained here is SentencePiece's and loses nothing: decode(encode(text)) == text (but that U+2581,
-its sign for a space, comes back as one). Paragraphs are kept, as one piece for a line's end and one for
-an empty line; what has no piece of its own is spelled in bytes.
+Models trained here are SentencePiece models and lossless: decode(encode(text)) == text, except that U+2581,
+SentencePiece's space symbol, decodes to a space. A line end and an empty line are one piece each; characters
+without a piece are spelled in bytes.
 """
 
 import dataclasses
@@ -24,14 +24,14 @@ from relora_jax.tokenizer.hugging_face import FILE, HuggingFace
 from relora_jax.tokenizer.sentencepiece import SentencePiece
 
 PAD, EOS, UNK = 0, 1, 2  # T5's
-FILES = (FILE, "tokenizer.model", "spiece.model")  # of a directory, the first that is there
-ENDINGS = (".model", ".json")  # of a name in the cache
+FILES = (FILE, "tokenizer.model", "spiece.model")  # in a directory, the first that exists
+ENDINGS = (".model", ".json")  # of file names in the cache
 LINE_ENDS = ["\n", "\n\n"]
-LONGEST_LINE = 2**20  # bytes; SentencePiece drops longer ones without a word
-TRAINING_BYTES = 100_000_000  # a model is trained on the first so many bytes of the documents
-TRAINER = 1  # part of a trained model's name in the cache: raise it with any change of `_SETTINGS`
+LONGEST_LINE = 2**20  # bytes; SentencePiece silently drops longer lines
+TRAINING_BYTES = 100_000_000  # of the documents, from the start
+TRAINER = 1  # part of a trained model's name in the cache: increment it when `_SETTINGS` change
 _SETTINGS: dict[str, Any] = {
-    "num_threads": 16,  # the model depends on it, on any machine
+    "num_threads": 16,  # fixed, as the model depends on it
     "pad_id": PAD,
     "eos_id": EOS,
     "unk_id": UNK,
@@ -40,7 +40,7 @@ _SETTINGS: dict[str, Any] = {
     "character_coverage": 1.0,
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
-    "add_dummy_prefix": False,  # so that a word is the same pieces after a line's end and at the start
+    "add_dummy_prefix": False,  # so that a word has the same pieces after a line end and at the start
     "user_defined_symbols": LINE_ENDS,
     "max_sentence_length": LONGEST_LINE,
     "minloglevel": 2,
@@ -50,10 +50,10 @@ _SPEC = re.compile(r"\s*(bpe|unigram)\s*\(\s*([^()]*?)\s*\)\s*")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Texts <-> ids below `vocab_size`. `pad` fills rows and is never counted: eos where a model has none.
+    """Texts <-> ids below `vocab_size`. `pad` fills rows and is never counted; it is eos if a model has none.
 
-    `bos` begins each document; None: nothing does.
-    Pickled it is only its path and ids, read again where it is unpickled, there without threads.
+    Each document starts with `bos`, unless it is None. A pickle contains only path and special ids; the file
+    is read again on unpickling, without threads.
     """
 
     path: Path
@@ -66,34 +66,34 @@ class Tokenizer:
 
     @property
     def key(self) -> dict[str, Any]:
-        """What of it decides rows of ids, as a store's manifest and run.json have it."""
+        """What rows of ids depend on, as stored in a row store's manifest and in run.json."""
         bos = {} if self.bos is None else {"bos": self.bos}
         return {"tokenizer": self.sha256, "eos": self.eos, "pad": self.pad, **bos}
 
     @property
     def highest(self) -> int:
-        """The highest id that rows can hold, below which a tokenizer may have more pieces than a model."""
-        own = (self.eos, self.pad, self.bos)
-        return max(self.model.highest, *(i for i in own if i is not None))
+        """The highest id that rows can contain; a tokenizer may have unused pieces above it."""
+        special = (self.eos, self.pad, self.bos)
+        return max(self.model.highest, *(i for i in special if i is not None))
 
     def encode_documents(self, texts: list[str]) -> list[Int32[np.ndarray, " _"]]:
-        """The ids of each text, by the library's own threads. No EOS: whoever packs ends documents."""
+        """The ids of each text, on the library's own threads, without EOS: `Packer` adds it."""
         return [np.asarray(ids, np.int32) for ids in self.model.encode(texts)]
 
     def decode(self, ids: Iterable[SupportsInt]) -> str:
-        """The text of ids; EOS, pad and bos give none."""
+        """The text of ids, without eos, pad and bos."""
         return self.model.decode([int(i) for i in ids if int(i) not in (self.eos, self.pad, self.bos)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _load_again, (self.path, self.sha256, self.eos, self.pad, self.bos)
+        return _unpickle, (self.path, self.sha256, self.eos, self.pad, self.bos)
 
 
 def load(
     path: Path | str, *, eos_id: int = -1, pad_id: int = -1, bos_id: int = -1, parallel: bool = True
 ) -> Tokenizer:
-    """The tokenizer in a file: .json is Hugging Face's, anything else SentencePiece's.
+    """The tokenizer in a file: .json is Hugging Face's format, anything else SentencePiece's.
 
-    -1 is its own eos or pad, and no bos.
+    -1 means the file's own eos or pad, and no bos.
     """
     path = Path(path)
     try:
@@ -101,15 +101,15 @@ def load(
     except OSError as error:
         raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from error
     model = (HuggingFace if path.suffix == ".json" else SentencePiece)(path, content, parallel=parallel)
-    for name, given in (("eos", eos_id), ("pad", pad_id), ("bos", bos_id)):
-        if not -1 <= given < model.vocab_size:
+    for name, i in (("eos", eos_id), ("pad", pad_id), ("bos", bos_id)):
+        if not -1 <= i < model.vocab_size:
             raise UserError(
-                f"data.{name}_id {given} is no id of tokenizer {path}: name one of 0 to "
+                f"data.{name}_id {i} is not an id of tokenizer {path}: choose one of 0 to "
                 f"{model.vocab_size - 1}, or -1 for {'none' if name == 'bos' else 'its own'}"
             )
     eos = model.eos if eos_id < 0 else eos_id
     if eos is None:
-        raise UserError(f"tokenizer {path} has no eos to end documents with: give its id as data.eos_id")
+        raise UserError(f"tokenizer {path} has no eos to end documents with: set data.eos_id")
     pad = model.pad if pad_id < 0 else pad_id
     return Tokenizer(
         path=path,
@@ -122,35 +122,33 @@ def load(
     )
 
 
-def begins(path: Path) -> int | None:
-    """The id that transformers puts before each text of the tokenizer in this file; None: it puts none."""
+def default_bos(path: Path) -> int | None:
+    """The id that transformers adds before each text with this tokenizer file; None if it adds none."""
     content = path.read_bytes()
     if path.suffix == ".json":
-        return hugging_face.begins(path, content)
-    told = hugging_face.read_beside(path.parent / "tokenizer_config.json")
-    own = SentencePiece(path, content, parallel=False).bos
-    return None if told.get("add_bos_token") is False else own
+        return hugging_face.default_bos(path, content)
+    config = hugging_face.read_sidecar(path.parent / "tokenizer_config.json")
+    bos = SentencePiece(path, content, parallel=False).bos
+    return None if config.get("add_bos_token") is False else bos
 
 
-def _load_again(path: Path, sha256: str, eos: int, pad: int, bos: int | None) -> Tokenizer:
+def _unpickle(path: Path, sha256: str, eos: int, pad: int, bos: int | None) -> Tokenizer:
     ids = {"eos_id": eos, "pad_id": pad, "bos_id": -1 if bos is None else bos}
     tokenizer = load(path, **ids, parallel=False)
     if tokenizer.sha256 != sha256:
-        raise UserError(f"tokenizer {path} has been changed meanwhile: begin again")
+        raise UserError(f"tokenizer {path} changed while it was in use: start again")
     return tokenizer
 
 
 def train(documents: Iterable[str], *, kind: str, vocab_size: int, path: Path) -> Tokenizer:
-    """A "bpe" or "unigram" model of exactly `vocab_size` pieces at `path`: the same for the same text.
+    """A "bpe" or "unigram" model of exactly `vocab_size` pieces, written to `path`; deterministic.
 
-    It sees the lines of the first TRAINING_BYTES, without their ends: those are pieces already. `path` is
-    written whole or not at all.
+    It is trained on the lines of the first TRAINING_BYTES, without line ends, which are pieces already. The
+    file is written atomically.
     """
-    written = io.BytesIO()
-    settings = {**_SETTINGS, "model_type": kind, "vocab_size": vocab_size, "model_writer": written}
-    sentences = list(
-        _lines(documents)
-    )  # so that an error of the lines is raised here, not inside SentencePiece
+    model = io.BytesIO()
+    settings = {**_SETTINGS, "model_type": kind, "vocab_size": vocab_size, "model_writer": model}
+    sentences = list(_lines(documents))  # raises errors of the documents here, not inside SentencePiece
     try:
         if not sentences:
             raise RuntimeError("] there is no text")
@@ -161,63 +159,63 @@ def train(documents: Iterable[str], *, kind: str, vocab_size: int, path: Path) -
             f"no {kind} model of {vocab_size} pieces can be trained on this text: {reason}"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic.write(path, written.getvalue())
+    atomic.write(path, model.getvalue())
     return load(path)
 
 
 def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: Any) -> Tokenizer:
-    """The tokenizer that a config's `data.tokenizer` names; `ids` as `load` has them.
+    """The tokenizer that a config's `data.tokenizer` names; `ids` are arguments of `load`.
 
-    "bpe(n)", "unigram(n)": trained on the documents, once for each `key` that tells their text (a
-    dataset's version and split). Otherwise the path of a file or of a directory that holds one, or the
-    name of a file under the cache's `tokenizers/`.
+    "bpe(n)", "unigram(n)": trained on the documents, once for each `key` that identifies their text (a
+    dataset's version and split). Otherwise the path of a file or of a directory that contains one, or the
+    name of a file in the cache's `tokenizers/`.
     """
     folder = places.cache_dir() / "tokenizers"
     if is_trained(spec):
         kind, vocab_size = _parse(spec)
-        told = hashlib.sha256(f"{TRAINER} {key}".encode()).hexdigest()[:16]
+        digest = hashlib.sha256(f"{TRAINER} {key}".encode()).hexdigest()[:16]
         path = atomic.make_once(
-            folder / f"{kind}-{vocab_size}-{told}.model",
-            lambda aside: train(documents(), kind=kind, vocab_size=vocab_size, path=aside),
+            folder / f"{kind}-{vocab_size}-{digest}.model",
+            lambda partial: train(documents(), kind=kind, vocab_size=vocab_size, path=partial),
             variable="XDG_CACHE_HOME",
         )
         return load(path, **ids)
     if path := locate(spec):
         return load(path, **ids)
-    named = Path(spec).expanduser()
-    what = f"is a directory without {', '.join(FILES)}" if named.is_dir() else "is no file"
+    is_directory = Path(spec).expanduser().is_dir()
+    problem = f"is a directory without {', '.join(FILES)}" if is_directory else "not found"
     raise UserError(
-        f"tokenizer {spec!r} {what}, nor is there {folder / spec}{' or '.join(ENDINGS)}: "
-        f"name a SentencePiece model, a {FILE} or bpe(4096)"
+        f"tokenizer {spec!r} {problem}, and there is no {folder / spec}{' or '.join(ENDINGS)}: "
+        f"pass the path of a SentencePiece model or {FILE}, or bpe(4096)"
     )
 
 
 def is_trained(spec: str) -> bool:
-    """Whether the name is of a kind that is trained on a run's text."""
+    """Whether `spec` names a tokenizer that is trained on a run's text."""
     return bool(re.match(r"\s*(bpe|unigram)\s*\(", spec))
 
 
 def locate(spec: str) -> Path | None:
-    """The file that any other name names; None where it is not there."""
-    named, folder = Path(spec).expanduser(), places.cache_dir() / "tokenizers"
-    candidates = [named, *(named / name for name in FILES), *(folder / f"{spec}{end}" for end in ENDINGS)]
+    """The file that a `spec` of an existing tokenizer names; None if not found."""
+    path, folder = Path(spec).expanduser(), places.cache_dir() / "tokenizers"
+    candidates = [path, *(path / name for name in FILES), *(folder / f"{spec}{end}" for end in ENDINGS)]
     return next((path for path in candidates if path.is_file()), None)
 
 
 def _parse(spec: str) -> tuple[str, int]:
     match = _SPEC.fullmatch(spec)
     if match is None or not re.fullmatch(r"0*[1-9][0-9]{0,8}", match[2]):
-        raise UserError(f"tokenizer {spec!r} cannot be read: write a number of pieces, such as bpe(4096)")
+        raise UserError(f"tokenizer {spec!r} is invalid: write a number of pieces, such as bpe(4096)")
     return match[1], int(match[2])
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:
-    """Lines that are not empty, until TRAINING_BYTES are given: SentencePiece would drop whole documents."""
-    left = TRAINING_BYTES
+    """The non-empty lines of the first TRAINING_BYTES: SentencePiece would drop long documents as a whole."""
+    remaining = TRAINING_BYTES
     for document in documents:
         for line in document.split("\n"):
             if line:
-                left -= len(line.encode())
+                remaining -= len(line.encode())
                 yield line
-        if left <= 0:
+        if remaining <= 0:
             return

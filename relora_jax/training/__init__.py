@@ -1,1 +1,1 @@
-"""The state of a run and what happens to it: steps, compiled programs, sharding, optimizer, evaluation."""
+"""Training state, update steps, compiled programs, sharding, optimizer and evaluation."""

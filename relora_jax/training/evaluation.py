@@ -1,4 +1,4 @@
-"""Token-weighted loss and perplexity over batches: of a model, and of the pieces' frequencies alone."""
+"""Token-weighted loss and perplexity over batches, of a model and of a unigram baseline."""
 
 import math
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ from relora_jax.model.loss import counted_targets
 from relora_jax.training.program import Program
 from relora_jax.training.state import TrainState
 
-_AHEAD = 8  # batches whose sums are not waited for: all of a large split would not fit on the devices
+_MAX_QUEUED = 8  # batches: those of a whole large split would not fit on the devices
 
 
 class Evaluation(NamedTuple):
-    """Mean nats per counted target, exp of it, and how many targets were counted."""
+    """Mean nats per counted target, its exponential, and the number of counted targets."""
 
     loss: float
     perplexity: float
@@ -25,23 +25,23 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(program: Program, state: TrainState, batches: Iterable[Batch]) -> Evaluation:
-    """Summed nats / counted targets over all batches: a short or padded batch weighs what it holds.
+    """Summed nats / counted targets over all batches, so that short or padded batches weigh less.
 
-    Of the state only trained and frozen are looked at.
+    Uses only the model of the state.
     """
     sums = []
     for batch in batches:
         sums.append(program.eval_step(state, batch))
-        jax.block_until_ready(sums[-_AHEAD:][0])  # the one so many before, or the first
+        jax.block_until_ready(sums[-_MAX_QUEUED:][0])
     tokens = sum(int(count) for _, count in sums)
     loss = math.fsum(float(nats) for nats, _ in sums) / tokens
     return Evaluation(loss, math.exp(min(loss, 700.0)) if loss == loss else math.nan, tokens)
 
 
 def unigram_perplexity(counts: Int64[np.ndarray, " pieces"], batches: Iterable[Batch]) -> float:
-    """exp(mean of -log((c + 1) / sum(c + 1)) over the targets that count), c the `counts` of each piece.
+    """exp(mean of -log((c + 1) / sum(c + 1)) over the counted targets), with the `counts` c of each piece.
 
-    What a model reaches that knows how often each piece comes, and nothing of what stands before it.
+    The perplexity of a model that knows the frequency of each piece but ignores the context.
     """
     targets = np.zeros(len(counts), np.int64)
     for batch in batches:

@@ -1,8 +1,8 @@
-"""The names of a run's arrays, spelled here alone: paths in the model, and in a checkpoint.
+"""Names of a run's arrays: their paths in the model and in a checkpoint.
 
-    embed/embedding  norm/scale  head/kernel                 the model's ends
-    blocks/attention/q/kernel  blocks/mlp_norm/scale  ...    its blocks, stacked on the axis of layers
-    .../lora_a  .../lora_b                                   the factors beside a frozen kernel
+    embed/embedding  norm/scale  head/kernel                 outside of the blocks
+    blocks/attention/q/kernel  blocks/mlp_norm/scale  ...    the blocks, stacked on the layers axis
+    .../lora_a  .../lora_b                                   the factors next to a frozen kernel
 
 A checkpoint holds trained/PATH, frozen/PATH and opt_state/...: the fields of `TrainState`.
 """
@@ -26,7 +26,7 @@ def norm(name: str) -> str:
 
 
 def is_stacked(path: str) -> bool:
-    """Whether a variable of the model has an axis of layers."""
+    """Whether a variable of the model has a layers axis."""
     return path.startswith(f"{BLOCKS}/")
 
 
@@ -41,25 +41,25 @@ def factors(layer: str) -> tuple[str, str]:
 
 
 def trained(path: str) -> str:
-    """Where a checkpoint holds a variable of the model that is trained."""
+    """The checkpoint path of a trained variable of the model."""
     return f"trained/{path}"
 
 
 def frozen(path: str) -> str:
-    """Where a checkpoint holds a variable of the model that is frozen."""
+    """The checkpoint path of a frozen variable of the model."""
     return f"frozen/{path}"
 
 
 def in_model(path: str) -> str:
-    """The path in the model of what a checkpoint holds at trained/ or frozen/."""
+    """The model path of a checkpoint path under trained/ or frozen/."""
     return path.partition("/")[2]
 
 
 def is_frozen(path: str) -> bool:
-    """Whether a checkpoint's path is that of a frozen variable."""
+    """Whether a checkpoint path is that of a frozen variable."""
     return path.startswith("frozen/")
 
 
 def is_moment(path: str) -> bool:
-    """Whether a checkpoint's path is that of a part of the optimizer's state."""
+    """Whether a checkpoint path belongs to the optimizer's state."""
     return path.startswith("opt_state/")

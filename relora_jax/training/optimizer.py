@@ -1,4 +1,4 @@
-"""AdamW in two groups, factors and rest, its rate an argument of each update."""
+"""AdamW in two groups, factors and rest, with the learning rate as an argument of each update."""
 
 import itertools
 from typing import Any
@@ -23,10 +23,10 @@ def make_optimizer(
     weight_decay: float,
     clip_norm: float,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW of `params`, clipped by the global norm of all, in the groups "factors" and "rest".
+    """AdamW for `params`, in the groups "factors" and "rest", clipped by the global norm over both.
 
-    `update(grads, state, params, learning_rate=...)`; factors take factor_lr_ratio times that rate.
-    Decay is decoupled, times the leaf's rate, on matrices only. clip_norm 0 means no clipping.
+    `update(grads, state, params, learning_rate=...)`; the factors' rate is factor_lr_ratio times that.
+    Weight decay is decoupled, scaled by the group's rate, and on matrices only. clip_norm=0: no clipping.
     """
 
     def adamw(ratio: float) -> optax.GradientTransformation:
@@ -39,7 +39,7 @@ def make_optimizer(
 
 
 def scale_by_rate(factor: float) -> optax.GradientTransformationExtraArgs:
-    """Updates times `factor` times `update`'s argument `learning_rate`: no schedule keeps its own count."""
+    """Scales updates by factor * learning_rate, an argument of `update`: no schedule keeps its own count."""
 
     def update(
         updates: Any, state: Any, params: Any = None, *, learning_rate: Any, **_: Any
@@ -49,12 +49,12 @@ def scale_by_rate(factor: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # pyright: ignore
 
 
-def keep_rest(new: Any, old: Any) -> Any:
-    """`new` with what the group "rest" of `old` knows: moments by their paths, and the count."""
+def carry_over_rest(new: Any, old: Any) -> Any:
+    """`new` with the moments (matched by path) and the count of the group "rest" copied from `old`."""
     rest = ("inner_states", "rest")
-    known = {path: leaf for path, leaf in leaves(old) if rest in itertools.pairwise(path)}
+    rest_leaves = {path: leaf for path, leaf in leaves(old) if rest in itertools.pairwise(path)}
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: known.get(names(path), leaf), new, is_leaf=is_variable
+        lambda path, leaf: rest_leaves.get(names(path), leaf), new, is_leaf=is_variable
     )
 
 

@@ -1,7 +1,7 @@
-"""The steps of a run compiled for a mesh: separate programs, state donated, output shardings pinned.
+"""The steps of a run, compiled for a mesh: state donated, output shardings pinned.
 
-With donation alone the partitioner may choose other output shardings than those it was given, and the
-next update compiles again; pinned, there are two training programs, before and after W.
+With donation alone, the partitioner may choose output shardings that differ from the inputs, and the next
+update would compile again. Pinned, there are two training programs: before and after the warm start.
 """
 
 from collections.abc import Callable
@@ -21,29 +21,29 @@ from relora_jax.training.sharding import row_sharding, shardings
 from relora_jax.training.state import TrainState, is_low_rank
 from relora_jax.training.steps import Due, Phase
 
-Around = Callable[[jax.Array], AbstractContextManager[Any]]
+Context = Callable[[jax.Array], AbstractContextManager[Any]]
 
 
 class Program:
-    """The jitted steps of one config on one mesh, and the samples of its model."""
+    """The jitted steps of one config on one mesh, and sampling from its model."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self.config, self.mesh = config, mesh
-        self.rows, self.eval_rows = (
-            row_sharding(mesh, accumulated=True),
-            row_sharding(mesh, accumulated=False),
-        )
+        self.rows = row_sharding(mesh, accumulated=True)
+        self.eval_rows = row_sharding(mesh, accumulated=False)
         (self.phase, full), low = _phases(config)
-        self.full_rank = self.low_rank = _placed(full, mesh)
+        self.full_rank = self.low_rank = _with_shardings(full, mesh)
         self.init = jax.jit(lambda: steps.init_state(config)[1], out_shardings=shardings(full, mesh))
-        self.begin_with = jax.jit(
-            partial(steps.first_state, self.phase), donate_argnums=(0, 1), out_shardings=shardings(full, mesh)
+        self.init_from = jax.jit(
+            partial(steps.initial_state, self.phase),
+            donate_argnums=(0, 1),
+            out_shardings=shardings(full, mesh),
         )
         self._train = self._train_step(self.phase, full)
         if low is not None:
             start = partial(steps.start_low_rank, config, self.phase)
             self.low_phase, low = low
-            self.low_rank = _placed(low, mesh)
+            self.low_rank = _with_shardings(low, mesh)
             out = shardings(low, mesh)
             self.start_low_rank = jax.jit(lambda state: start(state)[1], donate_argnums=0, out_shardings=out)
             self._restart = jax.jit(
@@ -57,27 +57,27 @@ class Program:
         self._sample: dict[bool, Any] = {}
 
     def state_at(self, u: int) -> TrainState:
-        """Shapes, types and shardings of the state after u updates, as a checkpoint at u holds it."""
+        """Shapes, dtypes and shardings of the state in a checkpoint at u updates."""
         return self.low_rank if u > self.config.low_rank_start else self.full_rank
 
     def begin_update(
-        self, u: int, state: TrainState, *, around: Around = nullcontext
+        self, u: int, state: TrainState, *, context: Context = nullcontext
     ) -> tuple[TrainState, Due]:
-        """(state, what was due): the low-rank phase begun, or a restart, where update u begins with one.
+        """(state, what was due): starts the low-rank phase or restarts, if either is due at update u.
 
-        The state is donated then, and all is done inside `around(state.update)`: such as a clock's pause.
+        If so, the state is donated, and the work runs inside `context(state.update)`, such as a paused clock.
         """
         due = steps.due(self.config, u)
         if not any(due):
             return state, due
-        with around(state.update):
+        with context(state.update):
             state = self.start_low_rank(state) if due.start_low_rank else self.restart(state, reset=due.reset)
         return state, due
 
     def train_step(
         self, state: TrainState, batch: Batch, learning_rate: float
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """`steps.train_step` of the phase that the state is in; the state is donated."""
+        """`steps.train_step` for the phase of the state; the state is donated."""
         return (self._low_train if is_low_rank(state) else self._train)(state, batch, learning_rate)
 
     def restart(self, state: TrainState, *, reset: bool) -> TrainState:
@@ -85,22 +85,22 @@ class Program:
         return self._restart(state, reset=reset)
 
     def eval_step(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """`steps.eval_step` of the phase that the state is in."""
+        """`steps.eval_step` for the phase of the state."""
         low = is_low_rank(state)
         if low not in self._eval:
             self._eval[low] = jax.jit(partial(steps.eval_step, self.low_phase if low else self.phase))
         return self._eval[low](state.trained, state.frozen, batch)
 
-    def sample(self, state: TrainState, asked: sampling.Request) -> tuple[jax.Array, jax.Array]:
-        """`sampling.sample` by the model of the phase that the state is in; whole on every device."""
+    def sample(self, state: TrainState, request: sampling.Request) -> tuple[jax.Array, jax.Array]:
+        """`sampling.sample` for the phase of the state; the result is replicated on every device."""
         low = is_low_rank(state)
         if low not in self._sample:
             phase = self.low_phase if low else self.phase
             self._sample[low] = jax.jit(
-                lambda trained, frozen, asked: sampling.sample(phase.model(trained, frozen), asked),
+                lambda trained, frozen, request: sampling.sample(phase.model(trained, frozen), request),
                 out_shardings=NamedSharding(self.mesh, PartitionSpec()),
             )
-        return self._sample[low](state.trained, state.frozen, asked)
+        return self._sample[low](state.trained, state.frozen, request)
 
     def _train_step(self, phase: Phase, state: TrainState) -> Any:
         return jax.jit(
@@ -110,40 +110,42 @@ class Program:
         )
 
 
-def keep_compiled() -> None:
-    """Compiled programs are kept for later processes: under the user's cache, or where jax was told to."""
+def enable_compilation_cache() -> None:
+    """Turns on JAX's persistent compilation cache, in the user's cache directory unless one is configured."""
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore
         jax.config.update("jax_compilation_cache_dir", str(places.cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def abstract_state(config: Config, u: int) -> TrainState:
-    """Shapes and types of the state after u updates, as a checkpoint at u holds it."""
+    """Shapes and dtypes of the state in a checkpoint at u updates."""
     (_, full), low = _phases(config)
     return low[1] if low is not None and u > config.low_rank_start else full
 
 
 def _phases(config: Config) -> tuple[tuple[Phase, TrainState], tuple[Phase, TrainState] | None]:
-    """(phase, shapes and types of its state), full-rank and low-rank; None without the latter."""
+    """(phase, abstract state) of the full-rank and the low-rank phase; None if there is no low-rank phase."""
     phase, full = _abstract(partial(steps.init_state, config))
     if config.low_rank_start >= config.train.updates:
         return (phase, full), None
     return (phase, full), _abstract(partial(steps.start_low_rank, config, phase), full)
 
 
-def _abstract(make: Any, *args: Any) -> tuple[Phase, TrainState]:
-    """(phase, shapes and types of the state) that `make` gives, without making it."""
-    phase: list[Phase] = []
+def _abstract(create: Any, *args: Any) -> tuple[Phase, TrainState]:
+    """The (phase, state) that `create` returns, the state as shapes and dtypes only."""
+    phases: list[Phase] = []
 
-    def state(*args: Any) -> TrainState:
-        made, value = make(*args)
-        phase.append(made)
-        return value
+    def create_state(*args: Any) -> TrainState:
+        phase, state = create(*args)
+        phases.append(phase)
+        return state
 
-    shapes = jax.eval_shape(state, *args)
-    return phase[0], shapes
+    shapes = jax.eval_shape(create_state, *args)
+    return phases[0], shapes
 
 
-def _placed(state: TrainState, mesh: Mesh) -> TrainState:
-    place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(place, state, shardings(state, mesh))
+def _with_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    def with_sharding(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(with_sharding, state, shardings(state, mesh))

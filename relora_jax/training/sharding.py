@@ -1,7 +1,7 @@
-"""The mesh, and the one rule that maps the names of a variable's axes to a PartitionSpec.
+"""The device mesh, and the rule that maps a variable's named axes to a PartitionSpec.
 
-Axes of the mesh: `data` and `fsdp` share the rows of a batch, `fsdp` also the variables and their moments;
-`tensor` is kept for later and is 1.
+Mesh axes: the rows of a batch are split over `data` and `fsdp`, variables and their moments over `fsdp`;
+`tensor` is reserved and must be 1.
 """
 
 from typing import Any
@@ -15,61 +15,61 @@ from relora_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-# A scan or a merge walks the layers, every device needs all of the rank, and norms are small.
-WHOLE = ("layers", "rank", "norm")
+# Scans and merges iterate over layers, every device needs the full rank, and norms are small.
+UNSHARDED = ("layers", "rank", "norm")
 
 
 def start_devices() -> list[Any]:
-    """All devices, after jax has started their platform. UserError where it cannot start."""
+    """All devices of JAX's platform. UserError if it cannot start."""
     try:
         return jax.devices()
-    except Exception as error:  # RuntimeError; a bare assertion where jax lacks the plugin of the platform
-        asked = jax.config.jax_platforms  # pyright: ignore
+    except Exception as error:  # RuntimeError, or AssertionError if the platform's plugin is not installed
+        platforms = jax.config.jax_platforms  # pyright: ignore
         reason = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0]
         raise UserError(
-            f"jax cannot start {f'the platform {asked}' if asked else 'its platform'} "
-            f"({reason or 'it is not installed'}): set JAX_PLATFORMS=cpu, or mend its driver"
+            f"jax cannot start {f'the platform {platforms}' if platforms else 'its platform'} "
+            f"({reason or 'it is not installed'}): set JAX_PLATFORMS=cpu, or fix its driver"
         ) from error
 
 
 def mesh_shape(*, data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, int, int]:
-    """data x fsdp x tensor = devices; data = -1: what the others leave. UserError if they misfit."""
-    across = max(devices // (fsdp * tensor), 1) if data == -1 else data
-    if across * fsdp * tensor != devices:
+    """(data, fsdp, tensor), data=-1 filled in; UserError if their product is not the number of devices."""
+    data_size = max(devices // (fsdp * tensor), 1) if data == -1 else data
+    if data_size * fsdp * tensor != devices:
         raise UserError(
-            f"mesh.data {data} x mesh.fsdp {fsdp} x mesh.tensor {tensor} must be the {devices} devices there "
-            f"are: set mesh.data=-1, or values whose product is {devices}"
+            f"mesh.data {data} x mesh.fsdp {fsdp} x mesh.tensor {tensor} must equal the {devices} devices: "
+            f"set mesh.data=-1, or values whose product is {devices}"
         )
-    return across, fsdp, tensor
+    return data_size, fsdp, tensor
 
 
 def make_mesh(*, data: int, fsdp: int, tensor: int, devices: list[Any]) -> Mesh:
-    """The devices as data x fsdp x tensor, as `mesh_shape` has it."""
+    """The devices as a data x fsdp x tensor mesh; sizes as in `mesh_shape`."""
     shape = mesh_shape(data=data, fsdp=fsdp, tensor=tensor, devices=len(devices))
     return Mesh(np.array(devices).reshape(shape), AXES)
 
 
 def spec(axes: tuple[str, ...], shape: tuple[int, ...], *, fsdp: int) -> PartitionSpec:
-    """The first axis that may be split and that `fsdp` divides, split; whole where there is none."""
-    for place, (name, size) in enumerate(zip(axes, shape, strict=True)):
-        if name not in WHOLE and size % fsdp == 0:
-            return PartitionSpec(*(None,) * place, "fsdp")
+    """Splits the first axis that may be sharded and is divisible by `fsdp`; replicates if there is none."""
+    for index, (name, size) in enumerate(zip(axes, shape, strict=True)):
+        if name not in UNSHARDED and size % fsdp == 0:
+            return PartitionSpec(*(None,) * index, "fsdp")
     return PartitionSpec()
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding in the place of each array: by its `axes` where it is a Variable, else whole."""
+    """A tree of NamedShardings: Variables are sharded by their `axes`, everything else is replicated."""
 
     def sharding(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
         axes = getattr(leaf, "axes", ())
-        named = axes if len(axes) == leaf.ndim else ("layers",) * leaf.ndim
-        return leaf.replace(NamedSharding(mesh, spec(named, leaf.shape, fsdp=mesh.shape["fsdp"])))
+        axis_names = axes if len(axes) == leaf.ndim else ("layers",) * leaf.ndim
+        return leaf.replace(NamedSharding(mesh, spec(axis_names, leaf.shape, fsdp=mesh.shape["fsdp"])))
 
     return jax.tree.map(sharding, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def row_sharding(mesh: Mesh, *, accumulated: bool) -> NamedSharding:
-    """Rows over data and fsdp: of [accumulation, microbatch, ...] or of [microbatch, ...] arrays."""
+    """Rows split over data and fsdp, for [accumulation, microbatch, ...] or [microbatch, ...] arrays."""
     return NamedSharding(mesh, PartitionSpec(None, ROWS) if accumulated else PartitionSpec(ROWS))

@@ -1,4 +1,4 @@
-"""All that a run is, as one tree of arrays, and as the flat {path: array} that a checkpoint holds."""
+"""The complete state of a run, as a tree of arrays and as the flat {path: array} of a checkpoint."""
 
 import dataclasses
 from typing import Any
@@ -11,10 +11,10 @@ from relora_jax.core.paths import leaves, value_of
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Counters, the trained and the frozen variables, the optimizer's state."""
+    """Counters, trained and frozen variables, and optimizer state."""
 
-    update: Any  # int32: u, the updates done
-    tokens_seen: Any  # uint32[2]: counted targets, low and high word
+    update: Any  # int32: u, the number of updates done
+    tokens_seen: Any  # uint32[2]: counted targets, low and high 32 bits
     skipped: Any  # int32: updates skipped so far
     skipped_in_row: Any  # int32
     trained: Any  # nnx.State of Param and LoRAParam
@@ -23,20 +23,20 @@ class TrainState:
 
 
 def is_low_rank(state: TrainState) -> bool:
-    """Whether the state is of the low-rank phase."""
+    """Whether the state is in the low-rank phase."""
     return bool(jax.tree.leaves(state.frozen))
 
 
 def model_of(state: TrainState) -> TrainState:
-    """The state with nothing in it but the model's variables."""
+    """The state reduced to the model's variables; other fields are None."""
     return TrainState(None, None, None, None, trained=state.trained, frozen=state.frozen, opt_state=None)
 
 
 def flatten(state: TrainState) -> dict[str, Any]:
-    """{path: array} of every leaf, in flatten order; the path names fields, attributes and indices."""
+    """{path: array} of every leaf, in flatten order; paths consist of fields, attributes and indices."""
     return {"/".join(map(str, path)): value_of(leaf) for path, leaf in leaves(state)}
 
 
 def unflatten(arrays: dict[str, jax.Array], like: TrainState) -> TrainState:
-    """The state whose leaves `flatten` named."""
+    """The inverse of `flatten`, with the structure of `like`."""
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in flatten(like)])

@@ -1,7 +1,7 @@
-"""What happens to a run's state, as pure functions: init, start of the low-rank phase, restart, update.
+"""Pure functions of a run's state: init, start of the low-rank phase, restart, train step, eval step.
 
-They know nothing of devices; program.py compiles them. u counts the updates done, W of them the warm start,
-and s = u - W. Shapes: A microbatches of an update, M rows of one, L positions.
+Independent of devices; program.py compiles them. u counts the updates done, W of which are the warm start,
+and s = u - W. Shapes: A microbatches per update, M rows per microbatch, L positions.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax import nnx
 from jax import lax
 
 from relora_jax import shapes
-from relora_jax.config import LOW_RANK_ARMS, SKIPS_IN_ROW, Config
+from relora_jax.config import LOW_RANK_ARMS, MAX_CONSECUTIVE_SKIPS, Config
 from relora_jax.core import low_rank, schedule
 from relora_jax.core import restart as restarts
 from relora_jax.core.paths import Path
@@ -25,12 +25,12 @@ from relora_jax.model.loss import token_loss
 from relora_jax.training import names, optimizer
 from relora_jax.training.state import TrainState
 
-# Purposes of random keys: folded in first, so that no two uses at one update share a key.
+# Purposes of random keys, folded in first so that no two uses at one update share a key.
 INIT, FACTORS, DROPOUT, REINIT, PRUNE = range(5)
 
 
 class Due(NamedTuple):
-    """What an update begins with: the start of the low-rank phase, a merge, and with it perhaps a reset."""
+    """What happens at the start of an update: the low-rank phase starts, a merge, or a merge with a reset."""
 
     start_low_rank: bool = False
     merge: bool = False
@@ -39,23 +39,23 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Phase:
-    """What is static in a phase: the model's graph and the optimizer. Two a run: before and after W."""
+    """The static parts of a phase (before or after the warm start): the model graph and the optimizer."""
 
     graph: Any
     tx: Any
 
     def model(self, trained: Any, frozen: Any) -> Llama:
-        """The model of these variables."""
+        """The model with these variables."""
         return nnx.merge(self.graph, trained, frozen)
 
 
 def key(config: Config, purpose: int, update: Any) -> jax.Array:
-    """The random key of one purpose at one update."""
+    """The random key for one purpose at one update."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.train.seed), purpose), update)
 
 
 def learning_rate(config: Config, u: int) -> float:
-    """The learning rate of update u: before W the full-rank cosine over all N, after it the phase's own."""
+    """The rate of update u: in the warm start a cosine over the whole run, then the low-rank schedule."""
     start, relora, min_lr_ratio = config.low_rank_start, config.relora, config.optimizer.min_lr_ratio
     if u < start:
         warm_up = config.optimizer.warm_up_updates
@@ -74,7 +74,7 @@ def learning_rate(config: Config, u: int) -> float:
 
 
 def due(config: Config, u: int) -> Due:
-    """What update u begins with."""
+    """What is due at the start of update u."""
     s, relora = u - config.low_rank_start, config.relora
     if config.arm != "relora" or s <= 0:
         return Due(start_low_rank=s == 0 and config.arm in LOW_RANK_ARMS)
@@ -83,35 +83,35 @@ def due(config: Config, u: int) -> Due:
 
 
 def restarts_done(config: Config, u: int) -> int:
-    """Resets among the first u updates."""
+    """Number of resets in the first u updates."""
     s = u - 1 - config.low_rank_start
     return max(s, 0) // config.relora.cycle_updates if config.arm == "relora" else 0
 
 
 def is_target(config: Config, path: Path, _: nnx.Linear) -> bool:
-    """Whether the low-rank phase freezes a linear layer's kernel."""
+    """Whether the low-rank phase freezes the kernel of a linear layer."""
     return "/".join(map(str, path)) in {names.LAYERS[name] for name in shapes.target_kernels(config)}
 
 
 def init_state(config: Config) -> tuple[Phase, TrainState]:
-    """The run at u = 0: full-rank, drawn from the seed."""
+    """The full-rank phase and its state at u = 0, initialized from the seed."""
     model = Llama(config.model, rngs=nnx.Rngs(key(config, INIT, 0)))
     graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
     phase = Phase(graph, _optimizer(config, trained))
-    return phase, first_state(phase, trained, frozen)
+    return phase, initial_state(phase, trained, frozen)
 
 
-def first_state(phase: Phase, trained: Any, frozen: Any) -> TrainState:
-    """u = 0 with these variables: nothing seen, no moments."""
-    zero, words = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
-    return TrainState(zero, words, zero, zero, trained, frozen, phase.tx.init(trained))
+def initial_state(phase: Phase, trained: Any, frozen: Any) -> TrainState:
+    """The state at u = 0 with these variables: zero counters and moments."""
+    zero, tokens_seen = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.uint32)
+    return TrainState(zero, tokens_seen, zero, zero, trained, frozen, phase.tx.init(trained))
 
 
 def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Phase, TrainState]:
-    """The same function with frozen base kernels and new factors.
+    """The low-rank phase and its state: base kernels frozen, factors added, outputs unchanged.
 
-    Embeddings, norms and head keep values, moments and count; the factors' begin at 0; the moments of
-    what is frozen now are gone.
+    Embeddings, norms and head keep values, moments and count; those of the factors start at 0. The moments of
+    the frozen kernels are dropped.
     """
     relora = config.relora
     model = low_rank.wrap(
@@ -127,12 +127,12 @@ def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Pha
     )
     graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
     tx = _optimizer(config, trained)
-    opt_state = optimizer.keep_rest(tx.init(trained), state.opt_state)
+    opt_state = optimizer.carry_over_rest(tx.init(trained), state.opt_state)
     return Phase(graph, tx), dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state)
 
 
 def restart(config: Config, phase: Phase, state: TrainState, *, reset: bool) -> TrainState:
-    """The factors merged and redrawn by the method `relora.restart`; with `reset`, their moments pruned."""
+    """The state after the restart method `relora.restart`; with `reset`, the factors' moments are pruned."""
     method = restarts.parse(config.relora.restart)
     model = phase.model(state.trained, state.frozen)
     model = method.model(model, key=key(config, REINIT, state.update))
@@ -146,10 +146,10 @@ def restart(config: Config, phase: Phase, state: TrainState, *, reset: bool) -> 
 def train_step(
     config: Config, phase: Phase, state: TrainState, batch: Batch, learning_rate: Any
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update at this rate, and its loss (mean nats per counted target), gradient norm and counters.
+    """(state after one update, metrics): loss (mean nats per counted target), gradient norm, counters.
 
-    A loss or gradient norm that is not finite, or no target at all, skips the update whole: counters go on,
-    weights, moments and the optimizer's counts stay.
+    If the loss or gradient norm is not finite, or there are no targets, the update is skipped: counters
+    advance; weights, moments and optimizer counts are unchanged.
     """
     loss, grads, targets = _gradients(config, phase, state, batch)
     norm = optax.tree.norm(grads)
@@ -161,12 +161,12 @@ def train_step(
         (state.trained, state.opt_state),
     )
     bad = (~good).astype(jnp.int32)
-    streak = state.skipped_in_row  # one that is long enough to stop the run stays, for whoever looks later
-    streak = jnp.where(streak >= SKIPS_IN_ROW, streak, (streak + 1) * bad)
+    streak = state.skipped_in_row  # frozen once it is long enough to stop the run, so that it is not missed
+    streak = jnp.where(streak >= MAX_CONSECUTIVE_SKIPS, streak, (streak + 1) * bad)
     state = dataclasses.replace(
         state,
         update=state.update + 1,
-        tokens_seen=_add(state.tokens_seen, targets),
+        tokens_seen=_add_count(state.tokens_seen, targets),
         skipped=state.skipped + bad,
         skipped_in_row=streak,
         trained=trained,
@@ -177,7 +177,7 @@ def train_step(
 
 
 def eval_step(phase: Phase, trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(summed nats, number) of the counted targets of rows [M, L+1]; no dropout."""
+    """(summed nats, number) of the counted targets in rows [M, L+1], without dropout."""
     return _summed_nats(phase.model(trained, frozen), batch)
 
 
@@ -187,7 +187,7 @@ def _summed_nats(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
-    """(mean loss, its gradient, targets): sums over the microbatches, divided once by all their targets."""
+    """(mean loss, gradient, number of targets), summed over microbatches and divided once by all targets."""
     dropout_key = key(config, DROPOUT, state.update)
 
     def summed_loss(trained: Any, index: Any, rows: Batch) -> tuple[Any, Any]:
@@ -196,17 +196,17 @@ def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) ->
             low_rank.with_dropout_keys(model, key=jax.random.fold_in(dropout_key, index))
         return _summed_nats(model, rows)
 
-    def accumulate(sums: Any, micro: Any) -> tuple[Any, None]:
-        (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.trained, *micro)
+    def accumulate(sums: Any, microbatch: Any) -> tuple[Any, None]:
+        (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.trained, *microbatch)
         return jax.tree.map(jnp.add, sums, (loss, targets, grads)), None
 
-    first = (
+    zero_sums = (
         jnp.zeros((), jnp.promote_types(config.model.compute_dtype, jnp.float32)),
         jnp.zeros((), jnp.int32),
     )
-    zeros = (*first, jax.tree.map(jnp.zeros_like, state.trained))
-    micros = (jnp.arange(batch.ids.shape[0]), batch)
-    (loss, targets, grads), _ = lax.scan(accumulate, zeros, micros)
+    zeros = (*zero_sums, jax.tree.map(jnp.zeros_like, state.trained))
+    microbatches = (jnp.arange(batch.ids.shape[0]), batch)
+    (loss, targets, grads), _ = lax.scan(accumulate, zeros, microbatches)
     count = jnp.maximum(targets, 1)
     return loss / count, jax.tree.map(lambda g: g / count, grads), targets
 
@@ -224,7 +224,7 @@ def _optimizer(config: Config, params: Any) -> Any:
     )
 
 
-def _add(words: jax.Array, count: jax.Array) -> jax.Array:
-    """The (low, high) words of a count plus `count`: exact beyond 2^32 where jax has no 64-bit integers."""
-    low = words[0] + count.astype(jnp.uint32)
-    return jnp.stack([low, words[1] + (low < words[0]).astype(jnp.uint32)])
+def _add_count(total: jax.Array, count: jax.Array) -> jax.Array:
+    """`total`, as (low, high) 32-bit words, plus `count`: exact beyond 2^32 without 64-bit integers."""
+    low = total[0] + count.astype(jnp.uint32)
+    return jnp.stack([low, total[1] + (low < total[0]).astype(jnp.uint32)])

@@ -1,4 +1,4 @@
-"""The checksum sees every changed bit and every two elements that changed places, and no sharding."""
+"""The checksum depends on every bit and on the order of the elements, but not on the sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -15,43 +15,43 @@ TYPES = ("float32", "bfloat16", "int32", "uint32", "bool", "int8")
 
 
 def checksum(array: object) -> int:
-    return int(checksums({"it": jnp.asarray(array)})["it"])
+    return int(checksums({"array": jnp.asarray(array)})["array"])
 
 
-def drawn(kind: str, shape: tuple[int, ...] = (16, 24)) -> np.ndarray:
+def random_array(dtype: str, shape: tuple[int, ...] = (16, 24)) -> np.ndarray:
     bits = np.random.default_rng(0).integers(0, 2**16, shape)
-    return np.asarray(jnp.asarray(bits % 2 if kind == "bool" else bits % 100).astype(kind))
+    return np.asarray(jnp.asarray(bits % 2 if dtype == "bool" else bits % 100).astype(dtype))
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_any_changed_bit_changes_it(kind: str) -> None:
-    array = drawn(kind)
-    whole, width = checksum(array), 1 if kind == "bool" else 8 * array.dtype.itemsize
+@pytest.mark.parametrize("dtype", TYPES)
+def test_checksum_changes_with_any_bit(dtype: str) -> None:
+    array = random_array(dtype)
+    original, width = checksum(array), 1 if dtype == "bool" else 8 * array.dtype.itemsize
     flat = array.ravel().view({1: np.uint8, 2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
-    for place in (0, 1, 23, 24, 200, 383):
+    for position in (0, 1, 23, 24, 200, 383):
         for bit in range(width):
             other = flat.copy()
-            other[place] ^= flat.dtype.type(1 << bit)
-            assert checksum(other.view(array.dtype).reshape(array.shape)) != whole
+            other[position] ^= flat.dtype.type(1 << bit)
+            assert checksum(other.view(array.dtype).reshape(array.shape)) != original
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(0, 383), min_size=2, max_size=2, unique=True))
-def test_two_elements_that_changed_places_change_it(places: list[int]) -> None:
+def test_checksum_changes_if_two_elements_are_swapped(positions: list[int]) -> None:
     array = np.arange(384, dtype=np.float32).reshape(16, 24)
     other = array.copy().ravel()
-    other[places] = other[places[::-1]]
+    other[positions] = other[positions[::-1]]
     assert checksum(other.reshape(16, 24)) != checksum(array)
 
 
-def test_zeros_of_another_number_or_a_row_of_zeros_elsewhere_change_it() -> None:
+def test_checksum_depends_on_the_number_of_zeros_and_the_order_of_rows() -> None:
     assert checksum(np.zeros(7)) != checksum(np.zeros(8))
-    array = drawn("float32")
+    array = random_array("float32")
     assert checksum(np.roll(array, 1, axis=0)) != checksum(array)
 
 
-def test_it_is_the_same_over_any_sharding() -> None:
-    array = drawn("float32")
+def test_checksum_does_not_depend_on_the_sharding() -> None:
+    array = random_array("float32")
     mesh = small.mesh(2, 2)
     for spec in (
         PartitionSpec(),
@@ -62,13 +62,13 @@ def test_it_is_the_same_over_any_sharding() -> None:
         assert checksum(jax.device_put(array, NamedSharding(mesh, spec))) == checksum(array)
 
 
-def test_it_is_this_number_on_every_machine() -> None:
-    """A checkpoint is read on other devices and by later versions."""
+def test_checksum_is_the_documented_function() -> None:
+    """Checkpoints are read on other devices and by later versions."""
     assert checksum(np.arange(6, dtype=np.float32).reshape(2, 3)) == EXPECTED
 
 
-def _mixed(word: int, place: int) -> int:
-    word ^= place * 0x9E3779B9 % 2**32
+def _mixed(word: int, index: int) -> int:
+    word ^= index * 0x9E3779B9 % 2**32
     word = (word ^ word >> 16) * 0x85EBCA6B % 2**32
     word = (word ^ word >> 13) * 0xC2B2AE35 % 2**32
     return word ^ word >> 16

@@ -1,4 +1,4 @@
-"""What is saved is what is restored, bit for bit, in place on the devices; another model is refused."""
+"""A restored state equals the saved one bit for bit, on any mesh; another run's checkpoint is refused."""
 
 import json
 import pathlib
@@ -23,18 +23,18 @@ from tests.support import small
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, Any, dict[str, np.ndarray]]:
     """(workdir, program on 1 x 2 devices, flat state) of checkpoints at 0 to 4 (full-rank) and 5 to 7."""
     workdir = tmp_path_factory.mktemp("run")
-    made = small.config(train__keep_every=3)
-    program = Program(made, small.mesh(1, 2))
+    config = small.config(train__keep_every=3)
+    program = Program(config, small.mesh(1, 2))
     state = program.init()
-    with Checkpoints(workdir, made) as checkpoints:
+    with Checkpoints(workdir, config) as checkpoints:
         for u in range(8):
             checkpoints.save(u, state)
             if u < 7:
-                state, _ = small.run(made, program, state=state, start=u, stop=u + 1)
+                state, _ = small.run(config, program, state=state, start=u, stop=u + 1)
     return workdir, program, {path: np.asarray(leaf) for path, leaf in flatten(state).items()}
 
 
-def test_restored_state_is_the_saved_one_on_any_mesh(saved: Any) -> None:
+def test_restored_state_equals_the_saved_one_on_any_mesh(saved: Any) -> None:
     workdir, program, flat = saved
     for other in (program, Program(program.config, small.mesh(2, 2))):
         restored = restore_newest(Writer(workdir), program.config, other.state_at)
@@ -47,7 +47,7 @@ def test_restored_state_is_the_saved_one_on_any_mesh(saved: Any) -> None:
             assert leaf.sharding.is_equivalent_to(like.sharding, leaf.ndim), path
 
 
-def test_last_ones_every_nth_and_the_start_of_the_low_rank_phase_are_kept(saved: Any) -> None:
+def test_last_every_nth_and_low_rank_start_checkpoints_are_kept(saved: Any) -> None:
     assert updates_saved(saved[0]) == [0, 3, 4, 5, 6, 7]  # 0, 3, 6 by keep_every, 4 is W
 
 
@@ -65,14 +65,14 @@ def test_model_of_a_checkpoint_is_read_without_a_program(saved: Any) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"relora__rank": 2}, {"model__mlp": 32}, {"train__seed": 1}], ids=str)
-def test_checkpoint_of_another_run_is_refused_by_name_and_left(saved: Any, changes: dict[str, Any]) -> None:
+def test_checkpoint_of_another_run_is_refused_and_not_moved(saved: Any, changes: dict[str, Any]) -> None:
     other, before = small.config(**changes), updates_saved(saved[0])
-    with pytest.raises(ValueError, match=r"is of another run \(\w+.\w+: "):
+    with pytest.raises(ValueError, match=r"belongs to another run \(\w+.\w+: "):
         restore_newest(Writer(saved[0]), other, Program(other, small.mesh()).state_at)
     assert updates_saved(saved[0]) == before and not (saved[0] / "damaged").exists()
 
 
-def test_state_at_w_is_the_one_before_the_low_rank_phase() -> None:
+def test_state_at_w_is_before_the_low_rank_phase() -> None:
     program = Program(small.config(), small.mesh())
     assert not jax.tree.leaves(program.state_at(4).frozen)
     assert jax.tree.leaves(program.state_at(5).frozen)
@@ -84,6 +84,6 @@ def test_arrays_are_not_compressed(tmp_path: pathlib.Path) -> None:
         checkpoints.save(0, state)
     files = {"driver": "file", "path": f"{checkpoints_dir(tmp_path) / '0' / 'state'}/"}
     store = ts.KvStore.open({"driver": "ocdbt", "base": files}).result()
-    kinds = [store.read(key).result().value for key in store.list().result() if key.endswith(b".zarray")]
-    assert len(kinds) == len(flatten(state))
-    assert {json.loads(kind)["compressor"] for kind in kinds} == {None}
+    headers = [store.read(key).result().value for key in store.list().result() if key.endswith(b".zarray")]
+    assert len(headers) == len(flatten(state))
+    assert {json.loads(header)["compressor"] for header in headers} == {None}

@@ -1,4 +1,4 @@
-"""A choice is one class: what it must have is read off it, and what it cannot be is refused by a message."""
+"""A choice is a single class: its fields define its text, and an invalid text gets a helpful message."""
 
 from typing import ClassVar
 
@@ -7,11 +7,11 @@ import pytest
 from relora_jax.core import grammar
 
 
-class Kind(grammar.Choice):
-    """A kind of choice."""
+class Share(grammar.Choice):
+    """A family of choices."""
 
 
-class Most(Kind):
+class Most(Share):
     kind: ClassVar[str] = "most"
     example: ClassVar[str] = "most(0.5)"
     share: float
@@ -22,27 +22,27 @@ class Most(Kind):
 
 
 class All(Most):
-    """Without a decorator of its own, as a newcomer writes it; one number more than the class above."""
+    """No @dataclass decorator, and one more number than its parent class."""
 
     kind: ClassVar[str] = "all"
     example: ClassVar[str] = "all(0.5, 2.0)"
     times: float
 
 
-TABLE: dict[str, type[Kind]] = {"most": Most, "all": All}
+TABLE: dict[str, type[Share]] = {"most": Most, "all": All}
 
 
-def test_fields_are_those_of_the_class_without_a_decorator() -> None:
-    made = grammar.parse("all(0.25, 3)", TABLE, what="a share")
-    assert made == All(0.25, 3.0) and made != All(0.25, 2.0) and str(made) == "all(0.25, 3.0)"
+def test_fields_need_no_dataclass_decorator() -> None:
+    choice = grammar.parse("all(0.25, 3)", TABLE, name="a share")
+    assert choice == All(0.25, 3.0) and choice != All(0.25, 2.0) and str(choice) == "all(0.25, 3.0)"
     with pytest.raises(AttributeError, match="cannot assign"):
-        made.times = 1.0  # pyright: ignore
+        choice.times = 1.0  # pyright: ignore
 
 
-def test_a_message_shows_what_may_be_written_and_numbers_are_judged_by_the_class() -> None:
+def test_message_lists_valid_texts_and_the_class_validates_its_numbers() -> None:
     with pytest.raises(
-        ValueError, match=r"a share 'all' cannot be read: write most\(0\.5\) or all\(0\.5, 2\.0\)"
+        ValueError, match=r"a share 'all' is not valid: use most\(0\.5\) or all\(0\.5, 2\.0\)"
     ):
-        grammar.parse("all", TABLE, what="a share")
+        grammar.parse("all", TABLE, name="a share")
     with pytest.raises(ValueError, match="more than all"):
-        grammar.parse("all(2, 1)", TABLE, what="a share")
+        grammar.parse("all(2, 1)", TABLE, name="a share")

@@ -1,4 +1,4 @@
-"""A low-rank layer is the linear layer it was made from, before, between and after its restarts."""
+"""A low-rank layer computes the same function as its linear layer, before and after restarts."""
 
 import re
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def drawn(*shape: int) -> Any:
 
 
 def plain(fan_in: int, fan_out: int, *layers: int, kind: type = nnx.Linear, **options: Any) -> Any:
-    """An `nnx.Linear`, perhaps stacked, drawn by NumPy."""
+    """An `nnx.Linear`, optionally stacked, with random values from NumPy."""
     linear = kind(fan_in, fan_out, rngs=nnx.Rngs(0), kernel_init=nnx.initializers.zeros, **options)
     linear.kernel.set_value(drawn(*layers, fan_in, fan_out))
     if linear.bias is not None:
@@ -40,22 +40,22 @@ def plain(fan_in: int, fan_out: int, *layers: int, kind: type = nnx.Linear, **op
 
 
 class Mlp(nnx.Module):
-    """Unstacked: a list, a dictionary, a layer at two places, one without bias."""
+    """Unstacked: a list, a dict, a shared layer, and one without bias."""
 
     def __init__(self, **options: Any) -> None:
         self.inlet = plain(IN, 8, **options)
         self.body = nnx.List([plain(8, 8, **options)])
-        self.again = self.body[0]
+        self.shared = self.body[0]
         self.ends = nnx.Dict(out=plain(8, OUT, use_bias=False, **options))
 
     def __call__(self, x: Any) -> Any:
-        for layer in (self.inlet, *self.body, self.again):
+        for layer in (self.inlet, *self.body, self.shared):
             x = jnp.tanh(layer(x))
         return self.ends["out"](x)
 
 
 class Stack(nnx.Module):
-    """Three layers in one, scanned."""
+    """Three stacked layers, scanned."""
 
     def __init__(self, **options: Any) -> None:
         self.blocks = plain(IN, IN, 3, **options)
@@ -74,7 +74,7 @@ def make(kind: str = "lists and shared", **options: Any) -> Any:
 
 
 def lower(model: Any, **options: Any) -> Any:
-    """The model wrapped, every factor at its start."""
+    """The wrapped model with freshly initialized factors."""
     return wrap(model, **{"rank": RANK, "alpha": 3.0, "targets": EVERY, "rngs": nnx.Rngs(1)} | options)
 
 
@@ -83,7 +83,7 @@ def dense(fan_in: int = IN, fan_out: int = OUT, **options: Any) -> LowRankDense:
 
 
 def disturb(model: Any, size: float = 1.0) -> Any:
-    """The model with a delta: every B drawn."""
+    """The model with a nonzero delta: every B is random."""
     for _, layer in low_rank.low_rank_layers(model):
         layer.lora_b[...] = (size * drawn(*layer.lora_b.shape)).astype(layer.lora_b.dtype)
     return model
@@ -114,7 +114,7 @@ def test_wrap_leaves_the_function_unchanged(kind: str, dtype: Any, form: str) ->
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_wrap_keeps_kernels_frozen_and_biases_as_they_were(kind: str) -> None:
+def test_wrap_freezes_kernels_and_keeps_biases(kind: str) -> None:
     model = make(kind)
     linears = {path: layer for path, layer in nnx.iter_graph(model) if type(layer) is nnx.Linear}
     lower(model)
@@ -126,26 +126,26 @@ def test_wrap_keeps_kernels_frozen_and_biases_as_they_were(kind: str) -> None:
         assert type(layer.lora_a) is type(layer.lora_b) is nnx.LoRAParam
     assert not any(isinstance(node, nnx.Linear) for _, node in nnx.iter_graph(model))
     if kind == "lists and shared":
-        assert model.again is model.body[0] and len(layers) == 3
+        assert model.shared is model.body[0] and len(layers) == 3
 
 
-def test_targets_are_asked_by_path_and_the_rest_stays_plain() -> None:
-    seen = []
+def test_targets_are_selected_by_path_and_other_layers_stay_plain() -> None:
+    calls = []
 
     def targets(path: low_rank.Path, module: nnx.Linear) -> bool:
-        seen.append((path, type(module)))
+        calls.append((path, type(module)))
         return path == ("inlet",)
 
     model = lower(make(), targets=targets)
-    # the layer at two places has either name, and is asked about once
-    names = {path for path, _ in seen} - {("again",), ("body", 0)}
-    assert len(seen) == 3 and names == {("inlet",), ("ends", "out")}
-    assert {kind for _, kind in seen} == {nnx.Linear}
+    # the shared layer appears once, under either of its names
+    names = {path for path, _ in calls} - {("shared",), ("body", 0)}
+    assert len(calls) == 3 and names == {("inlet",), ("ends", "out")}
+    assert {kind for _, kind in calls} == {nnx.Linear}
     assert [path for path, _ in low_rank.low_rank_layers(model)] == [("inlet",)]
-    assert type(model.again) is type(model.body[0]) is type(model.ends["out"]) is nnx.Linear
+    assert type(model.shared) is type(model.body[0]) is type(model.ends["out"]) is nnx.Linear
 
 
-def test_factors_name_their_axes_after_those_of_the_kernel() -> None:
+def test_factor_axes_are_named_after_kernel_axes() -> None:
     named = lower(plain(IN, OUT, kernel_metadata={"axes": ("embed", "vocab")}))
     assert named.kernel.axes == ("embed", "vocab")
     assert (named.lora_a.axes, named.lora_b.axes) == (("embed", "rank"), ("rank", "vocab"))
@@ -154,42 +154,48 @@ def test_factors_name_their_axes_after_those_of_the_kernel() -> None:
     assert (stack.lora_a.axes, stack.lora_b.axes) == (("layers", "in", "rank"), ("layers", "rank", "out"))
 
 
-class Own(nnx.Linear):
+class Subclass(nnx.Linear):
     pass
 
 
-def refused(**options: Any) -> Callable[[], Any]:
+def wrap_mlp(**options: Any) -> Callable[[], Any]:
     return lambda: lower(make(), **options)
 
 
-def linear(**options: Any) -> Callable[[], Any]:
+def wrap_linear(**options: Any) -> Callable[[], Any]:
     return lambda: lower(plain(IN, OUT, **options))
 
 
-def contained() -> Any:
+def wrap_in_plain_list() -> Any:
     model = make()
     model.plain = nnx.data([plain(IN, OUT)])
     return lower(model, targets=lambda path, module: path[0] == "plain")
 
 
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "rank above the smaller side": (refused(rank=6), r"ends/out: rank 6 does not fit a 8 x 5 .* 1 to 5"),
-    "rank zero": (refused(rank=0), "rank 0 does not fit"),
-    "alpha zero": (refused(alpha=0.0), "alpha 0.0 must be finite and above 0"),
-    "alpha not finite": (refused(alpha=float("inf")), "alpha inf must be finite"),
-    "dropout one": (refused(dropout=1.0), r"dropout 1.0 must lie in \[0, 1\)"),
-    "dropout not a number": (refused(dropout=float("nan")), "dropout nan must lie"),
-    "dropout fused": (refused(dropout=0.1, product="fused"), "product fused has no branch .*: use separate"),
-    "product": (refused(product="fold"), "product 'fold' is not known: one of separate, fused"),
-    "base_init": (refused(base_init="zeros"), "base_init 'zeros' is not known: one of keep, zero"),
-    "base_dtype": (refused(base_dtype=jnp.float16), "base_dtype 'float16' cannot be read: write float32"),
-    "nothing picked": (refused(targets=lambda p, m: False), "picks none .*layers: .*ends/out, inlet"),
-    "no linear": (lambda: lower(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), "picks none .*: it has none"),
-    "a subclass": (linear(kind=Own), "the model: only a plain .* not one with the class Own: leave it out"),
-    "own product": (linear(dot_general=lambda *a, **k: lax.dot_general(*a, **k)), "own dot_general"),
-    "own promotion": (linear(promote_dtype=lambda *a, **k: a[0]), "its own promote_dtype"),
-    "own result": (linear(preferred_element_type=jnp.float32), "its own preferred_element_type"),
-    "a plain container": (contained, "plain/0 lies in a plain container: hold it in nnx.List"),
+INVALID: dict[str, tuple[Callable[[], Any], str]] = {
+    "rank above the smaller side": (wrap_mlp(rank=6), r"ends/out: rank 6 does not fit a 8 x 5 .* 1 to 5"),
+    "rank zero": (wrap_mlp(rank=0), "rank 0 does not fit"),
+    "alpha zero": (wrap_mlp(alpha=0.0), "alpha 0.0 must be finite and above 0"),
+    "alpha not finite": (wrap_mlp(alpha=float("inf")), "alpha inf must be finite"),
+    "dropout one": (wrap_mlp(dropout=1.0), r"dropout 1.0 must be in \[0, 1\)"),
+    "dropout not a number": (wrap_mlp(dropout=float("nan")), "dropout nan must be in"),
+    "dropout fused": (
+        wrap_mlp(dropout=0.1, product="fused"),
+        "product fused does not support .*: use separate",
+    ),
+    "product": (wrap_mlp(product="fold"), "product 'fold' is not valid: use separate or fused"),
+    "base_init": (wrap_mlp(base_init="zeros"), "base_init 'zeros' is not valid: use keep or zero"),
+    "base_dtype": (wrap_mlp(base_dtype=jnp.float16), "base_dtype 'float16' is not valid: use float32"),
+    "nothing selected": (wrap_mlp(targets=lambda p, m: False), "selects none .*layers: .*ends/out, inlet"),
+    "no linear": (lambda: lower(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), "selects none .*: it has none"),
+    "a subclass": (
+        wrap_linear(kind=Subclass),
+        "the model: only a plain .* not one with class Subclass: exclude it",
+    ),
+    "own product": (wrap_linear(dot_general=lambda *a, **k: lax.dot_general(*a, **k)), "custom dot_general"),
+    "own promotion": (wrap_linear(promote_dtype=lambda *a, **k: a[0]), "custom promote_dtype"),
+    "own result": (wrap_linear(preferred_element_type=jnp.float32), "custom preferred_element_type"),
+    "a plain container": (wrap_in_plain_list, "plain/0 is in a plain list, .* use nnx.List"),
     "merge of a plain model": (
         lambda: merge_and_reinit(make(), key=jax.random.key(0)),
         "call wrap first",
@@ -198,15 +204,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_low_rank_is_refused_in_one_line(case: str) -> None:
-    call, message = REFUSED[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_wrap_raises_in_one_line(case: str) -> None:
+    call, message = INVALID[case]
     with pytest.raises(ValueError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
 
 
-def test_refused_wrap_leaves_the_model_as_it_was() -> None:
+def test_failed_wrap_leaves_the_model_unchanged() -> None:
     model = make()
     with pytest.raises(ValueError, match="rank 6"):
         lower(model, rank=6)
@@ -217,7 +223,7 @@ def test_refused_wrap_leaves_the_model_as_it_was() -> None:
 
 
 def reference(layer: LowRankDense, x: Any, dy: Any) -> dict[str, np.ndarray]:
-    """The layer's value and gradients of sum(y dy) in float64, from the formula."""
+    """The layer's output and the gradients of sum(y * dy) in float64, from the formula."""
     a, b = (np.asarray(v[...], np.float64) for v in (layer.lora_a, layer.lora_b))
     x, dy, w = np.asarray(x, np.float64), np.asarray(dy, np.float64), exact_sum(layer)
     scale = layer.alpha / layer.rank
@@ -269,7 +275,7 @@ ANY = {
     "layers": st.lists(st.integers(1, 3), max_size=2),
     "seed": st.integers(0, 2**31),
 }
-# each example compiles: few of them, the same ones each time, and none to shrink one that fails
+# each example compiles: use few of them, deterministic, and without shrinking
 QUICK = settings(deadline=None, max_examples=5, derandomize=True, phases=[Phase.explicit, Phase.generate])
 test_merged_kernel_is_base_plus_scaled_product = QUICK(
     given(**ANY)(merged_kernel_is_base_plus_scaled_product)
@@ -287,7 +293,7 @@ def factor_gradients(model: Any) -> list[tuple[Any, Any]]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_b_learns_at_the_first_update_and_a_from_the_second(kind: str) -> None:
+def test_b_has_a_gradient_at_the_first_update_and_a_from_the_second(kind: str) -> None:
     model = lower(make(kind))
     gradients = factor_gradients(model)
     assert all(not np.any(a) and np.all(np.any(b, axis=(-2, -1))) for a, b in gradients)
@@ -299,8 +305,8 @@ def test_b_learns_at_the_first_update_and_a_from_the_second(kind: str) -> None:
 # --- draws
 
 
-def uniform(values: Any, bound: float) -> None:
-    """The values are those of U(-bound, bound): bounds, mean, variance, and the whole distribution."""
+def check_uniform(values: Any, bound: float) -> None:
+    """Checks that the values follow U(-bound, bound): bounds, mean, variance and distribution."""
     u = np.sort(np.ravel(np.asarray(values, np.float64))) / bound
     n = u.size
     assert n > 10_000 and np.abs(u).max() <= 1 and np.abs(u).max() > 1 - 20 / n
@@ -308,8 +314,8 @@ def uniform(values: Any, bound: float) -> None:
     assert np.abs((u + 1) / 2 - np.arange(n) / n).max() < 1.95 / np.sqrt(n)  # Kolmogorov, p = 0.001
 
 
-def far(draws: list[np.ndarray]) -> None:
-    """No two of the draws are correlated."""
+def check_uncorrelated(draws: list[np.ndarray]) -> None:
+    """Checks that no two of the draws are correlated."""
     flat = np.stack([np.ravel(draw) for draw in draws]).astype(np.float64)
     correlation = np.corrcoef(flat) - np.eye(len(flat))
     assert np.abs(correlation).max() < 5 / np.sqrt(flat.shape[1])
@@ -320,7 +326,7 @@ def wide_model() -> Any:
     return nnx.Dict(one=plain(400, 200, 3), two=plain(400, 200, 3))
 
 
-def test_a_is_uniform_and_new_for_each_kernel_layer_and_restart() -> None:
+def test_a_is_uniform_and_redrawn_for_each_kernel_layer_and_restart() -> None:
     model = lower(wide_model(), rank=16)
     layers = [layer for _, layer in low_rank.low_rank_layers(model)]
     draws = [np.asarray(layer.lora_a[...]) for layer in layers]
@@ -329,21 +335,23 @@ def test_a_is_uniform_and_new_for_each_kernel_layer_and_restart() -> None:
         merge_and_reinit(model, key=jax.random.key(seed))
         draws += [np.asarray(layer.lora_a[...]) for layer in layers]
     for draw in draws:
-        uniform(draw, 1 / np.sqrt(400))
-    far([layer for draw in draws for layer in draw])
+        check_uniform(draw, 1 / np.sqrt(400))
+    check_uncorrelated([layer for draw in draws for layer in draw])
 
 
-def test_zero_base_draws_both_factors_and_drops_the_kernel() -> None:
+def test_zero_base_draws_both_factors_and_zeroes_the_kernel() -> None:
     model = lower(wide_model(), rank=16, base_init="zero")
     layers = [layer for _, layer in low_rank.low_rank_layers(model)]
     for layer in layers:
         assert not np.any(layer.kernel[...])
-        uniform(layer.lora_a[...], 1 / 4)
-    uniform(np.stack([layer.lora_b[...] for layer in layers]), 1 / 4)
-    far([np.ravel(f)[:3200] for layer in layers for v in (layer.lora_a, layer.lora_b) for f in v[...]])
+        check_uniform(layer.lora_a[...], 1 / 4)
+    check_uniform(np.stack([layer.lora_b[...] for layer in layers]), 1 / 4)
+    check_uncorrelated(
+        [np.ravel(f)[:3200] for layer in layers for v in (layer.lora_a, layer.lora_b) for f in v[...]]
+    )
     merge_and_reinit(model, key=jax.random.key(5))
     assert all(np.any(layer.kernel[...]) and not np.any(layer.lora_b[...]) for layer in layers)
-    uniform(layers[0].lora_a[...], 1 / np.sqrt(400))
+    check_uniform(layers[0].lora_a[...], 1 / np.sqrt(400))
 
 
 # --- merges
@@ -357,10 +365,10 @@ def test_merge_and_reinit_leaves_the_function_unchanged(kind: str, form: str) ->
     after = merge_and_reinit(model, key=jax.random.key(3))(x)
     np.testing.assert_allclose(after, before, atol=2e-6)
     for (_, layer), old in zip(low_rank.low_rank_layers(model), kernels, strict=True):
-        assert np.all(np.abs(layer.kernel[...] - old).max(axis=(-2, -1)) > 0.05)  # and something was merged
+        assert np.all(np.abs(layer.kernel[...] - old).max(axis=(-2, -1)) > 0.05)  # the merge is not empty
 
 
-def test_merge_is_exact_to_the_rounding_of_its_base() -> None:
+def test_merge_is_exact_up_to_rounding_of_the_base() -> None:
     layer = disturb(dense(64, 48, rank=16))
     expected = exact_sum(layer)
     merge_and_reinit(layer, key=jax.random.key(0))
@@ -368,7 +376,7 @@ def test_merge_is_exact_to_the_rounding_of_its_base() -> None:
     assert error.max() < 4 * np.finfo(np.float32).eps * np.abs(expected).max()
 
 
-def test_float64_base_keeps_its_digits_under_float32_factors() -> None:
+def test_float64_base_keeps_its_precision_with_float32_factors() -> None:
     with jax.enable_x64(True):
         layer = disturb(dense(rank=1, base_dtype=jnp.float64), size=1e-9)
         layer.kernel[...] = jnp.full((IN, OUT), 1 / 3)
@@ -391,7 +399,7 @@ def test_every_product_of_a_merge_is_float32_at_highest_precision(base: Any) -> 
     assert all(re.search(r"-> tensor<6x5xf32>", line) for line in products)
 
 
-def test_bfloat16_base_is_wrapped_to_the_nearest() -> None:
+def test_wrap_rounds_a_bfloat16_base_to_nearest() -> None:
     model = make()
     kernel = model.inlet.kernel[...]
     lower(model, base_dtype=jnp.bfloat16)
@@ -400,7 +408,7 @@ def test_bfloat16_base_is_wrapped_to_the_nearest() -> None:
 
 
 def many_merges(layer: LowRankDense, merges: int) -> np.ndarray:
-    """The kernel after that many merges of the delta that the layer has now."""
+    """The kernel after merging the layer's current delta `merges` times."""
     graph, state = nnx.split(layer)
     a, b = layer.lora_a[...], layer.lora_b[...]
 
@@ -417,7 +425,7 @@ def many_merges(layer: LowRankDense, merges: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sign", (1, -1))
-def test_merges_into_bfloat16_are_right_in_the_mean(sign: int) -> None:
+def test_merges_into_bfloat16_are_unbiased(sign: int) -> None:
     merges, base, step = 400, 2.0**-6, sign * 1e-6  # the spacing of bfloat16 above the base: 2^-13
     layer = dense(64, 48, rank=1, alpha=1.0, base_dtype=jnp.bfloat16)
     layer.kernel[...] = jnp.full((64, 48), 1.25 * base, jnp.bfloat16)
@@ -427,7 +435,7 @@ def test_merges_into_bfloat16_are_right_in_the_mean(sign: int) -> None:
     assert abs(moved.mean() - merges * step) < 4 * deviation < 0.1 * merges * abs(step)
 
 
-def test_representable_sums_and_what_is_not_finite_pass_a_merge_into_bfloat16() -> None:
+def test_bfloat16_merge_preserves_representable_sums_and_non_finite_values() -> None:
     layer = dense(64, 48, rank=1, base_dtype=jnp.bfloat16)
     special = jnp.asarray([np.inf, -np.inf, np.nan, 3.0e38, -0.0], jnp.bfloat16)
     layer.kernel[...] = before = layer.kernel[...].at[0, :5].set(special)
@@ -435,7 +443,7 @@ def test_representable_sums_and_what_is_not_finite_pass_a_merge_into_bfloat16() 
     np.testing.assert_array_equal(layer.kernel[...].astype(np.float32), before.astype(np.float32))
 
 
-def test_no_payload_of_a_nan_is_rounded_into_a_number() -> None:
+def test_stochastic_rounding_keeps_every_nan_a_nan() -> None:
     bits = jnp.asarray([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], jnp.uint32)
     x = lax.bitcast_convert_type(jnp.tile(bits, 100), jnp.float32)
     assert np.all(np.isnan(base.round_stochastically(x, jax.random.key(0))))
@@ -452,7 +460,7 @@ def identity_branch(dropout: float = 0.25) -> LowRankDense:
     return layer
 
 
-def test_dropout_clears_its_share_of_the_branch_and_is_unbiased() -> None:
+def test_dropout_zeroes_the_given_fraction_and_is_unbiased() -> None:
     x = drawn(4000, 5) + 3
     ratio = np.asarray(identity_branch()(x, key=jax.random.key(1)) / x)
     assert np.allclose(ratio[ratio != 0], 1 / 0.75, rtol=1e-5)
@@ -462,10 +470,10 @@ def test_dropout_clears_its_share_of_the_branch_and_is_unbiased() -> None:
     assert np.all(np.abs(np.mean(ratio == 0, axis=0) - 0.25) < 4 * deviation * np.sqrt(5))
 
 
-def test_dropout_leaves_base_and_bias_alone_and_sleeps_without_a_key() -> None:
+def test_dropout_affects_only_the_branch_and_needs_a_key() -> None:
     layer, x = dense(dropout=0.5), inputs()
     plain = layer(x)
-    np.testing.assert_array_equal(layer(x, key=jax.random.key(0)), plain)  # B = 0: all but the branch
+    np.testing.assert_array_equal(layer(x, key=jax.random.key(0)), plain)  # B = 0: the branch is zero
     disturb(layer)
     np.testing.assert_allclose(layer(x), x @ exact_sum(layer) + layer.bias[...][None], atol=1e-5)
     one, same, other = (layer(x, key=jax.random.key(n)) for n in (1, 1, 2))
@@ -474,26 +482,26 @@ def test_dropout_leaves_base_and_bias_alone_and_sleeps_without_a_key() -> None:
 
 
 def test_dropout_keys_differ_by_kernel_and_layer_and_follow_the_key() -> None:
-    def keys(seed: int) -> np.ndarray:
+    def dropout_keys(seed: int) -> np.ndarray:
         model = nnx.Dict(stack=make("stacked"), mlp=make())
         lower(model, dropout=0.5, targets=lambda path, module: path != ("mlp", "inlet"))
-        lower(model, dropout=0.0)  # what is left: without dropout, without a key
+        lower(model, dropout=0.0)  # the remaining layer: no dropout, no key
         low_rank.with_dropout_keys(model, key=jax.random.key(seed))
         assert model["mlp"].inlet.dropout_key is None
-        placed = [layer.dropout_key for _, layer in low_rank.low_rank_layers(model) if layer.dropout]
-        assert all(type(key) is low_rank.BranchKey for key in placed)
-        return np.concatenate([np.reshape(jax.random.key_data(key[...]), (-1, 2)) for key in placed])
+        keys = [layer.dropout_key for _, layer in low_rank.low_rank_layers(model) if layer.dropout]
+        assert all(type(key) is low_rank.BranchKey for key in keys)
+        return np.concatenate([np.reshape(jax.random.key_data(key[...]), (-1, 2)) for key in keys])
 
-    one, same, other = keys(0), keys(0), keys(1)
+    one, same, other = dropout_keys(0), dropout_keys(0), dropout_keys(1)
     np.testing.assert_array_equal(one, same)
     assert len(np.unique(np.concatenate([one, other]), axis=0)) == 2 * (3 + 2)
 
 
-def test_placed_keys_drop_like_keys_that_are_passed() -> None:
+def test_stored_keys_act_like_passed_keys() -> None:
     layer, x = disturb(dense(dropout=0.5)), inputs()
     low_rank.with_dropout_keys(layer, key=jax.random.key(4))
     np.testing.assert_array_equal(layer(x), layer(x, key=layer.dropout_key[...]))
-    assert np.any(layer(x) != layer(x, key=jax.random.key(5)))  # a key that is passed comes first
+    assert np.any(layer(x) != layer(x, key=jax.random.key(5)))  # a passed key takes precedence
     stack = disturb(lower(make("stacked"), dropout=0.5))
     evaluated = stack(x)
     low_rank.with_dropout_keys(stack, key=jax.random.key(4))
@@ -505,7 +513,7 @@ def test_placed_keys_drop_like_keys_that_are_passed() -> None:
 
 @pytest.mark.parametrize("base", (jnp.float32, jnp.bfloat16))
 @pytest.mark.parametrize("kind", MODELS)
-def test_unwrap_gives_plain_linears_of_the_same_function(kind: str, base: Any) -> None:
+def test_unwrap_returns_plain_linears_with_the_same_function(kind: str, base: Any) -> None:
     model, x = disturb(lower(make(kind), base_dtype=base)), inputs()
     before, layers = model(x), dict(low_rank.low_rank_layers(model))
     sums = {path: exact_sum(layer) for path, layer in layers.items()}
@@ -517,21 +525,21 @@ def test_unwrap_gives_plain_linears_of_the_same_function(kind: str, base: Any) -
         assert linear.kernel.dtype == jnp.float32 and linear.bias is layers[path].bias
         np.testing.assert_allclose(linear.kernel[...], sums[path], atol=1e-6)
     if kind == "lists and shared":
-        assert model.again is model.body[0]
-    lower(model)  # and can be wrapped again
+        assert model.shared is model.body[0]
+    lower(model)  # it can be wrapped again
     np.testing.assert_allclose(model(x), before, atol=1e-5)
 
 
-# --- what is compiled
+# --- compiled programs
 
 LLAMA = ModelConfig(
     vocab_size=61, hidden=20, mlp=28, layers=2, heads=4, kv_heads=2, head_dim=6, compute_dtype="float32"
 )
-ROWS, LENGTH, LLAMA_RANK = 3, 11, 5  # 33 tokens: equal to no side, no rank, no vocabulary
+ROWS, LENGTH, LLAMA_RANK = 3, 11, 5  # 33 tokens: differs from every side, rank and vocabulary
 
 
-def forbidden(hlo: str, kernels: set[tuple[int, ...]], tokens: int) -> list[str]:
-    """The dots of the compiled text that have a kernel's shape and contract over tokens."""
+def kernel_sized_products(hlo: str, kernels: set[tuple[int, ...]], tokens: int) -> list[str]:
+    """The dots in the HLO that have the shape of a kernel and contract over tokens."""
     shapes = {
         name: tuple(map(int, filter(None, sides.split(","))))
         for name, sides in re.findall(r"(%[\w.-]+) = \w+\[([\d,]*)\]", hlo)
@@ -539,14 +547,14 @@ def forbidden(hlo: str, kernels: set[tuple[int, ...]], tokens: int) -> list[str]
     dots = re.findall(r"(%[\w.-]+) = \w+\[[\d,]*\]\S* dot\((%[\w.-]+),.*lhs_contracting_dims={([\d,]*)}", hlo)
     assert len(dots) > 3 and all(lhs in shapes for _, lhs, _ in dots)
     sides = {tuple(sorted(kernel)) for kernel in kernels}
-    found = []
+    products = []
     for name, lhs, dims in dots:
         contracted = {shapes[lhs][int(d)] for d in dims.split(",")}
         result = tuple(sorted(side for side in shapes[name] if side > 1))
         over_tokens = contracted & {tokens, ROWS, LENGTH}
         if over_tokens and any(set(kernel) <= set(result) for kernel in sides):
-            found.append(f"{name} {shapes[name]} over {contracted}")
-    return found
+            products.append(f"{name} {shapes[name]} over {contracted}")
+    return products
 
 
 def compiled_gradient(product: Callable[..., Any], tokens: int = 33) -> str:
@@ -564,16 +572,16 @@ def of_float32(x: Any, w: Any, a: Any, b: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("form", FORMS)
 def test_gradient_of_a_layer_forms_no_product_shaped_like_its_kernel(form: str) -> None:
     hlo = compiled_gradient(partial(of_float32, scale=0.4, form=form))
-    assert not forbidden(hlo, {(20, 28)}, 33)
+    assert not kernel_sized_products(hlo, {(20, 28)}, 33)
 
 
-def test_plain_autodiff_forms_what_the_folded_product_avoids() -> None:
+def test_plain_autodiff_forms_the_product_that_the_fused_form_avoids() -> None:
     hlo = compiled_gradient(lambda x, w, a, b: x @ (w + 0.4 * a @ b))
-    assert len(forbidden(hlo, {(20, 28)}, 33)) == 1
+    assert len(kernel_sized_products(hlo, {(20, 28)}, 33)) == 1
 
 
 def llama(form: str, base_init: str = "keep") -> Any:
-    """(graph, trained, frozen) of our scanned Llama."""
+    """(graph, trained, frozen) of the scanned Llama."""
     blocks = lambda path, module: path[0] == "blocks"  # noqa: E731
     options = {"rank": LLAMA_RANK, "targets": blocks, "product": form, "base_init": base_init}
     model = nnx.eval_shape(lambda: Llama(LLAMA, rngs=nnx.Rngs(0)))
@@ -600,8 +608,10 @@ def test_gradient_of_the_scanned_model_forms_no_product_shaped_like_a_base_kerne
     kernels = {leaf.shape[1:] for leaf in jax.tree.leaves(frozen)}
     assert kernels == {(20, 24), (20, 12), (24, 20), (20, 28), (28, 20)}
     hlo = gradient.as_text()
-    assert not forbidden(hlo, kernels, ROWS * LENGTH)
-    assert forbidden(hlo, {(20, 61)}, ROWS * LENGTH)  # the head is trained: the reader does see its product
+    assert not kernel_sized_products(hlo, kernels, ROWS * LENGTH)
+    assert kernel_sized_products(
+        hlo, {(20, 61)}, ROWS * LENGTH
+    )  # the head is trained: its product is detected
 
 
 def test_zero_base_gives_every_factor_of_every_layer_a_gradient() -> None:
@@ -629,4 +639,4 @@ def test_merge_of_350m_needs_less_than_one_float32_kernel_of_scratch(base: Any) 
     key = jax.eval_shape(lambda: jax.random.key(0))
     memory = jax.jit(merge, donate_argnums=0).lower(state, key).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 24 * 1024 * 2736 * 4
-    assert memory.alias_size_in_bytes >= 24 * 1024 * 2736 * jnp.dtype(base).itemsize  # W stays in its place
+    assert memory.alias_size_in_bytes >= 24 * 1024 * 2736 * jnp.dtype(base).itemsize  # W is updated in place

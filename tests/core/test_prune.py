@@ -1,4 +1,4 @@
-"""A choice of pruning is a value that its own text reads back, and it keeps a number known beforehand."""
+"""A prune choice round-trips through its text and keeps an exact number of entries."""
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +16,22 @@ ANY = st.one_of(
 
 
 @given(prune=ANY)
-def test_text_reads_back_as_the_choice_it_wrote(prune: Prune) -> None:
+def test_choice_round_trips_through_its_text(prune: Prune) -> None:
     assert parse(str(prune)) == prune and str(parse(str(prune))) == str(prune)
     assert hash(parse(str(prune))) == hash(prune)
 
 
-def test_texts_are_those_of_the_grammar() -> None:
-    written = {"zero": zero(), "none": none(), "magnitude(0.9)": magnitude(0.9), "random(0.99)": random(0.99)}
-    assert {str(prune): prune for prune in written.values()} == written
-    assert {prune.kind for prune in written.values()} == CHOICES.keys()
-    others = {
+def test_texts_follow_the_grammar() -> None:
+    texts = {"zero": zero(), "none": none(), "magnitude(0.9)": magnitude(0.9), "random(0.99)": random(0.99)}
+    assert {str(prune): prune for prune in texts.values()} == texts
+    assert {prune.kind for prune in texts.values()} == CHOICES.keys()
+    variants = {
         "zero()": zero(),
         "none( )": none(),
         " magnitude ( .9 ) ": magnitude(0.9),
         "random(1)": random(1),
     }
-    assert {text: parse(text) for text in others} == others
+    assert {text: parse(text) for text in variants} == variants
 
 
 @pytest.mark.parametrize(
@@ -47,46 +47,44 @@ def test_texts_are_those_of_the_grammar() -> None:
         ),
     ),
 )
-def test_other_text_is_refused_with_the_grammar(text: str) -> None:
+def test_invalid_text_raises_listing_the_valid_ones(text: str) -> None:
     with pytest.raises(
-        ValueError, match=r"cannot be read: write zero, magnitude\(0\.9\), random\(0\.99\) or none"
+        ValueError, match=r"is not valid: use zero, magnitude\(0\.9\), random\(0\.99\) or none"
     ):
         parse(text)
 
 
 @pytest.mark.parametrize("fraction", ("-0.1", "1.1", "nan", "inf", "90"))
 @pytest.mark.parametrize("kind", ("magnitude", "random"))
-def test_impossible_shares_are_refused_with_their_value(kind: str, fraction: str) -> None:
-    with pytest.raises(ValueError, match=rf"{kind}\({float(fraction)}\) clears an impossible share"):
+def test_invalid_fraction_is_reported_with_its_value(kind: str, fraction: str) -> None:
+    with pytest.raises(ValueError, match=rf"{kind}\({float(fraction)}\): the fraction must be in"):
         parse(f"{kind}({fraction})")
 
 
 @pytest.mark.parametrize(
-    ("fraction", "entries", "kept"),
+    ("fraction", "entries", "survivors"),
     [
         (0.9, 100, 10),
         (0.99, 100, 1),
-        (0.5, 5, 2),  # 2.5 goes to the even number,
+        (0.5, 5, 2),  # 2.5 rounds to even,
         (0.5, 7, 4),  # and so does 3.5
-        (0.9, 5, 0),  # 1 - 0.9 lies below 0.1: 0.49999999999999994
-        (0.9, 25, 2),  # 2.4999999999999996, which float32 would have above 2.5
+        (0.9, 5, 0),  # 0.49999999999999994: 1 - 0.9 is below 0.1
+        (0.9, 25, 2),  # 2.4999999999999996, above 2.5 in float32
         (0.7, 5, 2),  # 1.5000000000000002
-        (0.9, 19, 2),  # rounded, not cut off
+        (0.9, 19, 2),  # rounded, not truncated
         (0.999, 400, 0),
         (0.0, 17, 17),
         (1.0, 17, 0),
     ],
 )
-def test_kept_is_the_rounded_float64_product(fraction: float, entries: int, kept: int) -> None:
-    assert magnitude(fraction).kept(entries) == random(fraction).kept(entries) == kept
+def test_survivors_are_the_rounded_float64_product(fraction: float, entries: int, survivors: int) -> None:
+    assert magnitude(fraction).survivors(entries) == random(fraction).survivors(entries) == survivors
 
 
 @pytest.mark.parametrize("entries", [1, 5, 60])
 @given(prune=ANY)
 @settings(deadline=None, max_examples=20)
-def test_mask_of_zero_keeps_nothing_none_everything_and_others_their_share(
-    prune: Prune, entries: int
-) -> None:
+def test_mask_keeps_the_exact_number_of_entries_per_layer(prune: Prune, entries: int) -> None:
     statistic = np.random.default_rng(entries).normal(size=(3, entries)).astype(np.float32)
     mask = np.asarray(prune.mask(jnp.asarray(statistic), jax.random.key(0)))
     assert mask.shape == statistic.shape and mask.dtype == bool
@@ -95,5 +93,5 @@ def test_mask_of_zero_keeps_nothing_none_everything_and_others_their_share(
     assert prune.keeps_nothing == (prune.kind == "zero") and prune.clears == (prune.kind != "none")
 
 
-def test_zero_clears_what_is_no_number() -> None:
+def test_zero_clears_nan() -> None:
     assert not np.any(zero().mask(jnp.full((2, 4), jnp.nan), jax.random.key(0)))

@@ -1,4 +1,4 @@
-"""A reset prunes the statistics of the factors and nothing else, whatever keeps them; AdamW is AdamW."""
+"""A reset prunes only the statistics of the factors, in any optimizer; make_optimizer is AdamW."""
 
 import re
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from flax import nnx
 from relora_jax.core.low_rank import merge_and_reinit, wrap
 from relora_jax.core.prune import Prune, magnitude, none, random, zero
 from relora_jax.core.reset import group_labels, reset, with_reset
-from relora_jax.training.optimizer import keep_rest, make_optimizer, scale_by_rate
+from relora_jax.training.optimizer import carry_over_rest, make_optimizer, scale_by_rate
 
 Tree = dict[str, Any]
 
 
 KEY = jax.random.key(0)
-# Stacked and unstacked factors beside what a reset must not touch. No two leaves have one shape.
+# Stacked and unstacked factors, next to parameters that a reset must not touch. All shapes differ.
 SHAPES: Tree = {
     "stack": {"a": (3, 5, 2), "b": (3, 2, 4), "scale": (3, 4)},
     "flat": {"a": (6, 2), "b": (2, 7), "bias": (7,)},
@@ -46,7 +46,7 @@ PARAMS = drawn()
 
 
 def filled(state: Any) -> Any:
-    """The state with small numbers in it, none of them zero: many of equal size, layers of unlike size."""
+    """The state filled with small nonzero numbers: many ties, and layers of different magnitude."""
     rng = np.random.default_rng(1)
 
     def fill(leaf: Any) -> Any:
@@ -61,18 +61,18 @@ def filled(state: Any) -> Any:
 
 
 def leaves(state: Any) -> dict[str, np.ndarray]:
-    """Every number of a state by its written path."""
+    """Every array of a state by its path as text."""
     flat = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
 
 
-def factor_of(place: str) -> str | None:
-    return next((factor for factor in FACTORS if place.endswith(factor)), None)
+def factor_of(path: str) -> str | None:
+    return next((factor for factor in FACTORS if path.endswith(factor)), None)
 
 
-# --- the table: whatever keeps statistics, wherever it stands, however it is pruned
+# --- the table: every optimizer, nested in every way, with every prune
 
-# by name: what it is, and the field whose size decides (its first moment, else its first statistic)
+# {name: (constructor, the field that determines the mask: first moment, else first statistic)}
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], str]] = {
     "adamw": (lambda lr: optax.adamw(lr, weight_decay=0.1), "mu"),
     "lion": (lambda lr: optax.lion(lr), "mu"),
@@ -85,7 +85,7 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], str]] = {
     "adafactor not factored": (lambda lr: optax.adafactor(lr), "v"),
 }
 LABELS = group_labels(PARAMS, is_factor)
-PLACES: dict[str, Callable[[Callable[..., Any]], Any]] = {
+NESTINGS: dict[str, Callable[[Callable[..., Any]], Any]] = {
     "alone": lambda make: make(1e-2),
     "chained": lambda make: optax.chain(optax.clip_by_global_norm(1.0), make(1e-2), optax.ema(0.9)),
     "partitioned": lambda make: optax.partition({"factors": make(1e-2), "rest": optax.adam(1e-2)}, LABELS),
@@ -93,7 +93,7 @@ PLACES: dict[str, Callable[[Callable[..., Any]], Any]] = {
     "injected": lambda make: optax.inject_hyperparams(lambda learning_rate: make(learning_rate))(1e-2),
 }
 PRUNES = (magnitude(0.7), random(0.7), zero(), none())
-# the fast run: each optimizer once, where its place or its statistics could mislead
+# the fast run: each optimizer once, in the nesting most likely to fail
 FAST = [
     ("adamw", "alone", magnitude(0.7)),
     ("lion", "chained", random(0.7)),
@@ -109,38 +109,38 @@ FAST = [
 
 
 def rows() -> list[Any]:
-    """All of them; those that are not FAST only in the slow run."""
-    table = [(name, place, prune) for name in OPTIMIZERS for place in PLACES for prune in PRUNES]
+    """All combinations; those not in FAST are marked slow."""
+    table = [(name, nesting, prune) for name in OPTIMIZERS for nesting in NESTINGS for prune in PRUNES]
     marks = [() if row in FAST else pytest.mark.slow for row in table]
     return [
         pytest.param(*row, marks=m, id=" ".join(map(str, row))) for row, m in zip(table, marks, strict=True)
     ]
 
 
-@pytest.mark.parametrize(("name", "place", "prune"), rows())
+@pytest.mark.parametrize(("name", "nesting", "prune"), rows())
 def test_reset_touches_only_factor_moments_and_keeps_exact_counts(
-    name: str, place: str, prune: Prune
+    name: str, nesting: str, prune: Prune
 ) -> None:
     make, deciding = OPTIMIZERS[name]
-    if place == "chained" and deciding in ("nu", "v"):
-        deciding = "ema"  # behind a transformation without a first moment stands one that is nothing else
-    state = filled(with_reset(PLACES[place](make), prune=prune, is_factor=is_factor).init(PARAMS))
+    if nesting == "chained" and deciding in ("nu", "v"):
+        deciding = "ema"  # the chain adds optax.ema, which is a first moment
+    state = filled(with_reset(NESTINGS[nesting](make), prune=prune, is_factor=is_factor).init(PARAMS))
     before, after = leaves(state), leaves(reset(state, KEY))
     assert before.keys() == after.keys()
-    found = {factor: [p for p in before if factor_of(p) == factor] for factor in FACTORS}
-    assert all(found.values())
+    paths_of = {factor: [p for p in before if factor_of(p) == factor] for factor in FACTORS}
+    assert all(paths_of.values())
     for path, old in before.items():
         assert after[path].dtype == old.dtype
         if factor_of(path) is None or prune.kind == "none":
             np.testing.assert_array_equal(after[path], old, err_msg=path)
-    for factor, paths in found.items() if prune.kind != "none" else ():
+    for factor, paths in paths_of.items() if prune.kind != "none" else ():
         check_factor(factor, paths, before, after, deciding, prune)
 
 
 def check_factor(
     factor: str, paths: list[str], before: Tree, after: Tree, deciding: str, prune: Prune
 ) -> None:
-    """One mask of the right size, at the right places, for all that is kept of this factor."""
+    """Checks that all statistics of this factor share one mask, of the right size and entries."""
     shape = leaves(PARAMS)[factor].shape
     like = [path for path in paths if before[path].shape == shape]
     assert like
@@ -150,8 +150,8 @@ def check_factor(
     for path, mask in masks.items():
         np.testing.assert_array_equal(after[path], np.where(mask, before[path], 0), err_msg=path)
         entries = shape[-2] * shape[-1]
-        kept = 0 if prune.kind == "zero" else round((1 - prune.prune_fraction) * entries)
-        assert set(mask.reshape(-1, entries).sum(1)) == {kept}, path
+        survivors = 0 if prune.kind == "zero" else round((1 - prune.prune_fraction) * entries)
+        assert set(mask.reshape(-1, entries).sum(1)) == {survivors}, path
         np.testing.assert_array_equal(mask, next(iter(masks.values())), err_msg=path)
     if prune.kind == "magnitude":
         basis = next(path for path in like if path.endswith(f".{deciding}{factor}"))
@@ -159,20 +159,20 @@ def check_factor(
 
 
 def largest(values: np.ndarray, fraction: float) -> np.ndarray:
-    """True where |value| is among the largest of its layer; of equals the lower index."""
+    """True where |value| is among the largest of its layer; ties go to the lower index."""
     size = np.abs(values).reshape(-1, values.shape[-2] * values.shape[-1])
-    kept = round((1 - fraction) * size.shape[1])
+    survivors = round((1 - fraction) * size.shape[1])
     mask = np.zeros(size.shape, bool)
     for layer, order in enumerate(np.argsort(-size, axis=1, kind="stable")):
-        mask[layer, order[:kept]] = True
+        mask[layer, order[:survivors]] = True
     return mask.reshape(values.shape)
 
 
-def test_of_equal_moments_the_lower_index_is_kept() -> None:
+def test_equal_moments_keep_the_lower_index() -> None:
     tx = with_reset(optax.adam(1e-2), prune=magnitude(0.75), is_factor=is_factor)
     state = jax.tree.map(jnp.ones_like, tx.init(PARAMS))
-    kept = leaves(reset(state, KEY))[".inner_state[0].nu['stack']['a']"].reshape(3, 10)
-    np.testing.assert_array_equal(kept, np.broadcast_to(np.arange(10) < round(0.25 * 10), (3, 10)))
+    nu = leaves(reset(state, KEY))[".inner_state[0].nu['stack']['a']"].reshape(3, 10)
+    np.testing.assert_array_equal(nu, np.broadcast_to(np.arange(10) < round(0.25 * 10), (3, 10)))
 
 
 def test_random_masks_differ_between_factors_layers_and_keys() -> None:
@@ -191,7 +191,7 @@ def test_random_masks_differ_between_factors_layers_and_keys() -> None:
     assert np.abs(overlap).max() < 0.4  # 160 entries: 5 standard deviations
 
 
-def test_reset_in_jit_is_the_same_reset() -> None:
+def test_jitted_reset_equals_eager_reset() -> None:
     state = filled(with_reset(optax.adam(1e-2), prune=random(0.6), is_factor=is_factor).init(PARAMS))
     compiled = jax.jit(reset)(state, KEY)
     assert jax.tree.structure(compiled) == jax.tree.structure(state)
@@ -206,33 +206,33 @@ def grouped(inner: Callable[[], Any] = lambda: optax.scale_by_adam()) -> Any:
 
 
 @pytest.mark.parametrize("reset_count", (False, True))
-def test_reset_count_zeroes_the_count_of_the_factors_alone(reset_count: bool) -> None:
+def test_reset_count_zeroes_only_the_count_of_the_factors(reset_count: bool) -> None:
     tx = with_reset(grouped(), prune=zero(), reset_count=reset_count, is_factor=is_factor)
     groups = reset(filled(tx.init(PARAMS)), KEY).inner_state.inner_states
     assert int(groups["rest"].inner_state.count) == 7
     assert int(groups["factors"].inner_state.count) == (0 if reset_count else 7)
 
 
-def test_reset_count_is_refused_where_what_survives_needs_the_count() -> None:
+def test_reset_count_is_rejected_if_surviving_statistics_need_the_count() -> None:
     for prune in (magnitude(0.9), random(0.9), none()):
-        with pytest.raises(ValueError, match=rf"prune=zero: what survives {re.escape(str(prune))}"):
+        with pytest.raises(ValueError, match=rf"prune=zero: statistics that survive {re.escape(str(prune))}"):
             with_reset(grouped(), prune=prune, reset_count=True)
 
 
-def test_reset_count_is_refused_where_the_rest_shares_the_count() -> None:
+def test_reset_count_is_rejected_if_other_parameters_share_the_count() -> None:
     tx = with_reset(optax.adam(1e-2), prune=zero(), reset_count=True, is_factor=is_factor)
-    with pytest.raises(ValueError, match=r"also reset the count of flat/bias: give .* group_labels"):
+    with pytest.raises(ValueError, match=r"also reset the count of flat/bias: put .* group_labels"):
         tx.init(PARAMS)
     alone = {"stack": {"a": PARAMS["stack"]["a"]}}
     state = reset(filled(tx.init(alone)), KEY)
     assert int(state.inner_state[0].count) == 0
 
 
-# --- refusals
+# --- rejections
 
 
 class Pairs(NamedTuple):
-    """A user's state: something for each parameter, and not laid out as any that optax has."""
+    """A custom state: stores something per parameter, in a layout that optax does not use."""
 
     step: Any
     slots: Any
@@ -245,7 +245,7 @@ def pairs() -> optax.GradientTransformation:
     )
 
 
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+REJECTED: dict[str, tuple[Callable[[], Any], str]] = {
     "schedule_free": (lambda: optax.contrib.schedule_free_adamw(1e-2), "ScheduleFreeState.z"),
     "lookahead": (lambda: optax.lookahead(optax.adam(1e-2), 5, 0.5), "LookaheadState > ScaleByAdamState.mu"),
     "MultiSteps": (
@@ -259,36 +259,36 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "galore": (lambda: optax.contrib.galore(1e-2, rank=2), "GaLoreState.projector"),
     "flattened": (lambda: optax.chain(optax.flatten(optax.trace(0.9)), optax.adam(1e-2)), "TraceState.trace"),
-    "a user's own": (lambda: optax.chain(pairs(), optax.adam(1e-2)), "Pairs.slots"),
+    "custom": (lambda: optax.chain(pairs(), optax.adam(1e-2)), "Pairs.slots"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_statistics_that_are_not_understood_are_refused_by_name(name: str) -> None:
-    make, owner = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_unsupported_statistics_are_rejected_by_name(name: str) -> None:
+    make, owner = REJECTED[name]
     tx = with_reset(make(), prune=zero(), is_factor=is_factor)
     params = optax.LookaheadParams.init_synced(PARAMS) if name == "lookahead" else PARAMS
-    with pytest.raises(ValueError, match=f"does not understand {re.escape(owner)}, .* put with_reset inside"):
+    with pytest.raises(ValueError, match=f"does not support {re.escape(owner)}, .* put with_reset inside"):
         tx.init(params)
 
 
-def test_with_reset_inside_with_reset_is_refused() -> None:
+def test_nested_with_reset_is_rejected() -> None:
     inner = optax.chain(with_reset(optax.adam(1e-2), prune=zero(), is_factor=is_factor))
-    with pytest.raises(ValueError, match="one is enough"):
+    with pytest.raises(ValueError, match="use only one"):
         with_reset(inner, prune=zero(), is_factor=is_factor).init(PARAMS)
 
 
 REST = jax.tree.map(lambda label: label == "rest", LABELS)
 NOTHING: dict[str, tuple[Any, str]] = {
-    "no with_reset": (optax.adam(1e-2), "found no state of with_reset"),
-    "no factor": (with_reset(optax.adam(1e-2), prune=zero()), "no statistics of a factor"),
+    "no with_reset": (optax.adam(1e-2), "no with_reset state found"),
+    "no factor": (with_reset(optax.adam(1e-2), prune=zero()), "no statistics of a factor found"),
     "plain sgd": (
         with_reset(optax.sgd(1e-2), prune=zero(), is_factor=is_factor),
-        "no statistics of a factor",
+        "no statistics of a factor found",
     ),
-    "factors left out": (
+    "factors excluded": (
         with_reset(optax.masked(optax.adam(1e-2), REST), prune=zero(), is_factor=is_factor),
-        "no statistics of a factor",
+        "no statistics of a factor found",
     ),
 }
 
@@ -300,7 +300,7 @@ def test_reset_that_would_reset_nothing_raises(name: str) -> None:
         reset(tx.init(PARAMS), KEY)
 
 
-# --- a citizen of optax
+# --- composition with optax
 
 
 def inner() -> optax.GradientTransformationExtraArgs:
@@ -317,7 +317,7 @@ OUTSIDE: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_reset_finds_its_state_wherever_with_reset_stands(name: str) -> None:
+def test_reset_finds_its_state_at_any_nesting(name: str) -> None:
     tx = OUTSIDE[name]()
     state = tx.init(PARAMS)
     for seed in (1, 2):
@@ -355,13 +355,13 @@ class Net(nnx.Module):
         return self.head(x)
 
 
-def moments(optimizer: nnx.Optimizer) -> dict[bool, list[np.ndarray]]:
-    """Adam's moments of the factors (True) and of the rest."""
-    found: dict[bool, list[np.ndarray]] = {True: [], False: []}
+def adam_moments(optimizer: nnx.Optimizer) -> dict[bool, list[np.ndarray]]:
+    """Adam's moments of the factors (True) and of the rest (False)."""
+    moments: dict[bool, list[np.ndarray]] = {True: [], False: []}
     for path, value in leaves(optimizer.opt_state).items():
         if re.search(r"\.[mn]u\b", path):
-            found["lora_" in path].append(value)
-    return found
+            moments["lora_" in path].append(value)
+    return moments
 
 
 @pytest.mark.parametrize("grouping", ("one group", "two groups"))
@@ -372,7 +372,7 @@ def test_nnx_optimizer_around_with_reset_updates_and_resets(grouping: str) -> No
         labels = group_labels(nnx.state(model, nnx.Param))
         adam = optax.partition({"factors": optax.adamw(1e-2), "rest": optax.adamw(1e-2)}, labels)
     optimizer = nnx.Optimizer(model, with_reset(adam, prune=zero()), wrt=nnx.Param)
-    built = jax.tree.structure(optimizer.opt_state)
+    structure = jax.tree.structure(optimizer.opt_state)
 
     @nnx.jit
     def step(model: Net, optimizer: nnx.Optimizer) -> Any:
@@ -386,28 +386,28 @@ def test_nnx_optimizer_around_with_reset_updates_and_resets(grouping: str) -> No
         optimizer.opt_state = reset(optimizer.opt_state, key)
 
     losses = [step(model, optimizer) for _ in range(3)]
-    old, y = moments(optimizer), model(x)
+    old, y = adam_moments(optimizer), model(x)
     assert len(old[True]) == 8 and all(map(np.any, old[True]))
     restart(model, optimizer, KEY)
     np.testing.assert_allclose(model(x), y, atol=1e-6)
-    new = moments(optimizer)
+    new = adam_moments(optimizer)
     assert len(new[True]) == 8 and not any(map(np.any, new[True]))
     jax.tree.map(np.testing.assert_array_equal, new[False], old[False])
     losses += [step(model, optimizer) for _ in range(3)]
-    assert np.all(np.diff(losses) < 0) and all(map(np.any, moments(optimizer)[True]))
-    optimizer.opt_state = reset(optimizer.opt_state, KEY)  # and the same outside of nnx.jit
-    assert jax.tree.structure(optimizer.opt_state) == built
-    assert not any(map(np.any, moments(optimizer)[True]))
+    assert np.all(np.diff(losses) < 0) and all(map(np.any, adam_moments(optimizer)[True]))
+    optimizer.opt_state = reset(optimizer.opt_state, KEY)  # also outside of nnx.jit
+    assert jax.tree.structure(optimizer.opt_state) == structure
+    assert not any(map(np.any, adam_moments(optimizer)[True]))
 
 
-# --- our AdamW
+# --- make_optimizer
 
 SETTINGS = {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.3}
 VECTORS = ("norm", "scale")
 
 
 def variables(values: Tree) -> nnx.State:
-    """The values as our model's variables: factors, matrices and vectors, stacked and not."""
+    """The values as model variables: factors, matrices and vectors, stacked and not."""
     axes = {"lora_a": ("layers", "in", "rank"), "scale": ("layers", "norm"), "embed": ("vocab", "embed")}
     kinds = {"lora_a": nnx.LoRAParam}
     return nnx.State(
@@ -422,7 +422,7 @@ def values(seed: int) -> Tree:
 
 
 @pytest.mark.parametrize("clip_norm", (0.7, 1e3, 0.0))
-def test_make_optimizer_is_adamw_as_written_in_float64(clip_norm: float) -> None:
+def test_make_optimizer_matches_adamw_in_float64(clip_norm: float) -> None:
     b1, b2, eps, decay = SETTINGS.values()
     ratio = 2.5
     with jax.enable_x64(True):
@@ -449,7 +449,7 @@ def test_make_optimizer_is_adamw_as_written_in_float64(clip_norm: float) -> None
             np.testing.assert_allclose(params[name][...], w[name], rtol=1e-12, err_msg=name)
 
 
-def test_rate_is_an_argument_and_nothing_in_the_state_counts_it() -> None:
+def test_rate_is_an_argument_and_the_state_has_no_count() -> None:
     tx = scale_by_rate(-2.0)
     updates, state = tx.update(PARAMS, tx.init(PARAMS), learning_rate=jnp.float32(0.25))
     jax.tree.map(lambda u, p: np.testing.assert_array_equal(u, -0.5 * p), updates, PARAMS)
@@ -458,12 +458,12 @@ def test_rate_is_an_argument_and_nothing_in_the_state_counts_it() -> None:
         tx.update(PARAMS, state)
 
 
-def test_start_of_the_low_rank_phase_keeps_what_the_rest_knows_and_nothing_of_factors() -> None:
+def test_carry_over_rest_copies_the_rest_and_leaves_factors_at_zero() -> None:
     full = variables({n: jnp.asarray(v, jnp.float32) for n, v in values(0).items() if n != "lora_a"})
     low = variables({n: jnp.asarray(v, jnp.float32) for n, v in values(0).items() if n != "plain"})
     old = make_optimizer(full, clip_norm=1.0, **SETTINGS).init(full)
     old = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3), old)
-    new = leaves(keep_rest(make_optimizer(low, clip_norm=1.0, **SETTINGS).init(low), old))
+    new = leaves(carry_over_rest(make_optimizer(low, clip_norm=1.0, **SETTINGS).init(low), old))
     assert {path for path, leaf in new.items() if np.any(leaf)} == {p for p in new if "'rest'" in p}
     assert all(np.all(leaf == 3) for path, leaf in new.items() if "'rest'" in path)
     assert sum("count" in path for path in new) == 2 and any("lora_a" in path for path in new)

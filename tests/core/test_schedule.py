@@ -1,4 +1,4 @@
-"""The multiplier is the paper's at every s, and what is due falls where its dips are."""
+"""The multiplier matches the paper at every s, and resets coincide with its dips."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("s", GOLDEN)
-def test_multiplier_has_the_golden_values(s: int) -> None:
+def test_multiplier_matches_golden_values(s: int) -> None:
     assert multiplier(s, **PAPER) == pytest.approx(GOLDEN[s], abs=5e-7)
 
 
@@ -34,7 +34,7 @@ def test_zeros_are_exact() -> None:
 
 @st.composite
 def legal(draw: st.DrawFn) -> dict[str, Any]:
-    """Settings that `validate` lets through: warm-ups fit their cycle and the run ends in no re-warm-up."""
+    """Settings that `validate` accepts: warm-ups fit in a cycle, and the run does not end in a re-warm-up."""
     cycle = draw(st.integers(1, 60))
     wr = draw(st.integers(0, cycle))
     total = draw(st.integers(1, 5)) * cycle + draw(st.one_of(st.just(0), st.integers(wr, max(cycle - 1, wr))))
@@ -49,7 +49,7 @@ def legal(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(settings=legal())
-def test_multiplier_lies_between_0_and_1_and_above_its_floor_outside_of_ramps(settings: Any) -> None:
+def test_multiplier_is_between_0_and_1_and_above_its_floor_outside_of_ramps(settings: Any) -> None:
     for s in range(settings["total"]):
         value = multiplier(s, **settings)
         assert 0 <= value <= 1 + 1e-12
@@ -60,7 +60,7 @@ def test_multiplier_lies_between_0_and_1_and_above_its_floor_outside_of_ramps(se
 
 
 @given(settings=legal())
-def test_due_reset_meets_multiplier_zero_and_the_ramp_ends_on_the_cosine(settings: Any) -> None:
+def test_multiplier_is_zero_at_a_reset_and_the_ramp_ends_on_the_cosine(settings: Any) -> None:
     cycle, wr = settings["cycle"], settings["restart_warm_up"]
     plain = {
         "total": settings["total"],
@@ -88,10 +88,10 @@ def test_without_a_cycle_the_schedule_never_dips(settings: Any) -> None:
     assert top >= settings["total"] or values[top] == pytest.approx(1)
 
 
-def test_no_warm_up_begins_at_the_top() -> None:
+def test_no_warm_up_starts_at_the_peak() -> None:
     assert multiplier(0, **{**PAPER, "warm_up": 0}) == 1
     assert multiplier(0, total=1, warm_up=0, min_lr_ratio=0.0) == 1
-    assert multiplier(4, total=4, warm_up=4, min_lr_ratio=0.5) == 1  # the end of a run that is all warm-up
+    assert multiplier(4, total=4, warm_up=4, min_lr_ratio=0.5) == 1  # a run that ends with its warm-up
 
 
 def test_no_restart_warm_up_means_no_dip() -> None:
@@ -104,12 +104,12 @@ def test_no_restart_warm_up_means_no_dip() -> None:
     )
 
 
-def test_first_cycle_has_its_own_warm_up_and_no_other() -> None:
+def test_first_cycle_has_only_the_initial_warm_up() -> None:
     values = [multiplier(s, **{**PAPER, "restart_warm_up": 2000}) for s in (501, 1000, 1999)]
     assert all(value > 0.97 for value in values)
 
 
-def test_merges_are_due_at_every_part_of_a_cycle_and_resets_at_its_end() -> None:
+def test_merges_divide_a_cycle_evenly_and_resets_end_it() -> None:
     merges = [s for s in range(30) if is_merge(s, cycle=12, merges_per_cycle=3)]
     assert merges == [4, 8, 12, 16, 20, 24, 28]
     assert [s for s in range(30) if is_merge(s, cycle=12)] == [12, 24]

@@ -18,7 +18,7 @@ ROWS, LENGTH, VOCAB_SIZE = 37, 6, 50
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Row k begins with k; lengths differ; three shards."""
+    """Three shards of rows of different lengths; row k starts with k."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, VOCAB_SIZE, (ROWS, LENGTH + 1))
     ids[:, 0] = np.arange(ROWS)
@@ -45,11 +45,11 @@ def validation_batches(store, *, eval_tokens=10**9, microbatch=4, devices=1, apa
 @settings(deadline=None, max_examples=40)
 @given(rows=st.integers(1, 300), seed=st.integers(0, 2**70), epoch=st.integers(0, 10**7))
 def test_each_epoch_of_the_stream_is_every_row_once(rows, seed, epoch):
-    places = [data.row_index(epoch * rows + k, rows=rows, seed=seed) for k in range(rows)]
-    assert sorted(places) == list(range(rows))
+    indices = [data.row_index(epoch * rows + k, rows=rows, seed=seed) for k in range(rows)]
+    assert sorted(indices) == list(range(rows))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_each_epoch_and_seed_has_its_own_order():
     orders = {
         tuple(data.row_index(epoch * 50 + k, rows=50, seed=seed) for k in range(50))
         for seed, epoch in itertools.product(range(4), range(4))
@@ -81,14 +81,14 @@ def test_order_is_the_same_on_every_machine():
 
 
 def test_row_j_of_update_u_is_row_uB_plus_j_of_the_stream(store):  # noqa: N802
-    for update in (0, 1, 7, 10**9):  # 37 rows and 12 an update: epochs begin inside updates
+    for update in (0, 1, 7, 10**9):  # 37 rows and 12 per update: epochs start inside updates
         ids, lengths = store.read([data.row_index(update * 12 + j, rows=ROWS, seed=3) for j in range(12)])
         batch = train_batch(store, update)
         assert np.asarray(batch.ids).tolist() == ids.reshape(3, 4, -1).tolist()
         assert np.asarray(batch.lengths).tolist() == lengths.reshape(3, 4).tolist()
 
 
-def test_batch_larger_than_the_store_goes_on_into_the_next_epoch(store):
+def test_batch_larger_than_the_store_continues_into_the_next_epoch(store):
     first = np.asarray(train_batch(store, 0, batch=80, microbatch=8).ids).reshape(80, -1)[:, 0]
     assert sorted(first[:ROWS]) == sorted(first[ROWS : 2 * ROWS]) == list(range(ROWS))
 
@@ -111,7 +111,7 @@ def test_lengths_are_laid_out_as_ids_are(store, spec):
         assert ids.device == lengths.device and ids.index[:2] == lengths.index
 
 
-def test_process_reads_its_own_rows_alone_and_once(store, monkeypatch):
+def test_process_reads_only_its_own_rows_and_only_once(store, monkeypatch):
     theirs = jax.devices()[2:4]
     everyone = NamedSharding.addressable_devices_indices_map
 
@@ -119,32 +119,32 @@ def test_process_reads_its_own_rows_alone_and_once(store, monkeypatch):
         return {device: index for device, index in everyone(self, shape).items() if device not in theirs}
 
     everything = (slice(None),) * 3
-    asked = []
+    requests = []
     monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, s, f: f(everything[: len(shape)]))
     monkeypatch.setattr(NamedSharding, "addressable_devices_indices_map", mine)
     source = type(store._source)
     read = source.__getitems__
     monkeypatch.setattr(
-        source, "__getitems__", lambda self, keys: asked.append(list(keys)) or read(self, keys)
+        source, "__getitems__", lambda self, keys: requests.append(list(keys)) or read(self, keys)
     )
     batch = train_batch(store, 2, devices=4)
-    places = np.array([data.row_index(24 + j, rows=ROWS, seed=3) for j in range(12)]).reshape(3, 4)
-    assert asked == [places[:, :2].ravel().tolist()]
-    assert np.asarray(batch.ids)[:, :2, 0].tolist() == places[:, :2].tolist()
+    indices = np.array([data.row_index(24 + j, rows=ROWS, seed=3) for j in range(12)]).reshape(3, 4)
+    assert requests == [indices[:, :2].ravel().tolist()]
+    assert np.asarray(batch.ids)[:, :2, 0].tolist() == indices[:, :2].tolist()
 
 
-def test_validation_is_the_first_rows_of_the_store_with_the_last_batch_filled_up(store):
+def test_validation_is_the_first_rows_of_the_store_with_the_last_batch_padded(store):
     ids, lengths = store.read(range(ROWS))
     for eval_tokens, rows in ((0, 1), (LENGTH, 1), (10 * LENGTH + 5, 10), (8 * LENGTH, 8), (10**9, ROWS)):
         batches = list(validation_batches(store, eval_tokens=eval_tokens, devices=2))
         assert data.validation_rows(store, eval_tokens=eval_tokens) == rows
         assert len(batches) == -(-rows // 4)
         assert all(b.ids.shape == (4, LENGTH + 1) and b.lengths.shape == (4,) for b in batches)
-        got, got_lengths = (
+        batch_ids, batch_lengths = (
             np.concatenate([np.asarray(batch[part]) for batch in batches]) for part in range(2)
         )
-        assert (got[:rows] == ids[:rows]).all() and (got_lengths[:rows] == lengths[:rows]).all()
-        assert (got_lengths[rows:] == 0).all()
+        assert (batch_ids[:rows] == ids[:rows]).all() and (batch_lengths[:rows] == lengths[:rows]).all()
+        assert (batch_lengths[rows:] == 0).all()
 
 
 def test_unigram_perplexity_is_that_of_the_smoothed_counts_over_counted_targets(store):
@@ -161,8 +161,8 @@ def test_unigram_perplexity_is_that_of_the_smoothed_counts_over_counted_targets(
 
 
 def documents_of(row, eos):
-    """The documents that a row was cut from, each with its EOS; the last may lack its end."""
-    starts = [0, *(place + 1 for place, piece in enumerate(row) if piece == eos)]
+    """The documents in a row, each with its EOS; the last may lack it."""
+    starts = [0, *(index + 1 for index, piece in enumerate(row) if piece == eos)]
     return [row[a:b] for a, b in itertools.zip_longest(starts, starts[1:]) if len(row[a:b])]
 
 
@@ -171,11 +171,11 @@ def documents_of(row, eos):
 def test_an_eos_belongs_to_the_document_that_it_ends(rows):
     numbers = data.number_documents(np.array(rows, np.int32), 2)
     assert numbers.dtype == np.int32
-    for row, found in zip(rows, numbers.tolist(), strict=True):
-        assert found == [n for n, document in enumerate(documents_of(row, 2)) for _ in document]
+    for row, segments in zip(rows, numbers.tolist(), strict=True):
+        assert segments == [n for n, document in enumerate(documents_of(row, 2)) for _ in document]
 
 
-def test_documents_are_numbered_where_they_are_apart_and_nothing_is_there_where_they_are_not(store):
+def test_segment_ids_number_documents_unless_attention_crosses_documents(store):
     for batch in (train_batch(store, 2, devices=2, apart=True), *validation_batches(store, apart=True)):
         numbers = data.number_documents(np.asarray(batch.ids), store.eos)
         assert np.asarray(batch.segment_ids).tolist() == numbers.tolist()
@@ -184,7 +184,7 @@ def test_documents_are_numbered_where_they_are_apart_and_nothing_is_there_where_
         assert batch.segment_ids is None and len(jax.tree.leaves(batch)) == 2
 
 
-def test_unigram_perplexity_leaves_out_what_follows_an_eos_where_documents_are_apart(tmp_path):
+def test_unigram_perplexity_skips_targets_after_eos_without_attention_across_documents(tmp_path):
     ids, lengths = np.random.default_rng(5).integers(0, 4, (9, LENGTH + 1)), np.arange(9) % (LENGTH + 2)
     store = write_store(tmp_path / "s", [ids], lengths, vocab_size=4, eos=3)
     parts = [
@@ -197,59 +197,59 @@ def test_unigram_perplexity_leaves_out_what_follows_an_eos_where_documents_are_a
     assert unigram_perplexity(np.array([1, 2, 3, 8]), batches) == pytest.approx(expected, rel=1e-12)
 
 
-def test_prefetch_gives_each_batch_in_order_a_few_ahead():
-    made = []
+def test_prefetch_yields_batches_in_order_and_loads_only_a_few_ahead():
+    loaded = []
 
-    def make(u):
-        made.append(u)
+    def load(u):
+        loaded.append(u)
         return u
 
-    for u, batch in enumerate(data.prefetch(make, 3, 20, depth=2), 3):  # pyright: ignore
+    for u, batch in enumerate(data.prefetch(load, 3, 20, depth=2), 3):  # pyright: ignore
         assert u == batch
         time.sleep(0.002)
-        assert len(made) <= u - 3 + 1 + 2
-    assert made == list(range(3, 20))
-    assert list(data.prefetch(make, 5, 5)) == []  # pyright: ignore
+        assert len(loaded) <= u - 3 + 1 + 2
+    assert loaded == list(range(3, 20))
+    assert list(data.prefetch(load, 5, 5)) == []  # pyright: ignore
 
 
-def test_prefetch_works_while_the_consumer_does():
-    made = threading.Event()
+def test_prefetch_loads_while_the_consumer_works():
+    loaded = threading.Event()
 
-    def make(u):
+    def load(u):
         if u == 1:
-            made.set()
+            loaded.set()
         return u
 
-    batches = data.prefetch(make, 0, 9)  # pyright: ignore
+    batches = data.prefetch(load, 0, 9)  # pyright: ignore
     assert next(batches) == 0
-    assert made.wait(5)
+    assert loaded.wait(5)
     batches.close()
 
 
-def test_error_of_a_batch_is_raised_in_its_turn():
-    def make(u):
+def test_error_is_raised_in_place_of_its_batch():
+    def load(u):
         if u == 3:
             raise ValueError("row 3 is damaged")
         return u
 
-    batches = data.prefetch(make, 0, 9)  # pyright: ignore
+    batches = data.prefetch(load, 0, 9)  # pyright: ignore
     assert [next(batches) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="row 3 is damaged"):
         next(batches)
 
 
-def test_closed_prefetch_makes_no_more_and_leaves_no_thread():
-    made, closing = [], threading.Event()
+def test_closed_prefetch_loads_no_more_and_leaves_no_thread():
+    loaded, closing = [], threading.Event()
 
-    def make(u):
-        made.append(u)
+    def load(u):
+        loaded.append(u)
         if u == 1:
             closing.wait(5)
         return u
 
-    batches = data.prefetch(make, 0, 1000)  # pyright: ignore
+    batches = data.prefetch(load, 0, 1000)  # pyright: ignore
     next(batches)
     threading.Timer(0.1, closing.set).start()
     batches.close()
-    assert made in ([0], [0, 1])
+    assert loaded in ([0], [0, 1])
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]

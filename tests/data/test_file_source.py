@@ -16,7 +16,7 @@ import pytest
 from relora_jax.data import file_source, json_lines
 from tests.support.documents import texts
 
-WRITTEN = [*texts(9), "", "é\n\n▁ \0 end\n"]
+TEXTS = [*texts(9), "", "é\n\n▁ \0 end\n"]
 
 
 def lines(documents, field="text"):
@@ -33,8 +33,8 @@ def parquet(path, documents, field="text"):
 
 
 def find(pattern, *, field="text", validation_fraction=0.3, block_documents=4):
-    found = file_source.find(str(pattern), field=field, validation_fraction=validation_fraction)
-    return dataclasses.replace(found, block_documents=block_documents)
+    source = file_source.find(str(pattern), field=field, validation_fraction=validation_fraction)
+    return dataclasses.replace(source, block_documents=block_documents)
 
 
 def read(source, file=0):
@@ -45,57 +45,57 @@ def read(source, file=0):
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("a.jsonl", lambda path: path.write_bytes(lines(WRITTEN))),
-        ("a.json", lambda path: path.write_bytes(lines(WRITTEN)[:-1])),  # no line end after the last
-        ("a.jsonl.gz", lambda path: path.write_bytes(gzip.compress(lines(WRITTEN)))),
-        ("a.json.gz", lambda path: path.write_bytes(b"".join(gzip.compress(lines([t])) for t in WRITTEN))),
-        ("a.jsonl.zst", lambda path: path.write_bytes(zstd(lines(WRITTEN)))),
-        ("a.json.zst", lambda path: path.write_bytes(b"".join(zstd(lines([t])) for t in WRITTEN))),
-        ("a.parquet", lambda path: parquet(path, WRITTEN)),
+        ("a.jsonl", lambda path: path.write_bytes(lines(TEXTS))),
+        ("a.json", lambda path: path.write_bytes(lines(TEXTS)[:-1])),  # no final line end
+        ("a.jsonl.gz", lambda path: path.write_bytes(gzip.compress(lines(TEXTS)))),
+        ("a.json.gz", lambda path: path.write_bytes(b"".join(gzip.compress(lines([t])) for t in TEXTS))),
+        ("a.jsonl.zst", lambda path: path.write_bytes(zstd(lines(TEXTS)))),
+        ("a.json.zst", lambda path: path.write_bytes(b"".join(zstd(lines([t])) for t in TEXTS))),
+        ("a.parquet", lambda path: parquet(path, TEXTS)),
         (
             "b.jsonl",
-            lambda path: path.write_bytes(b"\xef\xbb\xbf\n" + lines(WRITTEN).replace(b"\n", b"\r\n\n")),
+            lambda path: path.write_bytes(b"\xef\xbb\xbf\n" + lines(TEXTS).replace(b"\n", b"\r\n\n")),
         ),
     ],
 )
-def test_every_kind_of_file_gives_its_documents_in_order_in_blocks(tmp_path, name, write):
+def test_every_file_type_yields_its_documents_in_order_in_blocks(tmp_path, name, write):
     write(tmp_path / name)
-    assert read(find(tmp_path / "*")) == [WRITTEN[:4], WRITTEN[4:8], WRITTEN[8:]]
+    assert read(find(tmp_path / "*")) == [TEXTS[:4], TEXTS[4:8], TEXTS[8:]]
     write(tmp_path / f"b{name}")
-    assert read(find(tmp_path / "*", block_documents=11), file=1) == [WRITTEN]  # no empty block at the end
+    assert read(find(tmp_path / "*", block_documents=11), file=1) == [TEXTS]  # no empty block at the end
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
 def test_text_file_is_one_document(tmp_path, name):
-    content = WRITTEN[-1].encode()
+    content = TEXTS[-1].encode()
     compressed = {".gz": gzip.compress, ".zst": zstd}.get(name[5:], bytes)(content)
     (tmp_path / name).write_bytes(compressed)
-    assert read(find(tmp_path / "*")) == [[WRITTEN[-1]]]
+    assert read(find(tmp_path / "*")) == [[TEXTS[-1]]]
 
 
 def test_files_are_read_in_the_order_of_their_paths(tmp_path, monkeypatch):
     for name in ("b/1.txt", "a/2.txt", "a/1.txt", "a/c/3.txt", "0.txt", "a/c/x.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    found = find(tmp_path / "**/*.txt")
+    source = find(tmp_path / "**/*.txt")
     ordered = ["0.txt", "a/1.txt", "a/2.txt", "a/c/3.txt", "b/1.txt"]
-    assert [read(found, k) for k in range(5)] == [[[name]] for name in ordered]
+    assert [read(source, k) for k in range(5)] == [[[name]] for name in ordered]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find("~/a/*.txt").paths == (tmp_path / "a/1.txt", tmp_path / "a/2.txt")
-    assert (found.files, found.bytes) == (5, sum(map(len, ordered)))
+    assert (source.files, source.bytes) == (5, sum(map(len, ordered)))
 
 
-def test_block_that_is_not_asked_for_is_not_decoded(tmp_path):
-    content = lines(WRITTEN[:4]) + b"no json\n" + lines(WRITTEN[:3]) + lines(WRITTEN[4:6])
+def test_block_that_is_not_consumed_is_not_decoded(tmp_path):
+    content = lines(TEXTS[:4]) + b"no json\n" + lines(TEXTS[:3]) + lines(TEXTS[4:6])
     (tmp_path / "a.jsonl").write_bytes(content)
     first, second, third = (
         block if n == 1 else [t for chunk in block for t in chunk.texts]
         for n, block in enumerate(find(tmp_path / "*").blocks(0))
     )
-    assert first == WRITTEN[:4] and third == WRITTEN[4:6] and second not in (first, third)
-    (tmp_path / "b.jsonl").write_bytes(lines(WRITTEN))
+    assert first == TEXTS[:4] and third == TEXTS[4:6] and second not in (first, third)
+    (tmp_path / "b.jsonl").write_bytes(lines(TEXTS))
     half = [next(chunks).texts for chunks in find(tmp_path / "b*", block_documents=200).blocks(0)]
-    assert half == [WRITTEN]
+    assert half == [TEXTS]
 
 
 def test_sizes_of_the_chunks_sum_to_the_file(tmp_path):
@@ -105,19 +105,19 @@ def test_sizes_of_the_chunks_sum_to_the_file(tmp_path):
     assert sum(sizes) == pytest.approx(source.size, rel=0.05) and min(sizes) >= 0
 
 
-def test_document_is_held_out_by_the_hash_of_its_text_alone(tmp_path):
+def test_document_is_held_out_only_by_the_hash_of_its_text(tmp_path):
     documents = texts(400)
     (tmp_path / "a.jsonl").write_bytes(lines(documents))
     source = find(tmp_path / "a*")
     held = [hashlib.sha256(t.encode()).hexdigest() < f"{int(0.3 * 16**16):016x}" for t in documents]
     assert [bool(source.part(t)) for t in documents] == held and 80 < sum(held) < 160
     assert list(source.train_texts()) == [t for t, out in zip(documents, held, strict=True) if not out]
-    for fraction, kept in ((0.0, 400), (1.0, 0)):
+    for fraction, count in ((0.0, 400), (1.0, 0)):
         alone = find(tmp_path / "a*", validation_fraction=fraction)
-        assert sum(not alone.part(t) for t in documents) == kept
+        assert sum(not alone.part(t) for t in documents) == count
 
 
-def test_fingerprint_tells_other_text_and_not_where_it_lies(tmp_path):
+def test_fingerprint_depends_on_the_text_and_not_on_its_folder(tmp_path):
     big = lines(texts(600))
     assert len(big) > 150_000
 
@@ -140,7 +140,7 @@ def test_fingerprint_tells_other_text_and_not_where_it_lies(tmp_path):
     assert len(others | {first}) == 7
 
 
-def test_workers_share_a_file_where_there_are_more_of_them_and_it_is_not_compressed(tmp_path):
+def test_workers_share_uncompressed_files_if_they_outnumber_files(tmp_path):
     for name in ("a.jsonl", "b.jsonl.gz", "c.parquet", "d.json.zst"):
         (tmp_path / name).write_text("t")
     for workers, step in ((1, 1), (4, 1), (5, 2), (9, 3)):
@@ -150,19 +150,19 @@ def test_workers_share_a_file_where_there_are_more_of_them_and_it_is_not_compres
         assert [sum(s.file == file for s in stripes) for file in range(4)] == [step, 1, step, 1]
 
 
-DAMAGED = {  # name, content -> what the one line says
+DAMAGED = {  # name, content -> part of the error message
     (
         "a.jsonl",
         lines(["x"]) + b'{"text": "caf\xe9"}\n',
     ): "a.jsonl, line 2 is not UTF-8 (invalid continuation",
     ("a.jsonl", lines(["x"]) + b'{"text": "\\ud800"}\n'): "a.jsonl, line 2 is not UTF-8 (surrogates",
-    ("a.jsonl", lines(["x", "y"]) + b'\n{"text": \n'): "a.jsonl, line 4 is no JSON (Expecting value",
-    ("a.jsonl", b"[" * 100_000 + b"\n"): "a.jsonl, line 1 is no JSON (",
-    ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n"): "line 1 is no JSON (Exceeds the limit",
-    ("a.jsonl", b'["text"]\n'): "a.jsonl, line 1 is no JSON object but list",
+    ("a.jsonl", lines(["x", "y"]) + b'\n{"text": \n'): "a.jsonl, line 4 is not JSON (Expecting value",
+    ("a.jsonl", b"[" * 100_000 + b"\n"): "a.jsonl, line 1 is not JSON (",
+    ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n"): "line 1 is not JSON (Exceeds the limit",
+    ("a.jsonl", b'["text"]\n'): "a.jsonl, line 1 is not a JSON object but list",
     ("a.jsonl", lines(["x"]) + lines(["x"], "content")): "line 2 has no field 'text': set data.text_field to",
-    ("a.jsonl", b'{"text": 3}\n'): "a.jsonl, line 1: 'text' is no text but int",
-    ("a.jsonl", b'{"text": null}\n'): "a.jsonl, line 1: 'text' is no text but NoneType",
+    ("a.jsonl", b'{"text": 3}\n'): "a.jsonl, line 1: 'text' is int, not text",
+    ("a.jsonl", b'{"text": null}\n'): "a.jsonl, line 1: 'text' is NoneType, not text",
     ("a.jsonl.gz", gzip.compress(lines(texts(200)))[:-900]): "a.jsonl.gz is damaged at line",
     ("a.jsonl.gz", lines(texts(3))): "a.jsonl.gz is damaged at line 1 (Not a gzipped file",
     ("a.jsonl.zst", zstd(lines(texts(200)))[:-900]): "a.jsonl.zst is damaged at line",
@@ -172,25 +172,25 @@ DAMAGED = {  # name, content -> what the one line says
     ("a.txt.zst", zstd(lines(texts(200)))[:-900]): "a.txt.zst is damaged (",
     ("a.parquet", b"PAR1 and no more"): "a.parquet cannot be read as Parquet (",
     ("a.md", b"text"): "a.md of data.text",
-    ("a.parquet.gz", b"text"): "of no known kind: write a pattern for .jsonl, .json, .txt, .parquet",
+    ("a.parquet.gz", b"text"): "has an unsupported file type: use .jsonl, .json, .txt, .parquet",
 }
 
 
 @pytest.mark.parametrize(
-    ("file", "said"), DAMAGED.items(), ids=[f"{n}-{s[:40]}" for (n, _), s in DAMAGED.items()]
+    ("file", "message"), DAMAGED.items(), ids=[f"{n}-{s[:40]}" for (n, _), s in DAMAGED.items()]
 )
-def test_what_is_wrong_is_said_in_one_line_with_file_and_line(tmp_path, file, said):
+def test_damage_is_reported_in_one_line_with_file_and_line(tmp_path, file, message):
     (tmp_path / file[0]).write_bytes(file[1])
     with pytest.raises(ValueError) as raised:
         read(find(tmp_path / "*"))
-    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_line_is_read_no_further_than_the_longest(tmp_path, monkeypatch):
+def test_overlong_line_is_rejected_without_reading_all_of_it(tmp_path, monkeypatch):
     monkeypatch.setattr(json_lines, "LONGEST_LINE", 900)
     fits = lines(["x"])[:-2] + b" " * 850 + b"}\n"
     (tmp_path / "a.jsonl").write_bytes(fits + lines(["x" * 2000]) + lines(["y"]))
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is longer than 900 bytes: one JSON object"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2 is longer than 900 bytes: each line must be one"):
         read(find(tmp_path / "*"))
     with (tmp_path / "a.jsonl").open("rb") as file:
         numbered = [(number, len(line)) for number, line in json_lines.lines(file)]
@@ -198,7 +198,7 @@ def test_line_is_read_no_further_than_the_longest(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.gz"])
-def test_disk_that_fails_is_no_damage_of_the_file(tmp_path, monkeypatch, name):
+def test_disk_failure_is_not_reported_as_damage(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"")
 
     class Failing(io.RawIOBase):
@@ -214,26 +214,26 @@ def test_disk_that_fails_is_no_damage_of_the_file(tmp_path, monkeypatch, name):
 
 
 @pytest.mark.parametrize(
-    ("column", "values", "said"),
+    ("column", "values", "message"),
     [
         (
             "content",
             ["a"],
-            "a.parquet has no column 'text': set data.text_field to one of its own (url, content)",
+            "a.parquet has no column 'text': set data.text_field to one of url, content",
         ),
-        ("text", [1], "a.parquet, row 1: 'text' is no text but int"),
-        ("text", ["a"] * 5 + [None], "a.parquet, row 6: 'text' is no text but NoneType"),
+        ("text", [1], "a.parquet, row 1: 'text' is int, not text"),
+        ("text", ["a"] * 5 + [None], "a.parquet, row 6: 'text' is NoneType, not text"),
         ("text", pa.array([b"a", b"caf\xe9"]).view(pa.string()), "a.parquet, row 2 is not UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_column_is_said_with_its_row(tmp_path, column, values, said):
+def test_bad_column_is_reported_with_its_row(tmp_path, column, values, message):
     parquet(tmp_path / "a.parquet", values, column)
     with pytest.raises(ValueError) as raised:
         read(find(tmp_path / "*"))
-    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_parquet_cut_in_its_middle_is_named(tmp_path):
+def test_damaged_parquet_file_is_named(tmp_path):
     parquet(tmp_path / "a.parquet", texts(3000))
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[len(content) // 2 : len(content) // 2 + 2000] = b"\xff" * 2000
@@ -244,13 +244,13 @@ def test_parquet_cut_in_its_middle_is_named(tmp_path):
 
 def test_pattern_that_matches_nothing_is_named(tmp_path):
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(ValueError, match=r"data\.text '.*/\*\.txt' matches no file .*quote it"):
+    with pytest.raises(ValueError, match=r"data\.text '.*/\*\.txt' matches no file .*quote the pattern"):
         find(tmp_path / "*.txt")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
-def test_package_that_is_missing_is_named_before_anything_is_read(tmp_path, monkeypatch, name):
+def test_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match=r"is read by pyarrow: pip install 'relora-jax\[arrow\]'"):
+    with pytest.raises(ValueError, match=r"requires pyarrow: pip install 'relora-jax\[arrow\]'"):
         find(tmp_path / "*")

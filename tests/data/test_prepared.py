@@ -12,7 +12,7 @@ from relora_jax import prepare
 from relora_jax.data import prepared, tfds_source
 from relora_jax.data.packing import Packer
 from relora_jax.data.rows import RowStore
-from relora_jax.data.stores import How
+from relora_jax.data.stores import PrepareOptions
 from relora_jax.storage import array_record, places
 from relora_jax.tokenizer import tokenizer as tokenizers
 from tests.support.documents import DATA, texts, write_dataset
@@ -23,9 +23,9 @@ from tests.support import small
 from tests.support.documents import DATA
 
 def get_config(arm='relora'):
-    made = small.config()
-    made.data = DATA
-    return made
+    config = small.config()
+    config.data = DATA
+    return config
 """
 
 
@@ -55,13 +55,13 @@ def packed(documents, tokenizer, packing="concatenate", length=30):
 
 
 def halves(documents):
-    """A dataset of toy size lies in two files."""
+    """The documents of each of the two files of a toy dataset."""
     return documents[: len(documents) // 2], documents[len(documents) // 2 :]
 
 
-def row_store(data, tokenizer, part="train", how=How()):  # noqa: B008
-    [found] = [each for each in prepared._dataset(data) if each.parts == (part,)]
-    return prepared._stores(data, found, tokenizer, how)[part]
+def row_store(data, tokenizer, part="train", options=PrepareOptions()):  # noqa: B008
+    [text] = [text for text in prepared._dataset(data) if text.parts == (part,)]
+    return prepared._stores(data, text, tokenizer, options)[part]
 
 
 def test_store_holds_the_packed_rows_of_its_documents(tokenizer, toy):
@@ -74,7 +74,7 @@ def test_store_holds_the_packed_rows_of_its_documents(tokenizer, toy):
     assert (rows == tokenizer.eos).sum() >= 20 and not ((rows[:, :-1] == EOS) & (rows[:, 1:] == EOS)).any()
 
 
-def test_truncated_store_counts_true_tokens_alone(tokenizer, toy, capsys):
+def test_truncated_store_does_not_count_padding(tokenizer, toy, capsys):
     store = row_store(dataclasses.replace(DATA, packing="truncate", sequence_length=50), tokenizer)
     ids, lengths = store.read(range(store.rows))
     assert (ids == packed(toy, tokenizer, "truncate", 50)).all() and lengths.min() < 45
@@ -82,8 +82,8 @@ def test_truncated_store_counts_true_tokens_alone(tokenizer, toy, capsys):
     real = ids[np.arange(51) < lengths[:, None]]
     assert store.counts.tolist() == np.bincount(real, minlength=380).tolist()
     assert 0.05 < store.manifest["dropped"] == pytest.approx(1 - store.tokens / store.manifest["given"])
-    share = f"{100 * store.manifest['dropped']:.0f}% of the train tokens of toy:1.0.0 train lay behind"
-    assert share in (said := capsys.readouterr().err) and "data.packing=concatenate" in said
+    share = f"{100 * store.manifest['dropped']:.0f}% of the train tokens of toy:1.0.0 train are dropped"
+    assert share in (message := capsys.readouterr().err) and "data.packing=concatenate" in message
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 1000])
@@ -93,7 +93,7 @@ def test_rows_do_not_depend_on_how_many_documents_are_encoded_at_once(tokenizer,
     assert (rows_of(row_store(DATA, tokenizer)) == rows).all()
 
 
-def test_rows_of_a_shard_are_those_of_its_block_alone(tokenizer, toy, monkeypatch):
+def test_rows_of_a_shard_depend_only_on_its_block(tokenizer, toy, monkeypatch):
     monkeypatch.setattr(tfds_source, "BLOCK_DOCUMENTS", 5)
     monkeypatch.setattr(tfds_source, "CHUNK_DOCUMENTS", 4)  # does not divide a block
     store = row_store(DATA, tokenizer)
@@ -103,16 +103,16 @@ def test_rows_of_a_shard_are_those_of_its_block_alone(tokenizer, toy, monkeypatc
     shards = store.manifest["shards"]
     assert [shard["rows"] for shard in shards] == [len(each) for each in rows]
     assert [shard["documents"] for shard in shards] == [5, 5, 2, 5, 5, 3]
-    given = sum(len(ids) + 1 for ids in tokenizer.encode_documents(toy) if len(ids))
-    assert store.manifest["given"] == given
-    assert store.manifest["dropped"] == pytest.approx((given - store.tokens) / given)
+    tokens = sum(len(ids) + 1 for ids in tokenizer.encode_documents(toy) if len(ids))
+    assert store.manifest["given"] == tokens
+    assert store.manifest["dropped"] == pytest.approx((tokens - store.tokens) / tokens)
 
 
-def test_manifest_tells_what_decides_the_rows_and_what_they_are(tokenizer):
+def test_manifest_has_the_key_and_the_properties_of_the_rows(tokenizer):
     store = row_store(DATA, tokenizer, "validation")
     manifest = json.loads((store.path / "manifest.json").read_text())
     assert manifest["key"] == {
-        "format": 2,
+        "format": 3,
         "dataset": "toy:1.0.0",
         "split": "validation",
         "tokenizer": tokenizer.sha256,
@@ -135,19 +135,19 @@ def test_manifest_tells_what_decides_the_rows_and_what_they_are(tokenizer):
         "packing",
     )
     facts = [manifest[name] for name in names]
-    assert facts == [2, store.rows, store.tokens, 3, 380, 30, 1, 0, "concatenate"]
+    assert facts == [3, store.rows, store.tokens, 3, 380, 30, 1, 0, "concatenate"]
     assert manifest["text"] == {"files": 2, "of_files": 2, "of_documents": 3}
     assert manifest["record"] == "[('length', '<u4'), ('ids', '<u2', (31,))]"
 
 
-def test_rows_begin_their_documents_with_the_bos_that_the_config_gives():
+def test_documents_start_with_the_bos_of_the_config():
     store = prepared.prepare(dataclasses.replace(DATA, bos_id=5, packing="truncate")).train
     without = prepared.prepare(dataclasses.replace(DATA, packing="truncate")).train
     assert (rows_of(store)[:, 0] == 5).all() and (rows_of(store)[:, 1:] == rows_of(without)[:, :-1]).all()
     assert store.manifest["key"]["bos"] == 5 and "bos" not in without.manifest["key"]
 
 
-def test_anything_that_decides_the_rows_gives_a_store_of_its_own(tokenizer, tmp_path):
+def test_every_setting_that_affects_rows_gets_a_separate_store(tokenizer, tmp_path):
     write_dataset("toy:1.1.0", {"train": texts(20), "validation": texts(3)})
     other = tokenizers.train(
         tokenizers._lines(texts(9)), kind="bpe", vocab_size=330, path=tmp_path / "o.model"
@@ -167,25 +167,25 @@ def test_anything_that_decides_the_rows_gives_a_store_of_its_own(tokenizer, tmp_
         row_store(DATA, tokenizer).path,  # the newest version now
     }
     assert len(paths) == 11
-    budget = dataclasses.replace(first, train_tokens=31)  # is of no matter for the text that is held out
+    budget = dataclasses.replace(first, train_tokens=31)  # does not affect the validation rows
     assert row_store(budget, tokenizer, "validation").path in paths
 
 
-def test_second_call_finds_everything_and_reads_no_text(monkeypatch):
+def test_second_call_reuses_everything_and_reads_no_text(monkeypatch):
     first = prepared.prepare(DATA)
 
     def never(*_):
         raise AssertionError("text is read again")
 
     monkeypatch.setattr(tfds_source, "open_dataset", never)
-    again = prepared.prepare(DATA, How(build_limit_bytes=0))
+    again = prepared.prepare(DATA, PrepareOptions(build_limit_bytes=0))
     assert again.tokenizer.sha256 == first.tokenizer.sha256
     for before, now in ((first.train, again.train), (first.validation, again.validation)):
         assert before.path == now.path and (rows_of(before) == rows_of(now)).all()
     assert first.train.manifest["key"]["split"] == "train" and first.train.manifest["documents"] == DOCUMENTS
 
 
-def test_rows_are_found_where_their_dataset_is_gone(tmp_path, monkeypatch):
+def test_rows_are_found_without_their_dataset(tmp_path, monkeypatch):
     def rows(dataset, **changes):
         return prepared.prepare(dataclasses.replace(DATA, dataset=dataset, **changes)).train.path
 
@@ -193,53 +193,56 @@ def test_rows_are_found_where_their_dataset_is_gone(tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
     assert rows("toy") == rows("toy:1.0.0") == first
     with pytest.raises(ValueError, match=r"dataset toy:1\.0\.0 is not in .*/empty: set TFDS_DATA_DIR"):
-        rows("toy", sequence_length=20)  # the only rows of it are others
+        rows("toy", sequence_length=20)  # only other rows exist
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "newer"))
     write_dataset("toy:1.10.0", {"train": texts(20), "validation": texts(3)})
     newer = rows("toy")
     assert newer != first == rows("toy:1.0.0")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"rows of its versions 1\.0\.0, 1\.10\.0: write data\.dataset=toy:"):
+    with pytest.raises(
+        ValueError, match=r"several versions exist \(1\.0\.0, 1\.10\.0\): set data\.dataset=toy:"
+    ):
         rows("toy")
     assert (rows("toy:1.0.0"), rows("toy:1.10.0")) == (first, newer)
-    for path in places.cache_dir().glob("rows/*"):  # begun, not whole
+    for path in places.cache_dir().glob("rows/*"):  # incomplete
         path.rename(path.with_suffix(".partial"))
     with pytest.raises(ValueError, match="dataset toy is not in"):
         rows("toy")
 
 
-def test_large_dataset_is_prepared_only_by_the_command(tokenizer):
+def test_large_dataset_is_refused_with_the_prepare_command(tokenizer):
     size = tfds_source.open_dataset("toy", "train").bytes
-    how = How(build_limit_bytes=size - 1, command="python -m relora_jax.prepare --config=c.py --config.a.b=3")
-    for refused in (lambda: prepared.prepare(DATA, how), lambda: row_store(DATA, tokenizer, how=how)):
+    command = "python -m relora_jax.prepare --config=c.py --config.a.b=3"
+    options = PrepareOptions(build_limit_bytes=size - 1, command=command)
+    for prepare_rows in (prepared.prepare, lambda data, _: row_store(data, tokenizer, options=options)):
         with pytest.raises(
-            ValueError, match=r"rows are made only by command: .* --config=c\.py --config\.a\.b=3$"
+            ValueError, match=r"must be prepared first: run .* --config=c\.py --config\.a\.b=3$"
         ):
-            refused()
+            prepare_rows(DATA, options)
     cache = places.cache_dir()
     assert not list(cache.rglob("*.model")) and not list(cache.rglob("manifest.json"))
-    assert prepared.prepare(DATA, How(build_limit_bytes=size)).train.rows > 0
+    assert prepared.prepare(DATA, PrepareOptions(build_limit_bytes=size)).train.rows > 0
 
 
-def test_command_for_a_store_that_does_not_fit_says_what_the_others_are(tokenizer):
+def test_refusal_of_a_large_text_lists_how_its_other_stores_differ(tokenizer):
     for changes in ({"sequence_length": 20}, {"sequence_length": 9, "packing": "truncate"}):
         row_store(dataclasses.replace(DATA, **changes), tokenizer)
     row_store(dataclasses.replace(DATA, train_split="train[:50%]"), tokenizer)
     with pytest.raises(ValueError) as raised:
-        row_store(DATA, tokenizer, how=How(build_limit_bytes=0))
-    told = str(raised.value).partition("(rows of this text are there with ")[2]
-    assert sorted(told[:-1].split("; ")) == [
-        "packing truncate, this config says concatenate and sequence_length 9, this config says 30",
-        "sequence_length 20, this config says 30",
+        row_store(DATA, tokenizer, options=PrepareOptions(build_limit_bytes=0))
+    differences = str(raised.value).partition("(rows of this text exist with ")[2]
+    assert sorted(differences[:-1].split("; ")) == [
+        "packing truncate, this config has concatenate and sequence_length 9, this config has 30",
+        "sequence_length 20, this config has 30",
     ]
 
 
 def test_progress_counts_documents_and_tokens(tokenizer, capfd):
     row_store(DATA, tokenizer)
     assert capfd.readouterr() == ("", "")
-    row_store(dataclasses.replace(DATA, sequence_length=20), tokenizer, how=How(progress=True))
-    written = capfd.readouterr().err
-    assert f"{DOCUMENTS}/{DOCUMENTS}" in written and "tokens/s" in written
+    row_store(dataclasses.replace(DATA, sequence_length=20), tokenizer, options=PrepareOptions(progress=True))
+    output = capfd.readouterr().err
+    assert f"{DOCUMENTS}/{DOCUMENTS}" in output and "tokens/s" in output
 
 
 def test_text_too_short_for_a_row_is_an_error_and_leaves_no_store(tokenizer):
@@ -248,7 +251,7 @@ def test_text_too_short_for_a_row_is_an_error_and_leaves_no_store(tokenizer):
     assert not list(places.cache_dir().rglob("manifest.json"))
 
 
-def test_rows_that_did_not_reach_the_disk_make_no_store(tokenizer, monkeypatch):
+def test_incompletely_written_rows_make_no_store(tokenizer, monkeypatch):
     write, calls = array_record.ArrayRecordWriter.write, itertools.count()
     half = lambda self, row: next(calls) % 2 or write(self, row)  # noqa: E731
     monkeypatch.setattr(array_record.ArrayRecordWriter, "write", half)
@@ -259,7 +262,7 @@ def test_rows_that_did_not_reach_the_disk_make_no_store(tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"packing": "scatter"}, "data.packing 'scatter'"),
         ({"sequence_length": 0}, "data.sequence_length 0"),
@@ -273,47 +276,47 @@ def test_rows_that_did_not_reach_the_disk_make_no_store(tokenizer, monkeypatch):
         ({"tokenizer": "bpe(x)"}, "bpe(x)"),
     ],
 )
-def test_wrong_setting_is_said_in_one_line(change, said):
+def test_bad_setting_is_reported_in_one_line(change, message):
     with pytest.raises(ValueError) as raised:
         prepared.prepare(dataclasses.replace(DATA, **change))
-    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
-def test_command_prepares_whatever_the_size_and_says_what_it_made(tmp_path, monkeypatch, capsys):
-    asked, made = [], prepared.prepare
-    spy = lambda data, how: asked.append(how) or made(data, how._replace(workers=1))  # noqa: E731
+def test_command_prepares_any_size_and_prints_a_summary(tmp_path, monkeypatch, capsys):
+    calls, build = [], prepared.prepare
+    spy = lambda data, options: calls.append(options) or build(data, options._replace(workers=1))  # noqa: E731
     monkeypatch.setattr(prepared, "prepare", spy)
     (tmp_path / "c.py").write_text(CONFIG)
-    words = ["prepare", f"--config={tmp_path}/c.py", "--config.data.sequence_length=20"]
-    words.append("--config.model.vocab_size=380")
-    assert prepare.main(words) == prepare.main([*words, "--workers=3"]) == 0
-    store = made(dataclasses.replace(DATA, sequence_length=20)).train
-    assert [(how.build_limit_bytes, how.workers) for how in asked] == [
+    args = ["prepare", f"--config={tmp_path}/c.py", "--config.data.sequence_length=20"]
+    args.append("--config.model.vocab_size=380")
+    assert prepare.main(args) == prepare.main([*args, "--workers=3"]) == 0
+    store = build(dataclasses.replace(DATA, sequence_length=20)).train
+    assert [(options.build_limit_bytes, options.workers) for options in calls] == [
         (math.inf, len(os.sched_getaffinity(0))),
         (math.inf, 3),
     ]
-    said = f"train: {store.rows:,} rows, {store.tokens:,} tokens of 25 of 25 documents in 2 block(s)"
-    assert f"{said} (2 of 2 files): {store.path}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--workers=all is no whole number from 0 on"):
-        prepare.main([*words, "--workers=all"])
+    message = f"train: {store.rows:,} rows, {store.tokens:,} tokens of 25 of 25 documents in 2 block(s)"
+    assert f"{message} (2 of 2 files): {store.path}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--workers=all must be an integer of at least 0"):
+        prepare.main([*args, "--workers=all"])
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
-def test_command_says_that_the_pieces_do_not_fit_the_model_before_rows_are_made(tmp_path):
+def test_command_rejects_too_many_pieces_before_building_rows(tmp_path):
     (tmp_path / "c.py").write_text(CONFIG)
-    words = ["prepare", f"--config={tmp_path}/c.py", "--workers=1"]
+    args = ["prepare", f"--config={tmp_path}/c.py", "--workers=1"]
     with pytest.raises(ValueError, match=r"has 380 pieces and model\.vocab_size is 379: set it to 380"):
-        prepare.main([*words, "--config.model.vocab_size=379"])
+        prepare.main([*args, "--config.model.vocab_size=379"])
     assert not (places.cache_dir() / "rows").exists()
-    assert prepare.main([*words, "--config.model.vocab_size=380"]) == 0
+    assert prepare.main([*args, "--config.model.vocab_size=380"]) == 0
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
 @pytest.mark.parametrize("terminal", [True, False])
-def test_command_draws_its_bar_at_a_terminal_alone(tmp_path, monkeypatch, capsys, terminal):
+def test_command_draws_its_progress_bar_only_on_a_terminal(tmp_path, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     (tmp_path / "c.py").write_text(CONFIG)
-    words = ["prepare", f"--config={tmp_path}/c.py", "--workers=1", "--config.model.vocab_size=380"]
-    assert prepare.main(words) == 0
+    args = ["prepare", f"--config={tmp_path}/c.py", "--workers=1", "--config.model.vocab_size=380"]
+    assert prepare.main(args) == 0
     assert ("tokens/s" in capsys.readouterr().err) == terminal

@@ -20,7 +20,7 @@ from relora_jax.data import file_source
 from relora_jax.data.packing import Packer
 from relora_jax.data.prepared import find_tokenizer, prepare, train_texts
 from relora_jax.data.shards import Block, End, Job
-from relora_jax.data.stores import How, InOrder
+from relora_jax.data.stores import OrderedBlocks, PrepareOptions
 from relora_jax.storage import places
 from relora_jax.tokenizer import tokenizer as tokenizers
 from tests.support.documents import texts
@@ -32,14 +32,14 @@ FIND = file_source.find
 @pytest.fixture(autouse=True)
 def small_blocks(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = lambda *words, **named: dataclasses.replace(FIND(*words, **named), block_documents=BLOCK)  # noqa: E731
-    monkeypatch.setattr(file_source, "find", found)
+    find = lambda *args, **kwargs: dataclasses.replace(FIND(*args, **kwargs), block_documents=BLOCK)  # noqa: E731
+    monkeypatch.setattr(file_source, "find", find)
 
 
-def made_in(cache, monkeypatch, data, how=How()):  # noqa: B008
-    """{file of the store: its bytes} of a preparation in a cache of its own."""
+def prepared_files(cache, monkeypatch, data, options=PrepareOptions()):  # noqa: B008
+    """{file of the store: its bytes} after preparing `data` in the given cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    path = prepare(data, how).train.path.parent
+    path = prepare(data, options).train.path.parent
     return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
 
 
@@ -61,7 +61,7 @@ def packed(documents, tokenizer):
     return packer.add(tokenizer.encode_documents(documents)).ids
 
 
-def test_one_reading_gives_both_stores_each_document_in_its_own_part_of_its_block(folder):
+def test_one_pass_builds_both_stores_with_each_document_in_its_part_and_block(folder):
     prepared = prepare(config(folder))
     for at, store in enumerate((prepared.train, prepared.validation)):
         rows = np.concatenate([packed(parts[at], prepared.tokenizer) for parts in blocks_of(folder)])
@@ -77,45 +77,46 @@ def test_store_does_not_depend_on_the_workers(folder, tmp_path, monkeypatch):
         content = gzip.decompress((folder / f"{k}.jsonl.gz").read_bytes())
         (tmp_path / f"{k}.jsonl").write_bytes(content)
     data = config(folder, text=f"{tmp_path}/*.jsonl")
-    alone = made_in(tmp_path / "1", monkeypatch, data)
+    alone = prepared_files(tmp_path / "1", monkeypatch, data)
     assert len(alone) > 14 and not any(name.startswith("blocks") for name in alone)
-    for workers in (2, 3):  # more of them than files: they share these
-        assert made_in(tmp_path / f"{workers}", monkeypatch, data, How(workers=workers)) == alone
+    for workers in (2, 3):  # more workers than files, which they share
+        assert (
+            prepared_files(tmp_path / f"{workers}", monkeypatch, data, PrepareOptions(workers=workers))
+            == alone
+        )
 
 
 def test_more_files_leave_the_rows_of_the_others_as_they_are(folder, tmp_path, monkeypatch):
-    before = made_in(tmp_path / "1", monkeypatch, config(folder))
+    before = prepared_files(tmp_path / "1", monkeypatch, config(folder))
     (more := tmp_path / "more").mkdir()
     for file in folder.glob("*.gz"):
         (more / file.name).write_bytes(file.read_bytes())
     (more / "9.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "new " * 900}).encode()))
     data = config(folder, text=str(more / "*.gz"))
-    after = made_in(tmp_path / "2", monkeypatch, data)
+    after = prepared_files(tmp_path / "2", monkeypatch, data)
     shards = {name for name in before if name.endswith("array_record")}
     assert {name: after[name] for name in shards} == {name: before[name] for name in shards}
     assert [name for name in after if name not in before] == ["train/00005-00000.array_record"]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_train_tokens_end_the_store_with_the_first_block_that_reaches_them(
-    folder, tmp_path, monkeypatch, workers
-):
+def test_store_ends_with_the_first_block_that_reaches_train_tokens(folder, tmp_path, monkeypatch, workers):
     everything = prepare(config(folder))
     shards = everything.train.manifest["shards"]
     tokens = np.cumsum([shard["tokens"] for shard in shards]).tolist()
     for budget, blocks in ((tokens[4], 5), (tokens[4] + 1, 6), (1, 1)):
         data = config(folder, train_tokens=budget)
-        made = made_in(tmp_path / f"{budget}", monkeypatch, data, How(workers=workers))
-        train, validation = (json.loads(made[f"{part}/manifest.json"]) for part in file_source.PARTS)
+        files = prepared_files(tmp_path / f"{budget}", monkeypatch, data, PrepareOptions(workers=workers))
+        train, validation = (json.loads(files[f"{part}/manifest.json"]) for part in file_source.PARTS)
         assert train["shards"] == shards[:blocks] and train["tokens"] == tokens[blocks - 1] >= budget
         assert validation["shards"] == everything.validation.manifest["shards"][:blocks]
-        on_disk = [name for name in made if name.startswith("train/") and name.endswith("record")]
+        on_disk = [name for name in files if name.startswith("train/") and name.endswith("record")]
         assert len(on_disk) == sum(shard["rows"] > 0 for shard in train["shards"])
         if workers == 3:
             break
 
 
-def test_nothing_is_read_behind_the_train_tokens(folder, monkeypatch):
+def test_nothing_is_read_beyond_the_train_tokens(folder, monkeypatch):
     opened, blocks = [], file_source.Files.blocks
     spy = lambda self, file: opened.append(file) or blocks(self, file)  # noqa: E731
     monkeypatch.setattr(file_source.Files, "blocks", spy)
@@ -123,12 +124,12 @@ def test_nothing_is_read_behind_the_train_tokens(folder, monkeypatch):
     assert opened == [0, 1]
 
 
-def test_more_train_tokens_than_there_are_give_everything_and_say_so(folder, capsys):
+def test_too_many_train_tokens_use_everything_and_warn(folder, capsys):
     everything = prepare(config(folder)).train
     capsys.readouterr()
     store = prepare(config(folder, train_tokens=10**6)).train
     assert store.manifest["shards"] == everything.manifest["shards"]
-    assert f"gives {store.tokens:,} tokens, of data.train_tokens=1,000,000" in capsys.readouterr().err
+    assert f"only {store.tokens:,} tokens, fewer than data.train_tokens=1,000,000" in capsys.readouterr().err
 
 
 @given(
@@ -136,41 +137,39 @@ def test_more_train_tokens_than_there_are_give_everything_and_say_so(folder, cap
     budget=st.integers(0, 40),
     order=st.randoms(use_true_random=False),
 )
-def test_blocks_are_whole_when_the_first_that_reach_the_budget_are_there(sizes, budget, order):
+def test_ordered_blocks_are_complete_once_the_first_to_reach_the_budget_arrived(sizes, budget, order):
     every = [Block(f, n, 1, [{"tokens": t}]) for f, tokens in enumerate(sizes) for n, t in enumerate(tokens)]
     reached = [sum(b.parts[0]["tokens"] for b in every[: k + 1]) >= budget > 0 for k in range(len(every))]
-    taken = every[: reached.index(True) + 1] if any(reached) else every
+    expected = every[: reached.index(True) + 1] if any(reached) else every
     messages = [*every, *(End(f, len(tokens)) for f, tokens in enumerate(sizes))]
     order.shuffle(messages)
-    found = InOrder(len(sizes), budget)
+    ordered = OrderedBlocks(len(sizes), budget)
     for k in range(len(messages) + 1):
         if k:
-            found.add(messages[k - 1])
+            ordered.add(messages[k - 1])
         blocks = [m for m in messages[:k] if isinstance(m, Block)]
         ends = [m for m in messages[:k] if isinstance(m, End)]
-        last = taken[-1].file if any(reached) else len(sizes)
-        needed = {*range(last)} <= {end.file for end in ends} and all(block in blocks for block in taken)
-        assert found.whole == needed and (found.taken == taken or not needed)
+        last = expected[-1].file if any(reached) else len(sizes)
+        complete = {*range(last)} <= {end.file for end in ends} and all(block in blocks for block in expected)
+        assert ordered.complete == complete and (ordered.blocks == expected or not complete)
 
 
-def test_blocks_of_many_files_are_put_in_order_as_fast_as_they_come():
-    found, began = InOrder(10_000, 0), time.process_time()
+def test_ordering_blocks_of_many_files_takes_linear_time():
+    ordered, start = OrderedBlocks(10_000, 0), time.process_time()
     for file in range(9_999, -1, -1):
-        found.add(Block(file, 0, 1, [{"tokens": 1}]))
-        found.add(End(file, 1))
-    assert found.whole and len(found.taken) == 10_000 and time.process_time() - began < 2
+        ordered.add(Block(file, 0, 1, [{"tokens": 1}]))
+        ordered.add(End(file, 1))
+    assert ordered.complete and len(ordered.blocks) == 10_000 and time.process_time() - start < 2
 
 
-def test_more_files_than_may_be_open_are_refused_before_anything_is_made_of_them(
-    folder, tmp_path, monkeypatch
-):
+def test_too_many_files_to_open_are_refused_before_any_work(folder, tmp_path, monkeypatch):
     for k, text in enumerate(texts(9)):
         (tmp_path / f"{k}.txt").write_text(text * 9)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (520, 520))
-    monkeypatch.setattr(Job, "_make", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr(Job, "_build", lambda *_: pytest.fail("built"))
     data = config(folder, text=f"{tmp_path}/*.txt")
-    refused = r"0\.txt and 8 more: 9 shards, .* 520 files open: .* to 521, or join small files into"
-    with pytest.raises(ValueError, match=refused):
+    message = r"0\.txt and 8 more has 9 shards, .* 520 files open: .* to 521, or join small files into"
+    with pytest.raises(ValueError, match=message):
         prepare(data)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -186,62 +185,59 @@ from tests.support.own_text import config, BLOCK
 find = files.find
 files.find = lambda *a, **k: dataclasses.replace(find(*a, **k), block_documents=BLOCK)
 if __name__ == "__main__":
-    left = [int(sys.argv[2])]
-    make = shards.Job._make
-    def counted(self, *words):
-        for message in make(self, *words):
+    remaining = [int(sys.argv[2])]
+    build = shards.Job._build
+    def kill_after(self, *args):
+        for message in build(self, *args):
             yield message
-            left[0] -= isinstance(message, shards.Block)
-            if left[0] < 0 or not left[0] and isinstance(message, shards.Advance):
+            remaining[0] -= isinstance(message, shards.Block)
+            if remaining[0] < 0 or not remaining[0] and isinstance(message, shards.Progress):
                 os.kill(os.getpid(), signal.SIGKILL)  # in the middle of a block
-    shards.Job._make = counted
+    shards.Job._build = kill_after
     prepare(config(pathlib.Path(sys.argv[1])))
 """
 
 
-def test_killed_preparation_goes_on_with_the_blocks_that_are_missing(folder, tmp_path, monkeypatch):
-    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+def test_killed_preparation_resumes_with_the_missing_blocks(folder, tmp_path, monkeypatch):
+    expected = prepared_files(tmp_path / "1", monkeypatch, config(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
     killed = subprocess.run([sys.executable, "-c", KILLED, str(folder), "4"])
     assert killed.returncode == -9
     [partial] = (places.cache_dir() / "rows").glob("*.partial")
-    kept = sorted((partial / "blocks").glob("*.json"))
-    assert len(kept) == 4
-    made, make = [], Job._make
-    spy = lambda self, file, number, chunks: made.append((file, number)) or make(self, file, number, chunks)  # noqa: E731
-    monkeypatch.setattr(Job, "_make", spy)
-    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+    assert len(list((partial / "blocks").glob("*.json"))) == 4
+    built, build = [], Job._build
+    spy = lambda self, *args: built.append(args[:2]) or build(self, *args)  # noqa: E731
+    monkeypatch.setattr(Job, "_build", spy)
+    assert prepared_files(tmp_path / "2", monkeypatch, config(folder)) == expected
     everything = [(f, n) for f, size in enumerate(SIZES) for n in range(-(-size // BLOCK))]
-    assert made == everything[4:] and not partial.exists()
+    assert built == everything[4:] and not partial.exists()
 
 
-def test_block_whose_shard_was_deleted_is_made_again(folder, tmp_path, monkeypatch):
-    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+def test_block_with_a_deleted_shard_is_rebuilt(folder, tmp_path, monkeypatch):
+    expected = prepared_files(tmp_path / "1", monkeypatch, config(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
     assert subprocess.run([sys.executable, "-c", KILLED, str(folder), "5"]).returncode == -9
     [partial] = (places.cache_dir() / "rows").glob("*.partial")
     (partial / "train" / "00001-00000.array_record").unlink()
-    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+    assert prepared_files(tmp_path / "2", monkeypatch, config(folder)) == expected
 
 
-@pytest.mark.parametrize("left", [0, 9, None])
+@pytest.mark.parametrize("size", [0, 9, None])
 @pytest.mark.parametrize("name", ["00001-00000.json", "00000.end", "00001-00001.counts.npy"])
-def test_record_that_is_empty_cut_or_gone_is_made_again(folder, tmp_path, monkeypatch, name, left):
-    whole_one = made_in(tmp_path / "1", monkeypatch, config(folder))
+def test_empty_truncated_or_missing_record_is_rebuilt(folder, tmp_path, monkeypatch, name, size):
+    expected = prepared_files(tmp_path / "1", monkeypatch, config(folder))
     with monkeypatch.context() as patch:
         patch.setattr(Job, "finish", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            made_in(tmp_path / "2", patch, config(folder))
+            prepared_files(tmp_path / "2", patch, config(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
     [file] = (places.cache_dir() / "rows").glob(f"*.partial/blocks/{name}")
-    file.unlink() if left is None else os.truncate(file, min(left, file.stat().st_size - 1))
+    file.unlink() if size is None else os.truncate(file, min(size, file.stat().st_size - 1))
     (file.parent / "00004.end").write_text("4")  # no such record
-    assert made_in(tmp_path / "2", monkeypatch, config(folder)) == whole_one
+    assert prepared_files(tmp_path / "2", monkeypatch, config(folder)) == expected
 
 
-def test_short_files_leave_little_on_the_disk_until_all_are_read_and_are_read_once(
-    folder, tmp_path, monkeypatch
-):
+def test_short_files_need_little_disk_space_and_are_read_once(folder, tmp_path, monkeypatch):
     for k, text in enumerate(["too short for a row", *texts(9)]):
         (tmp_path / f"{k}.txt").write_text(text)
     data = config(folder, text=f"{tmp_path}/*.txt", validation_fraction=0.5)
@@ -251,13 +247,13 @@ def test_short_files_leave_little_on_the_disk_until_all_are_read_and_are_read_on
             prepare(data)
     sizes = [file.stat().st_size for file in places.cache_dir().glob("rows/*.partial/blocks/*.npy")]
     assert len(sizes) == 10 and max(sizes) < 380 * 8  # half of 8 bytes for each piece of each part
-    monkeypatch.setattr(Job, "_make", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(Job, "_build", lambda *_: pytest.fail("built again"))
     for store in prepare(data)[1:]:
         ids = store.read(range(store.rows))[0]
         assert store.counts.tolist() == np.bincount(ids.ravel(), minlength=380).tolist() and sum(store.counts)
 
 
-def test_every_file_of_a_store_is_on_the_disk_before_it_has_its_name(folder, tmp_path, monkeypatch):
+def test_every_file_of_a_store_is_synced_before_it_is_renamed(folder, tmp_path, monkeypatch):
     synced, fsync = set(), os.fsync
     spy = lambda file: synced.add(os.fstat(file).st_ino) or fsync(file)  # noqa: E731
     monkeypatch.setattr(os, "fsync", spy)
@@ -269,12 +265,12 @@ def test_every_file_of_a_store_is_on_the_disk_before_it_has_its_name(folder, tmp
         return replace(self, target)
 
     monkeypatch.setattr(pathlib.Path, "replace", renamed)
-    made = made_in(tmp_path / "1", monkeypatch, config(folder))
-    assert {pathlib.Path(name).name for name in made} <= set(named)
+    files = prepared_files(tmp_path / "1", monkeypatch, config(folder))
+    assert {pathlib.Path(name).name for name in files} <= set(named)
     assert {"00000.end", "00001-00000.json", "00001-00000.counts.npy"} <= set(named)
 
 
-def test_files_that_are_read_to_their_end_are_not_opened_again(folder, tmp_path, monkeypatch):
+def test_finished_files_are_not_opened_again(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
     assert subprocess.run([sys.executable, "-c", KILLED, str(folder), "6"]).returncode == -9
     opened, blocks = [], file_source.Files.blocks
@@ -285,18 +281,18 @@ def test_files_that_are_read_to_their_end_are_not_opened_again(folder, tmp_path,
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_document_is_named_and_what_was_made_of_its_files_goes(folder, tmp_path, workers):
+def test_bad_document_is_named_and_unfinished_stores_are_removed(folder, tmp_path, workers):
     (bad := tmp_path / "bad").mkdir()
     for file in sorted(folder.glob("*.gz")):
         (bad / file.name).write_bytes(file.read_bytes())
     (bad / "3.jsonl.gz").write_bytes(gzip.compress(b'{"text": "caf\xe9 "}\n'))
     with pytest.raises(ValueError) as raised:
-        prepare(config(folder, text=f"{bad}/*"), How(workers=workers))
+        prepare(config(folder, text=f"{bad}/*"), PrepareOptions(workers=workers))
     assert str(raised.value).startswith(f"{bad}/3.jsonl.gz, line 1 is not UTF-8")
     assert not list((places.cache_dir() / "rows").glob("*.partial"))
 
 
-def test_nothing_held_out_is_said_with_the_remedy(folder):
+def test_too_little_text_is_reported_with_a_remedy(folder):
     with pytest.raises(ValueError, match=r"validation part .* raise data\.validation_fraction"):
         prepare(config(folder, validation_fraction=1e-9))
     with pytest.raises(ValueError, match=r"train part has too little text for one row of data\.seq.*=200000"):
@@ -304,115 +300,114 @@ def test_nothing_held_out_is_said_with_the_remedy(folder):
 
 
 @pytest.mark.parametrize("name", ["book.txt", "book.txt.gz"])
-def test_text_file_alone_is_one_document_which_is_said_before_it_is_read(folder, tmp_path, monkeypatch, name):
+def test_single_text_file_is_rejected_as_one_document_before_it_is_read(folder, tmp_path, monkeypatch, name):
     book = "\n".join(texts(900)).encode()
     (tmp_path / name).write_bytes(gzip.compress(book) if name.endswith(".gz") else book)
     monkeypatch.setattr(file_source.Files, "blocks", lambda *_: pytest.fail("read"))
     for tokenizer in ("bpe(330)", str(folder / "t.model")):
         data = config(folder, text=f"{tmp_path}/book*", tokenizer=tokenizer)
         for refused in (prepare, find_tokenizer):
-            with pytest.raises(ValueError, match=rf"{name} is one document, .*: split it .*\.jsonl with a"):
+            with pytest.raises(ValueError, match=rf"{name} is a single document, .*: split it .*\.jsonl"):
                 refused(data)
 
 
-def test_one_document_is_said_to_be_one_and_a_tokenizer_may_be_trained_on_it(folder, tmp_path):
+def test_single_document_is_rejected_but_may_train_a_tokenizer(folder, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "\n".join(texts(99))}))
     (tmp_path / "b.txt").write_text("\n".join(texts(99)))
-    for fraction in (1e-9, 1 - 1e-9):  # whichever part it is of
+    for fraction in (1e-9, 1 - 1e-9):  # in either part
         data = config(folder, text=f"{tmp_path}/a*", validation_fraction=fraction)
-        with pytest.raises(ValueError, match=r"a\.jsonl is one document, and nothing of it can be held out"):
+        with pytest.raises(ValueError, match=r"a\.jsonl is a single document, so nothing can be held out"):
             prepare(data)
     [text] = train_texts(config(folder, text=f"{tmp_path}/b*", validation_fraction=1e-9))
     assert text.startswith("Number 0")
 
 
-def test_many_small_files_are_told_of(folder, tmp_path, capsys):
+def test_warns_of_tokens_dropped_from_many_small_files(folder, tmp_path, capsys):
     prepare(config(folder))
-    assert "fell off" in (said := capsys.readouterr().err) and said.count("\n") <= 2
+    assert "are dropped" in (output := capsys.readouterr().err) and output.count("\n") <= 2
     for k, text in enumerate(texts(50)):
         (tmp_path / f"{k}.txt").write_text(text)
     train = prepare(config(folder, text=f"{tmp_path}/*.txt")).train
     share = f"{100 * train.manifest['dropped']:.0f}% of the train tokens of {tmp_path}/0.txt and 49 more"
-    assert f"{share} fell off where blocks and files end: join small files" in capsys.readouterr().err
+    assert f"{share} are dropped at ends of blocks and files: join small files" in capsys.readouterr().err
 
 
-def test_tokenizer_is_trained_on_what_is_not_held_out(folder, tmp_path):
+def test_tokenizer_is_trained_only_on_train_documents(folder, tmp_path):
     trained = prepare(config(folder, tokenizer="bpe(330)")).tokenizer
     train = [text for parts in blocks_of(folder) for text in parts[0]]
     lines = tokenizers._lines(train)
     assert trained.sha256 == tokenizers.train(lines, kind="bpe", vocab_size=330, path=tmp_path / "o").sha256
 
 
-def command(folder, place, count, size):
-    """`prepare` in a process of its own, by two workers, of `count` files with `size` documents each."""
-    (place / "c.py").write_text(
+def start_command(folder, directory, count, size):
+    """A process that runs `prepare` with two workers on `count` files of `size` documents each."""
+    (directory / "c.py").write_text(
         "import pathlib\nfrom tests.support import own_text, small\n"
-        "def get_config(arm='relora'):\n    made = small.config()\n    made.model.vocab_size = 380\n"
-        f"    made.data = own_text.config(pathlib.Path({str(folder)!r}))\n    return made\n"
+        "def get_config(arm='relora'):\n    config = small.config()\n    config.model.vocab_size = 380\n"
+        f"    config.data = own_text.config(pathlib.Path({str(folder)!r}))\n    return config\n"
     )
     for k in range(count):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts(200, seed=k))
-        (place / f"{k}.jsonl").write_text(lines * (size // 200))
-    words = [f"--config={place}/c.py", f"--text={place}/*.jsonl", "--workers=2"]
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored where a shell's `&` started us
+        (directory / f"{k}.jsonl").write_text(lines * (size // 200))
+    args = [f"--config={directory}/c.py", f"--text={directory}/*.jsonl", "--workers=2"]
+    # a shell starts background jobs with SIGINT ignored
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "relora_jax.prepare", *words],
+            [sys.executable, "-m", "relora_jax.prepare", *args],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,  # as at a terminal, where Ctrl-C reaches the workers as well
+            start_new_session=True,  # as on a terminal, where Ctrl-C reaches the workers too
         )
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
 
 
 def in_group(number):
-    """The processes of a group that run; nobody may have asked yet how the others ended."""
-    found = []
+    """The running processes of a group, without zombies."""
+    pids = []
     for file in pathlib.Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, group = file.read_text().rpartition(")")[2].split()[:3]
-            found += [file.parent.name] if int(group) == number and state != "Z" else []
-    return found
+            pids += [file.parent.name] if int(group) == number and state != "Z" else []
+    return pids
 
 
-def until_rows_are_written(process):
-    """It is in the middle of a block, or has ended."""
+def wait_for_rows(process):
+    """Returns when the process is in the middle of a block, or has ended."""
     while process.poll() is None and not list(places.cache_dir().glob("rows/*.partial/train/*.new")):
         time.sleep(0.01)
 
 
 def test_interrupted_command_ends_in_one_line_without_its_workers(folder, tmp_path):
-    with command(folder, tmp_path, 2, 20_000) as process:
-        until_rows_are_written(process)
+    with start_command(folder, tmp_path, 2, 20_000) as process:
+        wait_for_rows(process)
         os.killpg(process.pid, signal.SIGINT)
-        said = process.stderr.read()  # pyright: ignore
-        assert process.wait(20) == 130 and "Traceback" not in said
-    assert said.splitlines()[-1] == "interrupted: the same command goes on"
-    waited_until = time.monotonic() + 20
+        output = process.stderr.read()  # pyright: ignore
+        assert process.wait(20) == 130 and "Traceback" not in output
+    assert output.splitlines()[-1] == "interrupted: run the same command again to resume"
+    deadline = time.monotonic() + 20
     while running := in_group(process.pid):
-        assert time.monotonic() < waited_until, running
+        assert time.monotonic() < deadline, running
         time.sleep(0.05)
 
 
 @pytest.mark.slow
-def test_command_killed_again_and_again_gives_the_same_files(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(file_source, "find", FIND)  # blocks as they are
-    kept = lambda: len(list((places.cache_dir() / "rows").glob("*.partial/blocks/*.json")))  # noqa: E731
+def test_repeatedly_killed_command_builds_the_same_files(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_source, "find", FIND)  # blocks of the usual size
+    finished = lambda: len(list((places.cache_dir() / "rows").glob("*.partial/blocks/*.json")))  # noqa: E731
     for blocks in (0, 2, 6):
-        with command(folder, tmp_path, 10, 6_000) as process:
-            until_rows_are_written(process)
-            while kept() < blocks and process.poll() is None:
+        with start_command(folder, tmp_path, 10, 6_000) as process:
+            wait_for_rows(process)
+            while finished() < blocks and process.poll() is None:
                 time.sleep(0.01)
             process.kill()
-        assert blocks <= kept() < 10
-    with command(folder, tmp_path, 10, 6_000) as process:
+        assert blocks <= finished() < 10
+    with start_command(folder, tmp_path, 10, 6_000) as process:
         process.communicate()
     assert process.returncode == 0
     [resumed] = (places.cache_dir() / "rows").glob("*/train")
     data = config(folder, text=f"{tmp_path}/*.jsonl")
-    alone = made_in(tmp_path / "alone", monkeypatch, data)
+    alone = prepared_files(tmp_path / "alone", monkeypatch, data)
     assert alone == {str(f.relative_to(resumed.parent)): f.read_bytes() for f in resumed.parent.rglob("*.*")}

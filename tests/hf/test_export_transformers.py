@@ -1,4 +1,4 @@
-"""What transformers and PEFT compute of an export is what the run computes (the extra `hf-test`)."""
+"""transformers and PEFT compute the run's logits from its export (needs the extra `hf-test`)."""
 
 import dataclasses
 import math
@@ -23,17 +23,16 @@ from relora_jax.training.state import flatten, model_of
 from tests.support import small
 from tests.support.commands import import_command
 from tests.support.documents import texts, write_dataset
-from tests.support.exports import MADE, Made, copied, exported, same, saved, tensors
-from tests.support.transformers_models import MODELS as MADE_THERE
-from tests.support.transformers_models import made as made_there
-from tests.support.transformers_models import torch, transformers
+from tests.support.exports import CONFIG, SavedRun, assert_same, copy_model, export_run, save_run, tensors
+from tests.support.transformers_models import MODELS as TRANSFORMERS_MODELS
+from tests.support.transformers_models import save_llama, torch, transformers
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.hf,
 ]
 
-# What config.json has words of its own for; every shape goes through test_import_transformers.py.
+# Settings with their own keys in config.json; test_import_transformers.py covers the shapes.
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tied_embeddings": True, "head_dim": 6},
     "linear": {"rope_scaling": "linear(4.0)"},
@@ -50,26 +49,26 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
         patch.setenv("TFDS_DATA_DIR", str(folder / "tfds"))
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})
-        yield prepare(MADE.data)
+        yield prepare(CONFIG.data)
 
 
-def full_rank(folder: pathlib.Path, prepared: Prepared, **changes: Any) -> Made:
-    """A run of the toy model with these settings, before its low-rank phase."""
-    config = dataclasses.replace(MADE, model=dataclasses.replace(MADE.model, rope_scaling="none"))
+def full_rank(folder: pathlib.Path, prepared: Prepared, **changes: Any) -> SavedRun:
+    """A run of the toy model with `changes` to its config, before the low-rank phase."""
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, rope_scaling="none"))
     config.model = dataclasses.replace(config.model, **changes)
     if config.model.max_positions:
         config.data = dataclasses.replace(config.data, sequence_length=config.model.max_positions)
         prepared = prepare(config.data)
-    return saved(folder / "run", config, prepared, updates=[4])
+    return save_run(folder / "run", config, prepared, updates=[4])
 
 
 @pytest.fixture(scope="module")
-def mid_cycle(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    return saved(tmp_path_factory.mktemp("mid_cycle") / "run", MADE, prepared)
+def mid_cycle(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> SavedRun:
+    return save_run(tmp_path_factory.mktemp("mid_cycle") / "run", CONFIG, prepared)
 
 
-def loaded(folder: pathlib.Path, **words: Any) -> Any:
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, **words)
+def load(folder: pathlib.Path, **options: Any) -> Any:
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, **options)
     return model.eval()
 
 
@@ -78,9 +77,9 @@ def logits_of(model: Any, ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids.astype(np.int64))).logits.float().numpy()
 
 
-def assert_alike(found: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+def assert_close(actual: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
     """Within a tolerance relative to the largest logit."""
-    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def ids(rows: int, length: int = 12) -> np.ndarray:
@@ -88,18 +87,18 @@ def ids(rows: int, length: int = 12) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_of_an_export_are_those_of_the_run(
+def test_logits_of_an_export_equal_the_runs(
     prepared: Prepared, tmp_path: pathlib.Path, name: str, capsys: Any
 ) -> None:
-    made = full_rank(tmp_path, prepared, **MODELS[name])
-    model = loaded(exported(capsys, made, tmp_path / "out"))
-    assert_alike(logits_of(model, ids(3)), np.asarray(made.model(jnp.asarray(ids(3)))))
+    run = full_rank(tmp_path, prepared, **MODELS[name])
+    model = load(export_run(capsys, run, tmp_path / "out"))
+    assert_close(logits_of(model, ids(3)), np.asarray(run.model(jnp.asarray(ids(3)))))
 
 
-def test_perplexity_of_an_export_in_mid_cycle_is_what_the_run_said(
-    mid_cycle: Made, tmp_path: pathlib.Path, capsys: Any
+def test_perplexity_of_a_mid_cycle_export_equals_the_runs(
+    mid_cycle: SavedRun, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
-    model = loaded(exported(capsys, mid_cycle, tmp_path / "out"))
+    model = load(export_run(capsys, mid_cycle, tmp_path / "out"))
     text, lengths = mid_cycle.prepared.validation.read(range(100 // small.LENGTH))
     assert set(lengths) == {small.LENGTH + 1}
     with torch.no_grad():
@@ -110,43 +109,43 @@ def test_perplexity_of_an_export_in_mid_cycle_is_what_the_run_said(
     assert not math.isclose(mid_cycle.at[4].perplexity, mid_cycle.at[6].perplexity, rel_tol=1e-2)
 
 
-def test_bfloat16_export_loads_as_such(mid_cycle: Made, tmp_path: pathlib.Path, capsys: Any) -> None:
-    model = loaded(exported(capsys, mid_cycle, tmp_path / "out", "--dtype=bfloat16"))
+def test_bfloat16_export_loads_as_bfloat16(mid_cycle: SavedRun, tmp_path: pathlib.Path, capsys: Any) -> None:
+    model = load(export_run(capsys, mid_cycle, tmp_path / "out", "--dtype=bfloat16"))
     assert model.dtype == torch.bfloat16
-    plain = low_rank.unwrap(copied(mid_cycle.model))
+    plain = low_rank.unwrap(copy_model(mid_cycle.model))
     rounded = nnx.state(plain)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), rounded)
     nnx.update(plain, rounded)
-    assert_alike(logits_of(model.float(), ids(3)), np.asarray(plain(jnp.asarray(ids(3)))))
+    assert_close(logits_of(model.float(), ids(3)), np.asarray(plain(jnp.asarray(ids(3)))))
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks transformers
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # raised by peft
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_factors_on_the_base_give_the_logits_of_the_run(
-    mid_cycle: Made, tmp_path: pathlib.Path, dtype: str, capsys: Any
+    mid_cycle: SavedRun, tmp_path: pathlib.Path, dtype: str, capsys: Any
 ) -> None:
     peft = pytest.importorskip("peft", reason="needs the extra hf-test")
     expected = np.asarray(mid_cycle.model(jnp.asarray(ids(3))))
-    folder = exported(capsys, mid_cycle, tmp_path / "out", "--adapter", f"--dtype={dtype}")
-    base = loaded(folder, dtype=torch.float32)
+    folder = export_run(capsys, mid_cycle, tmp_path / "out", "--adapter", f"--dtype={dtype}")
+    base = load(folder, dtype=torch.float32)
     alone = logits_of(base, ids(3))
     both = logits_of(peft.PeftModel.from_pretrained(base, folder / "adapter").eval(), ids(3))
-    assert_alike(both, expected, 1e-5 if dtype == "float32" else 3e-2)
+    assert_close(both, expected, 1e-5 if dtype == "float32" else 3e-2)
     assert np.abs(alone - expected).max() > 0.1 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kind", ["grouped-query", "bfloat16", "sharded"])
-def test_what_is_imported_and_not_trained_comes_out_bit_for_bit(
+def test_export_of_an_untrained_import_is_bit_identical(
     tmp_path: pathlib.Path, kind: str, capsys: Any
 ) -> None:
     special = {"bos_token_id": 3, "eos_token_id": [2, 7], "pad_token_id": 5 if kind == "sharded" else None}
-    made_there(tmp_path / "model", **{**MADE_THERE[kind], "num_key_value_heads": 2}, **special)
+    save_llama(tmp_path / "model", **{**TRANSFORMERS_MODELS[kind], "num_key_value_heads": 2}, **special)
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
     config = record.read_config(tmp_path / "run")
     config.arm, config.train = "relora", dataclasses.replace(config.train, init_from=str(tmp_path / "run"))
     program = Program(config, small.mesh())
-    found = warm_start.find(config)
-    u, state = found.update, warm_start.load(found, program)
+    checkpoint = warm_start.find(config)
+    u, state = checkpoint.update, warm_start.load(checkpoint, program)
     again = tmp_path / "again"
     with directory.locked(Writer(again), config), Checkpoints(again, config) as checkpoints:
         directory.begin(Writer(again), config, rows={}, imported_from="transformers")
@@ -156,17 +155,17 @@ def test_what_is_imported_and_not_trained_comes_out_bit_for_bit(
     dtype = "float32" if kind == "grouped-query" else "bfloat16"
     expected = tensors(tmp_path / "model")
     capsys.readouterr()
-    for place, words in ((tmp_path / "run", []), (again, ["--update=0"]), (again, ["--update=1"])):
-        words = [
-            f"--workdir={place}",
+    for workdir, args in ((tmp_path / "run", []), (again, ["--update=0"]), (again, ["--update=1"])):
+        args = [
+            f"--workdir={workdir}",
             f"--output={tmp_path / 'out'}",
             f"--dtype={dtype}",
             "--overwrite",
-            *words,
+            *args,
         ]
-        export.main(["export", *words])
-        same(tensors(tmp_path / "out"), expected)
-        if place == tmp_path / "run":
-            model = loaded(tmp_path / "out")
+        export.main(["export", *args])
+        assert_same(tensors(tmp_path / "out"), expected)
+        if workdir == tmp_path / "run":
+            model = load(tmp_path / "out")
             assert {key: getattr(model.config, key) for key in special} == special
             assert model.get_input_embeddings().padding_idx == special["pad_token_id"]

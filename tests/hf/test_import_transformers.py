@@ -1,4 +1,4 @@
-"""The logits of an imported model are those that transformers computes of the same files."""
+"""An imported model has the logits that transformers computes from the same files."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ from relora_jax.checkpoint.variables import variables_of
 from relora_jax.model.llama import Llama
 from relora_jax.run import record
 from tests.support.commands import import_command
-from tests.support.transformers_models import MODELS, SMALL, made, torch
+from tests.support.transformers_models import MODELS, SMALL, save_llama, torch
 
 pytestmark = [
     pytest.mark.slow,
@@ -23,10 +23,10 @@ pytestmark = [
 LENGTH = 60
 
 
-def imported_model(place: pathlib.Path) -> Llama:
-    """The model of a RUN."""
-    model = Llama(record.read_config(place).model, rngs=nnx.Rngs(0))
-    arrays, state = dict(variables_of(place, 0)), nnx.state(model)
+def imported_model(workdir: pathlib.Path) -> Llama:
+    """The model of an imported run."""
+    model = Llama(record.read_config(workdir).model, rngs=nnx.Rngs(0))
+    arrays, state = dict(variables_of(workdir, 0)), nnx.state(model)
     for path, variable in nnx.to_flat_state(state):
         variable[...] = jnp.asarray(arrays.pop("/".join(map(str, path))))
     assert not arrays
@@ -35,21 +35,21 @@ def imported_model(place: pathlib.Path) -> Llama:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_transformers(tmp_path: pathlib.Path, name: str) -> None:
-    theirs = made(tmp_path / "model", **MODELS[name])
+def test_logits_equal_those_of_transformers(tmp_path: pathlib.Path, name: str) -> None:
+    theirs = save_llama(tmp_path / "model", **MODELS[name])
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
     ids = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, LENGTH)).astype(np.int32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
-    found = np.asarray(imported_model(tmp_path / "run")(jnp.asarray(ids)))
-    deviation = np.abs(found - expected).max() / np.abs(expected).max()
+    actual = np.asarray(imported_model(tmp_path / "run")(jnp.asarray(ids)))
+    deviation = np.abs(actual - expected).max() / np.abs(expected).max()
     print(f"{name}: {deviation:.1e}")
     assert deviation <= 1e-5
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == (3 if name == "sharded" else 1)
 
 
-def test_weights_of_bfloat16_are_exact(tmp_path: pathlib.Path) -> None:
-    theirs = made(tmp_path / "model", dtype="bfloat16")
+def test_bfloat16_weights_are_exact(tmp_path: pathlib.Path) -> None:
+    theirs = save_llama(tmp_path / "model", dtype="bfloat16")
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
     arrays = variables_of(tmp_path / "run", 0)
     for layer, block in enumerate(theirs.model.layers):

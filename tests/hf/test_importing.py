@@ -1,4 +1,4 @@
-"""A checkpoint of transformers, made here by hand, becomes a run to begin with, or nothing is written."""
+"""A checkpoint in transformers' format becomes a run to start from, or nothing is written."""
 
 import dataclasses
 import json
@@ -45,39 +45,42 @@ COMPUTED = "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 def arrays(model: ModelConfig = MODEL, dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Tensors of the model by their names there, with values that all three types hold."""
+    """{name in transformers: tensor}, with values that are exact in all three dtypes."""
     rng = np.random.default_rng(0)
-    places = llama_hf.tensors(model).items()
-    return {name: (rng.integers(-99, 99, at.shape) / 64).astype(dtype) for name, at in places}
+    specs = llama_hf.tensor_specs(model).items()
+    return {name: (rng.integers(-99, 99, spec.shape) / 64).astype(dtype) for name, spec in specs}
 
 
-def facts(model: ModelConfig = MODEL, **changes: Any) -> dict[str, Any]:
+def config_json(model: ModelConfig = MODEL, **changes: Any) -> dict[str, Any]:
     special = {"bos_token_id": None, "eos_token_id": 3, "pad_token_id": 1}
     return llama_hf.to_config(model, length=256, dtype="float32", special=special) | changes
 
 
 def write(
-    folder: pathlib.Path, model: ModelConfig = MODEL, tensors: dict[str, np.ndarray] | None = None, **how: Any
+    folder: pathlib.Path,
+    model: ModelConfig = MODEL,
+    tensors: dict[str, np.ndarray] | None = None,
+    **options: Any,
 ) -> pathlib.Path:
-    """The directory of a model without a tokenizer."""
+    """Writes the directory of a model without a tokenizer."""
     tensors = arrays(model) if tensors is None else tensors
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(facts(model)))
-    write_tensors(folder, tensors, **how)
+    (folder / "config.json").write_text(json.dumps(config_json(model)))
+    write_tensors(folder, tensors, **options)
     return folder
 
 
-def refused(capsys: Any, source: pathlib.Path, place: pathlib.Path, *words: str) -> str:
-    """The one line that the command ends in."""
-    assert import_command(source, place, *words) == errors.BAD_SETTING
-    said = capsys.readouterr().err.strip()
-    assert said.startswith("error: ") and "\n" not in said and said.isprintable() and len(said) < 2100, said
-    return said
+def error_line(capsys: Any, source: pathlib.Path, workdir: pathlib.Path, *args: str) -> str:
+    """The error line of a command that rejects its input."""
+    assert import_command(source, workdir, *args) == errors.BAD_SETTING
+    stderr = capsys.readouterr().err.strip()
+    assert stderr.startswith("error: ") and stderr.isprintable() and len(stderr) < 2100, stderr
+    return stderr
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A RUN of the toy model with a tokenizer, whose files the model's directory holds as links."""
+    """The imported toy model with a tokenizer, whose files are links in the model's directory."""
     folder = tmp_path_factory.mktemp("imported")
     json_file(folder / "blobs", tokenizer_config={"eos_token": "</s>", "pad_token": "<pad>"})
     source = write(folder / "model", shard_bytes=9_000)
@@ -89,40 +92,41 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
-def test_every_tensor_is_in_its_place_bit_for_bit(tmp_path: pathlib.Path, dtype: Any) -> None:
+def test_every_tensor_is_imported_bit_for_bit(tmp_path: pathlib.Path, dtype: Any) -> None:
     tensors = arrays(dtype=dtype)
     write(tmp_path / "model", tensors=tensors)
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
     assert updates_saved(tmp_path / "run") == [0]
-    found = variables_of(tmp_path / "run", 0)
-    for name, at in llama_hf.tensors(MODEL).items():
-        array = found[at.path] if at.layer is None else found[at.path][at.layer]
+    variables = variables_of(tmp_path / "run", 0)
+    for name, spec in llama_hf.tensor_specs(MODEL).items():
+        array = variables[spec.path] if spec.layer is None else variables[spec.path][spec.layer]
         expected = tensors[name].astype(np.float32)
         assert array.dtype == np.float32
-        assert np.array_equal(array.T if at.transposed else array, expected), name
+        assert np.array_equal(array.T if spec.transposed else array, expected), name
     config = cli.parse(["train", f"--config={tmp_path / 'run' / 'config.py'}"])[0]
     assert config.model.compute_dtype == ("float32" if dtype == np.float32 else "bfloat16")
     assert record.read_config(tmp_path / "run").model.compute_dtype == "float32"
 
 
 @pytest.mark.parametrize("arm", ["full", "lora", "lora_warm", "relora"])
-def test_config_to_begin_with_is_valid_in_every_arm(imported: pathlib.Path, arm: str) -> None:
-    made = cli.parse(["train", f"--config={imported / 'config.py'}:{arm}"])[0]
-    assert (made.model, made.arm, made.train.init_from) == (MODEL, arm, str(imported))
-    assert made.data.tokenizer == str(imported / "tokenizer") and made.data.text == made.data.dataset == ""
+def test_starting_config_is_valid_in_every_arm(imported: pathlib.Path, arm: str) -> None:
+    config = cli.parse(["train", f"--config={imported / 'config.py'}:{arm}"])[0]
+    assert (config.model, config.arm, config.train.init_from) == (MODEL, arm, str(imported))
+    assert config.data.tokenizer == str(imported / "tokenizer")
+    assert config.data.text == config.data.dataset == ""
     for devices in (1, 2, 4, 8):
-        validate(made, devices=devices)
-    cycle, updates = made.relora.cycle_updates, made.train.updates
-    assert made.relora.warm_start_updates == 0 and (updates - 1) // cycle == 3  # restarts
-    warm_start.find(made)
+        validate(config, devices=devices)
+    cycle, updates = config.relora.cycle_updates, config.train.updates
+    assert config.relora.warm_start_updates == 0 and (updates - 1) // cycle == 3  # restarts
+    warm_start.find(config)
 
 
-def test_control_of_an_imported_model_is_refused(imported: pathlib.Path) -> None:
-    with pytest.raises(errors.UserError, match="no smaller control: take the arm full"):
+def test_imported_model_has_no_control_arm(imported: pathlib.Path) -> None:
+    with pytest.raises(errors.UserError, match="no control arm: choose full"):
         cli.parse(["train", f"--config={imported / 'config.py'}:control"])
 
 
-def test_config_is_valid_for_models_of_any_shape(tmp_path: pathlib.Path) -> None:
+def test_starting_config_is_valid_for_any_model_shape(tmp_path: pathlib.Path) -> None:
     shape = {"hidden": 4096, "mlp": 14336, "layers": 32, "heads": 32, "head_dim": 128}
     for n, changes in enumerate(
         (
@@ -131,35 +135,35 @@ def test_config_is_valid_for_models_of_any_shape(tmp_path: pathlib.Path) -> None
             {"rope_theta": 5e5, "rms_eps": 1e-5, "max_positions": 0},
         )
     ):
-        place = tmp_path / f"a 'run' \"{n}\" \\x41"
-        place.mkdir()
+        run = tmp_path / f"a 'run' \"{n}\" \\x41"
+        run.mkdir()
         model = dataclasses.replace(MODEL, **changes)
-        (place / "config.py").write_text(starting_config.text(model, place, source='the """ model\n\\'))
+        (run / "config.py").write_text(starting_config.text(model, run, source='the """ model\n\\'))
         facts = {"compute_dtype": "bfloat16", "rows": {"train": {"eos": 3}}}
-        (place / "run.json").write_text(json.dumps(facts))
-        begun = starting_config.of_model(model, str(place), "full", compute_dtype="float32", ids={})
-        (place / "config.json").write_text(to_json(begun))
-        made = cli.parse(["train", f"--config={place / 'config.py'}"])[0]
-        validate(made, devices=8)
-        assert made.train.init_from == str(place) and made.name == place.name and made.data.eos_id == 3
+        (run / "run.json").write_text(json.dumps(facts))
+        full_rank = starting_config.of_model(model, str(run), "full", compute_dtype="float32", ids={})
+        (run / "config.json").write_text(to_json(full_rank))
+        config = cli.parse(["train", f"--config={run / 'config.py'}"])[0]
+        validate(config, devices=8)
+        assert config.train.init_from == str(run) and config.name == run.name and config.data.eos_id == 3
         large = model.hidden == 4096
-        assert made.model == dataclasses.replace(
+        assert config.model == dataclasses.replace(
             model, compute_dtype="bfloat16", remat="full" if large else "none"
         )
-        assert made.relora.rank == (128 if large else 1 if model.hidden == 2 else 4)
-        assert made.data.sequence_length == min(1024, model.max_positions or 1024)
+        assert config.relora.rank == (128 if large else 1 if model.hidden == 2 else 4)
+        assert config.data.sequence_length == min(1024, model.max_positions or 1024)
 
 
-def test_run_is_the_model_itself_in_float32(imported: pathlib.Path) -> None:
-    config, told = record.read_config(imported), record.read_facts(imported)
+def test_imported_run_is_the_model_in_float32(imported: pathlib.Path) -> None:
+    config, facts = record.read_config(imported), record.read_facts(imported)
     assert (config.model, config.arm, config.train.init_from) == (MODEL, "full", "")
     own = tokenizer.load(imported / "tokenizer" / "tokenizer.json")
-    bos = tokenizer.begins(own.path)
-    assert told["rows"] == {"train": {"tokenizer": own.sha256, "eos": own.eos, "pad": own.pad, "bos": bos}}
+    bos = tokenizer.default_bos(own.path)
+    assert facts["rows"] == {"train": {"tokenizer": own.sha256, "eos": own.eos, "pad": own.pad, "bos": bos}}
     assert (config.data.eos_id, config.data.pad_id, config.data.bos_id) == (own.eos, own.pad, bos)
-    assert told["imported_from"] == str(imported.parent / "model") and "unigram_perplexity" not in told
+    assert facts["imported_from"] == str(imported.parent / "model") and "unigram_perplexity" not in facts
     assert not any(path.is_symlink() for path in imported.rglob("*"))
-    names = {pattern.partition("/")[0] for pattern in importing.OURS}
+    names = {pattern.partition("/")[0] for pattern in importing.OUTPUT_FILES}
     assert {path.name for path in imported.iterdir()} == names | {atomic.MARK}
     assert {path.name for path in (imported / "tokenizer").iterdir()} == {
         "tokenizer.json",
@@ -167,66 +171,66 @@ def test_run_is_the_model_itself_in_float32(imported: pathlib.Path) -> None:
     }
 
 
-def test_a_run_takes_the_imported_tokenizer(imported: pathlib.Path) -> None:
-    made = cli.parse(["train", f"--config={imported / 'config.py'}"])[0]
+def test_run_must_use_the_imported_tokenizer(imported: pathlib.Path) -> None:
+    config = cli.parse(["train", f"--config={imported / 'config.py'}"])[0]
     own = record.read_facts(imported)["rows"]
-    warm_start.check_tokenizer(made, own)
+    warm_start.check_tokenizer(config, own)
     with pytest.raises(ValueError, match="was trained with another tokenizer"):
-        warm_start.check_tokenizer(made, {"train": {**own["train"], "tokenizer": "another"}})
+        warm_start.check_tokenizer(config, {"train": {**own["train"], "tokenizer": "another"}})
 
 
-def test_a_run_that_was_moved_has_its_tokenizer_with_it_or_is_told_where(
+def test_moved_run_finds_its_tokenizer_inside_or_by_flag(
     imported: pathlib.Path, tmp_path: pathlib.Path, capsys: Any, monkeypatch: Any
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where nothing lies
-    place = pathlib.Path(shutil.copytree(imported, tmp_path / "run"))
-    config = record.read_config(place)
+    monkeypatch.chdir(tmp_path)
+    run = pathlib.Path(shutil.copytree(imported, tmp_path / "run"))
+    config = record.read_config(run)
     config.data.tokenizer = "runs/before/tokenizer"
-    (place / "config.json").write_text(to_json(config))
-    assert restored.tokenizer_of(place, config, "").path == place / "tokenizer" / "tokenizer.json"
-    (place / "tokenizer").rename(tmp_path / "moved")
+    (run / "config.json").write_text(to_json(config))
+    assert restored.tokenizer_of(run, config, "").path == run / "tokenizer" / "tokenizer.json"
+    (run / "tokenizer").rename(tmp_path / "moved")
     json_file(tmp_path / "other", special=[*SPECIAL, "<x>"])
 
-    def said(made: Any, *words: str) -> str:
-        words = f"--workdir={place}", *words, *([f"--output={tmp_path / 'out'}"] if made is export else [])
+    def stderr_of(command: Any, *args: str) -> str:
+        args = f"--workdir={run}", *args, *([f"--output={tmp_path / 'out'}"] if command is export else [])
         with pytest.raises(SystemExit) as stop:
-            cli.main(made.main, made.__doc__, ["a command", *words])
+            cli.main(command.main, command.__doc__, ["a command", *args])
         assert stop.value.code == (0 if (tmp_path / "out").exists() else errors.BAD_SETTING)
         return capsys.readouterr().err
 
-    for made in (evaluate, generate, export):
-        assert "'runs/before/tokenizer', and none is there: say where by --tokenizer=PATH" in said(made)
-        assert "was trained with another tokenizer than other" in said(made, "--tokenizer=other")
-        assert "tokenizer 'gone' is no file" in said(made, "--tokenizer=gone")
-    assert said(export, "--tokenizer=moved") == ""
+    for command in (evaluate, generate, export):
+        assert "'runs/before/tokenizer' not found: pass its path as --tokenizer=PATH" in stderr_of(command)
+        assert "was trained with another tokenizer than other" in stderr_of(command, "--tokenizer=other")
+        assert "tokenizer 'gone' not found" in stderr_of(command, "--tokenizer=gone")
+    assert stderr_of(export, "--tokenizer=moved") == ""
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 @pytest.mark.slow
-def test_a_run_begins_with_the_imported_weights(imported: pathlib.Path) -> None:
-    made = cli.parse(["train", f"--config={imported / 'config.py'}"])[0]
-    program = Program(made, small.mesh())
-    state = warm_start.load(warm_start.find(made), program)
-    begun = flatten(state)
+def test_run_starts_from_the_imported_weights(imported: pathlib.Path) -> None:
+    config = cli.parse(["train", f"--config={imported / 'config.py'}"])[0]
+    program = Program(config, small.mesh())
+    state = warm_start.load(warm_start.find(config), program)
+    loaded = flatten(state)
     for path, array in variables_of(imported, 0).items():
-        assert np.array_equal(begun[f"trained/{path}"], array), path
+        assert np.array_equal(loaded[f"trained/{path}"], array), path
     assert int(state.update) == 0 and not any(np.asarray(x).any() for x in state.tokens_seen)
 
 
-def test_what_follows_from_the_rest_may_be_among_the_tensors(tmp_path: pathlib.Path) -> None:
+def test_redundant_tensors_are_accepted(tmp_path: pathlib.Path) -> None:
     tensors = arrays(TIED, dtype=ml_dtypes.bfloat16)
     embeddings = tensors["model.embed_tokens.weight"]
-    embeddings[0, 0] = np.nan  # is itself
+    embeddings[0, 0] = np.nan  # equals itself bit for bit
     more = {"lm_head.weight": embeddings, COMPUTED: np.ones(2, np.float32)}
     write(tmp_path / "model", TIED, tensors | more)
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
-    found = variables_of(tmp_path / "run", 0)["embed/embedding"]
-    assert np.array_equal(found, embeddings.astype(np.float32), equal_nan=True)
+    variable = variables_of(tmp_path / "run", 0)["embed/embedding"]
+    assert np.array_equal(variable, embeddings.astype(np.float32), equal_nan=True)
     config = cli.parse(["train", f"--config={tmp_path / 'run' / 'config.py'}"])[0]
-    assert config.model.compute_dtype == "bfloat16"  # the model's tensors are
+    assert config.model.compute_dtype == "bfloat16"  # as the model's own tensors
 
 
-USELESS: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
+UNUSABLE: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "none": (lambda folder: None, "has no tokenizer (tokenizer.json"),
     "other files alone": (
         lambda folder: (folder / "generation_config.json").write_text("{}"),
@@ -235,108 +239,107 @@ USELESS: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "no eos": (
         lambda folder: (
             json_file(folder, special=["<unk>"]),
-            (folder / "config.json").write_text(json.dumps(facts(eos_token_id=None, pad_token_id=None))),
+            (folder / "config.json").write_text(
+                json.dumps(config_json(eos_token_id=None, pad_token_id=None))
+            ),
         ),
-        "has no eos to end documents with: give its id as data.eos_id",
+        "has no eos to end documents with: set data.eos_id",
     ),
 }
 
 
-@pytest.mark.parametrize("what", USELESS)
-def test_a_tokenizer_that_is_of_no_use_is_told_in_a_warning(
-    tmp_path: pathlib.Path, what: str, capsys: Any
-) -> None:
-    source, (make, told) = write(tmp_path / "model"), USELESS[what]
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_unusable_tokenizer_is_a_warning(tmp_path: pathlib.Path, case: str, capsys: Any) -> None:
+    source, (make, message) = write(tmp_path / "model"), UNUSABLE[case]
     make(source)
     assert import_command(source, tmp_path / "run") == 0
-    said = capsys.readouterr().err
-    assert said.startswith("warning: ") and told in said and said.count("\n") == 1
-    assert (tmp_path / "run" / "tokenizer").exists() == ("no tokenizer (" not in told)
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("warning: ") and message in stderr and stderr.count("\n") == 1
+    assert (tmp_path / "run" / "tokenizer").exists() == ("no tokenizer (" not in message)
     assert not record.read_facts(tmp_path / "run")["rows"]
 
 
-def test_special_ids_are_the_tokenizers_else_the_models_and_none_beyond_it(
+def test_special_ids_come_from_the_tokenizer_or_the_model_and_are_in_range(
     imported: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    config, told = (
-        record.read_config(imported),
-        {"bos_token_id": 7, "eos_token_id": [3, 5, 380, -1, True, "a"]},
-    )
+    config = record.read_config(imported)
+    model_ids = {"bos_token_id": 7, "eos_token_id": [3, 5, 380, -1, True, "a"]}
     own = tokenizer.load(imported / "tokenizer" / "tokenizer.json", bos_id=2)
 
-    def found(made: Any, **special: Any) -> tuple[list[Any], Any]:
-        """Of config.json bos, eos and pad, and the pad of generation_config.json."""
-        ids, more = exporting.special_ids(config, made, told | special)
-        return [*ids.values()], (ids | more)["pad_token_id"]
+    def exported_ids(loaded: Any, **changes: Any) -> tuple[list[Any], Any]:
+        """([bos, eos, pad] of config.json, pad of generation_config.json)."""
+        ids, pad = exporting.special_ids(config, loaded, model_ids | changes)
+        return [*ids.values()], (ids | pad)["pad_token_id"]
 
-    assert found(own) == ([2, own.eos, own.pad], own.pad) and own.pad != own.eos
-    assert found(dataclasses.replace(own, bos=None))[0] == [7, own.eos, own.pad]
-    assert found(None) == ([7, [3, 5], None], None)
-    assert found(None, eos_token_id=[380], pad_token_id=-1) == ([7, None, None], None)
-    assert found(dataclasses.replace(own, pad=own.eos)) == ([2, own.eos, None], own.eos)
-    assert found(dataclasses.replace(own, pad=own.eos), pad_token_id=9) == ([2, own.eos, 9], 9)
-    assert found(dataclasses.replace(own, pad=380), bos_token_id=380) == ([2, own.eos, None], None)
-    silent = {key: value for key, value in facts().items() if not key.endswith("_token_id")}
+    assert exported_ids(own) == ([2, own.eos, own.pad], own.pad) and own.pad != own.eos
+    assert exported_ids(dataclasses.replace(own, bos=None))[0] == [7, own.eos, own.pad]
+    assert exported_ids(None) == ([7, [3, 5], None], None)
+    assert exported_ids(None, eos_token_id=[380], pad_token_id=-1) == ([7, None, None], None)
+    assert exported_ids(dataclasses.replace(own, pad=own.eos)) == ([2, own.eos, None], own.eos)
+    assert exported_ids(dataclasses.replace(own, pad=own.eos), pad_token_id=9) == ([2, own.eos, 9], 9)
+    assert exported_ids(dataclasses.replace(own, pad=380), bos_token_id=380) == ([2, own.eos, None], None)
+    silent = {key: value for key, value in config_json().items() if not key.endswith("_token_id")}
     source = write(tmp_path / "model")
     (source / "config.json").write_text(json.dumps(silent))
     assert import_command(source, tmp_path / "run") == 0
     assert record.read_facts(tmp_path / "run")["special"] == {"bos_token_id": 1, "eos_token_id": 2}
     config.train.init_from = str(tmp_path / "run")
-    began = directory.special(tmp_path / "begun", config)
-    assert began == {"special": {"bos_token_id": 1, "eos_token_id": 2}}
+    special = directory.special(tmp_path / "begun", config)
+    assert special == {"special": {"bos_token_id": 1, "eos_token_id": 2}}
     (tmp_path / "begun").mkdir()
-    directory.begin(writer.Writer(tmp_path / "begun"), config, rows={}, **began)
+    directory.begin(writer.Writer(tmp_path / "begun"), config, rows={}, **special)
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "begun" / "checkpoints" / "0").mkdir(parents=True)
-    assert directory.special(tmp_path / "begun", config) == began
+    assert directory.special(tmp_path / "begun", config) == special
     config.train.init_from = ""
     assert directory.special(tmp_path / "begun", config) == {}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_without_a_tokenizer_a_model_still_comes_out_bit_for_bit(
+def test_model_without_a_tokenizer_is_exported_bit_for_bit(
     tmp_path: pathlib.Path, dtype: str, capsys: Any
 ) -> None:
     tensors = arrays(dtype=exporting.DTYPES[dtype])
     write(tmp_path / "model", tensors=tensors)
     special = {"bos_token_id": 7, "eos_token_id": [3, 5], "pad_token_id": 1}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(facts(**special)))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config_json(**special)))
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
     capsys.readouterr()
-    words = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}", f"--dtype={dtype}"]
-    assert export.main(["export", *words]) == 0
+    args = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}", f"--dtype={dtype}"]
+    assert export.main(["export", *args]) == 0
     assert "was imported without a tokenizer, and is exported without one" in capsys.readouterr().err
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text()).items() >= special.items()
-    found = TensorFiles.open(tmp_path / "out")
-    assert found.kinds == {name: (array.shape, array.dtype) for name, array in tensors.items()}
-    assert all(found.read(name).tobytes() == array.tobytes() for name, array in tensors.items())
-    with pytest.raises(ValueError, match=r"imported without a tokenizer that ends documents: put one beside"):
-        generate.main(["generate", words[0], "--prompt=a"])
+    files = TensorFiles.open(tmp_path / "out")
+    assert files.kinds == {name: (array.shape, array.dtype) for name, array in tensors.items()}
+    assert all(files.read(name).tobytes() == array.tobytes() for name, array in tensors.items())
+    with pytest.raises(
+        ValueError, match=r"imported without a tokenizer that ends documents: put one next to"
+    ):
+        generate.main(["generate", args[0], "--prompt=a"])
 
 
-def with_pad_at_the_end(folder: pathlib.Path, *, vocabulary: int) -> pathlib.Path:
-    """A model of so many ids, whose tokenizer has "zebra" as 330, and as 331 a special <pad>."""
+def with_pad_at_the_end(folder: pathlib.Path, *, vocab_size: int) -> pathlib.Path:
+    """A model of `vocab_size` ids whose tokenizer has "zebra" as 330 and a special <pad> as 331."""
     shutil.rmtree(folder)
-    write(folder, dataclasses.replace(MODEL, vocab_size=vocabulary))
+    write(folder, dataclasses.replace(MODEL, vocab_size=vocab_size))
     path = json_file(folder, special=["<unk>", "<s>", "</s>"])
-    made = tokenizers.Tokenizer.from_file(str(path))
-    made.add_special_tokens(["<pad>"])
-    made.save(str(path))
-    (folder / "config.json").write_text(json.dumps(facts(vocab_size=vocabulary, eos_token_id=2)))
-    assert (made.token_to_id("zebra"), made.token_to_id("<pad>")) == (330, 331)
+    raw = tokenizers.Tokenizer.from_file(str(path))
+    raw.add_special_tokens(["<pad>"])
+    raw.save(str(path))
+    (folder / "config.json").write_text(json.dumps(config_json(vocab_size=vocab_size, eos_token_id=2)))
+    assert (raw.token_to_id("zebra"), raw.token_to_id("<pad>")) == (330, 331)
     return folder
 
 
-def test_a_pad_beyond_the_model_gives_way_to_eos_and_the_run_begins(
-    tmp_path: pathlib.Path, capsys: Any
-) -> None:
-    source, place = with_pad_at_the_end(write(tmp_path / "model"), vocabulary=331), tmp_path / "run"
+def test_pad_outside_the_vocabulary_is_replaced_by_eos(tmp_path: pathlib.Path, capsys: Any) -> None:
+    source, workdir = with_pad_at_the_end(write(tmp_path / "model"), vocab_size=331), tmp_path / "run"
     (source / "tokenizer_config.json").write_text('{"pad_token": "<pad>", "eos_token": "</s>"}')
-    assert import_command(source, place) == 0
-    said = capsys.readouterr().err
-    assert "'<pad>', is the id 331, which the model lacks: eos is the pad" in said and said.count("\n") == 1
-    config = cli.parse(["train", f"--config={place / 'config.py'}"])[0]
+    assert import_command(source, workdir) == 0
+    stderr = capsys.readouterr().err
+    assert "the pad '<pad>' with id 331, which the model lacks: using eos as pad" in stderr
+    assert stderr.count("\n") == 1
+    config = cli.parse(["train", f"--config={workdir / 'config.py'}"])[0]
     assert config.model.vocab_size == 331 and config.data.pad_id == config.data.eos_id == 2
     own = tokenizer.find(config.data.tokenizer, list, key="", eos_id=2, pad_id=2)
     assert (own.vocab_size, own.highest) == (332, 330)
@@ -344,43 +347,43 @@ def test_a_pad_beyond_the_model_gives_way_to_eos_and_the_run_begins(
     assert ids.max() == 330
     prepared.check_vocabulary(config, own)
     warm_start.find(config)
-    with pytest.raises(ValueError, match=r"vocab_size is 331: take that of train\.init_from as data\.tokeni"):
+    with pytest.raises(ValueError, match=r"vocab_size is 331: set data\.tokenizer to that of train\.init"):
         prepared.check_vocabulary(config, dataclasses.replace(own, pad=331))
 
 
-def test_a_tokenizer_without_a_fast_form_is_told_at_once_and_keeps_no_weights_back(
+def test_tokenizer_without_a_fast_form_is_a_warning_at_import_and_export(
     tmp_path: pathlib.Path, capsys: Any
 ) -> None:
-    source, place, out = write(tmp_path / "model"), tmp_path / "run", tmp_path / "out"
+    source, workdir, out = write(tmp_path / "model"), tmp_path / "run", tmp_path / "out"
     without_fast_form = tied(source / "tokenizer.model", "bc", "ab")
-    told = r"warning: tokenizer \S+ cannot become a tokenizer\.json: 'abc' would have the ids .*\n"
-    assert import_command(source, place) == 0
-    assert re.fullmatch(told, capsys.readouterr().err)
-    assert export.main(["export", f"--workdir={place}", f"--output={out}"]) == 0
-    assert re.fullmatch(told, capsys.readouterr().err)
+    message = r"warning: tokenizer \S+ cannot be converted to tokenizer\.json: 'abc' would have the ids .*\n"
+    assert import_command(source, workdir) == 0
+    assert re.fullmatch(message, capsys.readouterr().err)
+    assert export.main(["export", f"--workdir={workdir}", f"--output={out}"]) == 0
+    assert re.fullmatch(message, capsys.readouterr().err)
     assert {path.name for path in out.iterdir() if "token" in path.name} == {"tokenizer.model"}
     assert (out / "tokenizer.model").read_bytes() == without_fast_form.path.read_bytes()
-    found = TensorFiles.open(out)
-    assert all(found.read(name).tobytes() == array.tobytes() for name, array in arrays().items())
+    files = TensorFiles.open(out)
+    assert all(files.read(name).tobytes() == array.tobytes() for name, array in arrays().items())
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == without_fast_form.eos
-    assert export.main(["export", f"--workdir={place}", f"--output={out}", "--overwrite"]) == 0
+    assert export.main(["export", f"--workdir={workdir}", f"--output={out}", "--overwrite"]) == 0
 
 
 def config_with(text: str | None = None, **changes: Any) -> Callable[[pathlib.Path], Any]:
-    """A config.json of another text, or of other values."""
-    return lambda folder: (folder / "config.json").write_text(text or json.dumps(facts(**changes)))
+    """Writes a config.json with another text or other values."""
+    return lambda folder: (folder / "config.json").write_text(text or json.dumps(config_json(**changes)))
 
 
 def tensors_with(
     change: Callable[[dict[str, np.ndarray]], Any], model: ModelConfig = MODEL
 ) -> Callable[[pathlib.Path], Any]:
-    """Other tensors under the same config.json."""
+    """Writes other tensors with the same config.json."""
 
     def make(folder: pathlib.Path) -> None:
-        made = arrays(model)
-        change(made)
+        tensors = arrays(model)
+        change(tensors)
         shutil.rmtree(folder)
-        write(folder, model, made)
+        write(folder, model, tensors)
 
     return make
 
@@ -390,39 +393,42 @@ def zeros(name: str, *shape: int) -> Callable[[dict[str, np.ndarray]], Any]:
 
 
 Q, HEAD = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"
-REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
+UNSUPPORTED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "no directory": (shutil.rmtree, "has no config.json"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "a config that is a directory": (
         lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
         "has no config.json",
     ),
-    "a config that is no JSON": (config_with("llama"), "config.json is not whole"),
-    "a config cut short": (config_with('{"model_type": "lla'), "config.json is not whole"),
-    "a config that is a list": (config_with("[]"), "config.json is no JSON object"),
-    "a config of deep brackets": (config_with("[" * 10**5), "config.json is not whole"),
+    "a config that is not JSON": (config_with("llama"), "config.json is truncated or invalid"),
+    "a config cut short": (config_with('{"model_type": "lla'), "config.json is truncated or invalid"),
+    "a config that is a list": (config_with("[]"), "config.json is not a JSON object"),
+    "a config of deep brackets": (config_with("[" * 10**5), "config.json is truncated or invalid"),
     "a config with a name twice": (
         config_with('{"hidden_size": 16, "hidden_size": 99999}'),
-        "'hidden_size' twice",
+        "duplicate key 'hidden_size'",
     ),
     "a config of 2 MB": (config_with(" " * 2**21), "has 2,097,152 bytes"),
-    "a number of 100,000 digits": (config_with('{"hidden_size": ' + "9" * 10**5 + "}"), "is not whole"),
-    "another architecture": (config_with(model_type="mistral"), "is of a 'mistral'"),
+    "a number of 100,000 digits": (
+        config_with('{"hidden_size": ' + "9" * 10**5 + "}"),
+        "truncated or invalid",
+    ),
+    "another architecture": (config_with(model_type="mistral"), "of type 'mistral'"),
     "another head": (config_with(architectures=["LlamaForTokenClassification"]), "only llama"),
     "biases": (config_with(attention_bias=True), "attention_bias = True"),
     "another activation": (config_with(hidden_act="gelu"), "hidden_act = 'gelu'"),
     "a text for a number": (config_with(hidden_size="16"), "hidden_size = '16'"),
     "a text without end": (config_with(hidden_act="x" * 10**5), "hidden_act = 'xxx"),
-    "angles of nothing": (
+    "frequencies that are not finite": (
         config_with(
             rope_theta=1.0,
             rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
         ),
-        "rope_theta 1.0 and yarn(4.0, 64.0, 32.0, 1.0, 1.138629436111989) give no angles",
+        "rope_theta 1.0 and yarn(4.0, 64.0, 32.0, 1.0, 1.138629436111989) give no finite frequencies",
     ),
-    "angles without end": (
+    "frequencies that overflow": (
         config_with(rope_scaling={"rope_type": "dynamic", "factor": 2**63}),
-        "give no angles",
+        "give no finite frequencies",
     ),
     "a negative number": (config_with(num_hidden_layers=-2), "num_hidden_layers = -2"),
     "more layers than are counted": (config_with(num_hidden_layers=10**9), "num_hidden_layers = 1000000000"),
@@ -432,7 +438,7 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     ),
     "enormous widths": (
         config_with(vocab_size=2**31 - 1, hidden_size=2**30, intermediate_size=2**31 - 1),
-        "'model.embed_tokens.weight' has the shape [380, 16], where [2147483647, 1073741824] is due",
+        "'model.embed_tokens.weight' has shape [380, 16], expected [2147483647, 1073741824]",
     ),
     "positions too long to count": (config_with(max_position_embeddings=10**12), "max_position_embeddings"),
     "fewer layers than the file": (
@@ -441,21 +447,21 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     ),
     "other heads": (
         config_with(num_key_value_heads=1),
-        "k_proj.weight' has the shape [8, 16], where [4, 16]",
+        "k_proj.weight' has shape [8, 16], expected [4, 16]",
     ),
-    "a missing tensor": (tensors_with(lambda t: t.pop(Q)), f"with its tensors: {Q!r} is missing"),
-    "a missing head": (tensors_with(lambda t: t.pop(HEAD)), "'lm_head.weight' is missing"),
+    "a missing tensor": (tensors_with(lambda t: t.pop(Q)), f"does not match the tensors: missing {Q!r}"),
+    "a missing head": (tensors_with(lambda t: t.pop(HEAD)), "missing 'lm_head.weight'"),
     "a surplus tensor": (
         tensors_with(zeros("model.layers.0.self_attn.q_proj.bias", 16)),
-        "'model.layers.0.self_attn.q_proj.bias' has no place in the model",
+        "unexpected 'model.layers.0.self_attn.q_proj.bias'",
     ),
     "another shape": (
         tensors_with(zeros(Q, 16, 15)),
-        "[16, 15], where",
+        "[16, 15], expected",
     ),
     "a transposed tensor": (
         tensors_with(zeros("model.layers.0.mlp.up_proj.weight", 16, 24)),
-        "has the shape [16, 24], where [24, 16] is due",
+        "has shape [16, 24], expected [24, 16]",
     ),
     "a head that is not tied": (
         tensors_with(zeros(HEAD, 380, 16), TIED),
@@ -466,7 +472,7 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
             lambda t: t.update({HEAD: t.pop("model.embed_tokens.weight")}),
             TIED,
         ),
-        "'model.embed_tokens.weight' is missing",
+        "missing 'model.embed_tokens.weight'",
     ),
     "a tied head of one number": (tensors_with(zeros(HEAD), TIED), "lm_head.weight differs"),
     "a tied head of another shape": (
@@ -480,7 +486,7 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     ),
     "a file cut short": (
         lambda folder: os.truncate(folder / FILE, (folder / FILE).stat().st_size - 1),
-        "model.safetensors is not whole",
+        "model.safetensors is truncated or invalid",
     ),
     "a shard that is missing": (
         lambda folder: (
@@ -489,82 +495,84 @@ REFUSED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
         ),
         "model-00002-of-00002.safetensors' is missing",
     ),
-    "a tokenizer that is none": (
+    "an empty tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"),
-        "tokenizer.json is no tokenizer.json",
+        "tokenizer.json is not a valid tokenizer.json",
     ),
     "a piece of texts beyond the model": (
-        lambda folder: with_pad_at_the_end(folder, vocabulary=330),
-        "tokenizer.json gives the id 330 ('zebra'), and the model knows 330: take it out of the file, or ",
+        lambda folder: with_pad_at_the_end(folder, vocab_size=330),
+        "tokenizer.json has the id 330 ('zebra'), but the model has 330 embeddings: remove it",
     ),
     "an eos beyond the model": (
         lambda folder: (
-            with_pad_at_the_end(folder, vocabulary=331),
+            with_pad_at_the_end(folder, vocab_size=331),
             (folder / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}'),
         ),
-        "gives the id 331 ('<pad>'), and the model knows 331: take it out of the file, or give it a row",
+        "has the id 331 ('<pad>'), but the model has 331 embeddings: remove it",
     ),
-    "a tokenizer whose settings are none": (
+    "a tokenizer whose settings are a list": (
         lambda folder: (json_file(folder), (folder / "tokenizer_config.json").write_text("[]")),
-        "tokenizer_config.json, which tells",
+        "tokenizer_config.json, which defines a tokenizer's special tokens, is not a JSON object",
     ),
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_cannot_be_imported_is_named_in_one_line_and_nothing_written(
-    tmp_path: pathlib.Path, what: str, capsys: Any
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_model_is_reported_in_one_line_and_nothing_is_written(
+    tmp_path: pathlib.Path, case: str, capsys: Any
 ) -> None:
     source = write(tmp_path / "model")
-    make, told = REFUSED[what]
+    make, message = UNSUPPORTED[case]
     make(source)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert told in refused(capsys, source, tmp_path / "runs" / "run")
+    assert message in error_line(capsys, source, tmp_path / "runs" / "run")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
     assert {path.name for path in tmp_path.iterdir()} <= {"model"}
 
 
-def test_a_place_that_holds_something_is_left_alone(tmp_path: pathlib.Path, capsys: Any) -> None:
-    source, place = write(tmp_path / "model"), tmp_path / "run"
-    assert import_command(source, place) == 0
-    weights = variables_of(place, 0)
+def test_import_replaces_only_an_older_import_and_only_with_overwrite(
+    tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    source, workdir = write(tmp_path / "model"), tmp_path / "run"
+    assert import_command(source, workdir) == 0
+    weights = variables_of(workdir, 0)
     write(shutil.rmtree(source) or source, tensors=arrays(dtype=np.float16))
     capsys.readouterr()
-    assert "is not empty: name another place, or replace it with --overwrite" in refused(
-        capsys, source, place
+    assert "is not empty: choose another path, or replace it with --overwrite" in error_line(
+        capsys, source, workdir
     )
-    assert import_command(source, place, "--overwrite") == 0
+    assert import_command(source, workdir, "--overwrite") == 0
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-    assert all(np.array_equal(array, weights[path]) for path, array in variables_of(place, 0).items())
+    assert all(np.array_equal(array, weights[path]) for path, array in variables_of(workdir, 0).items())
     capsys.readouterr()
-    (place / "metrics.jsonl").touch()  # a run that has trained there
-    assert "is not empty and holds 'metrics.jsonl'" in refused(capsys, source, place, "--overwrite")
-    for words, told in (
-        ([f"--output={tmp_path / 'a:b'}"], "a colon"),
+    (workdir / "metrics.jsonl").touch()  # as after training in it
+    assert "is not empty and holds 'metrics.jsonl'" in error_line(capsys, source, workdir, "--overwrite")
+    for args, message in (
+        ([f"--output={tmp_path / 'a:b'}"], "has a colon"),
         (["--output=x", "more"], "unrecognized arguments: more"),
         ([], "--output"),
     ):
         with pytest.raises(SystemExit):
-            cli.main(import_hf.main, None, ["import_hf", f"--input={source}", *words])
-        assert told in capsys.readouterr().err
+            cli.main(import_hf.main, None, ["import_hf", f"--input={source}", *args])
+        assert message in capsys.readouterr().err
 
 
-def test_nothing_trains_in_the_place_of_an_import(imported: pathlib.Path) -> None:
+def test_no_run_trains_in_the_workdir_of_an_import(imported: pathlib.Path) -> None:
     for arm in ("full", "relora"):
         config = cli.parse(["train", f"--config={imported / 'config.py'}:{arm}"])[0]
-        with pytest.raises(ValueError, match=r"holds a run of another config.*take another --workdir"):
+        with pytest.raises(ValueError, match=r"holds a run with another config.*use another --workdir"):
             directory.check(imported, config)
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_no_half_run(tmp_path: pathlib.Path) -> None:
+def test_full_disk_leaves_no_partial_run(tmp_path: pathlib.Path) -> None:
     source = write(tmp_path / "model", dataclasses.replace(MODEL, vocab_size=40_000))
     code = (
         "import resource, sys; from relora_jax import cli as flags, import_hf\n"
         "for limit in (1024, 20_480, 300_000):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
-        f"    words = ['x', '--input={source}', '--output={tmp_path / 'run'}']\n"
-        "    try: flags.main(import_hf.main, None, words)\n"
+        f"    args = ['x', '--input={source}', '--output={tmp_path / 'run'}']\n"
+        "    try: flags.main(import_hf.main, None, args)\n"
         "    except SystemExit as stop: print(stop.code)\n"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -575,7 +583,7 @@ def test_a_full_disk_leaves_no_half_run(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_imported_model_trains_on_own_text_with_its_own_tokenizer_alone(
+def test_imported_model_trains_on_user_text_only_with_its_own_tokenizer(
     imported: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     text = tmp_path / "own.jsonl"
@@ -583,21 +591,21 @@ def test_an_imported_model_trains_on_own_text_with_its_own_tokenizer_alone(
     json_file(tmp_path / "other", special=[*SPECIAL, "<x>"])
     short = ("updates=6", "batch=8", "evaluate_every_updates=6", "eval_tokens=500")
     phase = ("cycle_updates=2", "warm_up_updates=1", "restart_warm_up_updates=1", "peak_lr=0.01")
-    words = [f"--config={imported / 'config.py'}", f"--text={text}", "--config.data.sequence_length=16"]
-    words += [f"--config.train.{word}" for word in short] + [f"--config.relora.{word}" for word in phase]
-    words += ["--config.data.validation_fraction=0.2"]
-    # of both commands: how it is compiled moves a loss by its last digit
+    args = [f"--config={imported / 'config.py'}", f"--text={text}", "--config.data.sequence_length=16"]
+    args += [f"--config.train.{word}" for word in short] + [f"--config.relora.{word}" for word in phase]
+    args += ["--config.data.validation_fraction=0.2"]
+    # of both commands: other compiler options change the last digit of a loss
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
     def train(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "relora_jax.train", *words, f"--workdir={tmp_path / 'run'}", *more]
+        command = [sys.executable, "-m", "relora_jax.train", *args, f"--workdir={tmp_path / 'run'}", *more]
         return subprocess.run(command, capture_output=True, text=True, env=environment)
 
     other = train(f"--config.data.tokenizer={tmp_path / 'other'}", "--config.data.eos_id=-1")
     assert other.returncode == 2 and "was trained with another tokenizer" in other.stderr, other.stderr
     ended = train()
     assert ended.returncode == 0, ended.stderr
-    assert f"begins at update 0 with {imported}" in ended.stdout
+    assert f"starts at update 0 from {imported}" in ended.stdout
     rows = record.read(tmp_path / "run").points("eval", "perplexity")
     assert [u for u, _ in rows] == [0, 6] and rows[1][1] < rows[0][1]
 
@@ -605,10 +613,14 @@ def test_an_imported_model_trains_on_own_text_with_its_own_tokenizer_alone(
     large = tmp_path / "large.jsonl"
     large.write_text(text.read_text() * 40)
     moved = text.rename(tmp_path / "elsewhere" / text.name)
-    for place, where, expected in ((tmp_path / "run", moved, rows[1][1]), (imported, large, None)):
-        command = [sys.executable, "-m", "relora_jax.evaluate", f"--workdir={place}", "--json"]
-        lost = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert lost.returncode == 2 and "Traceback" not in lost.stderr, lost.stderr
-        found = subprocess.run([*command, f"--text={where}"], capture_output=True, text=True, env=environment)
-        assert found.returncode == 0, found.stderr
-        assert expected is None or json.loads(found.stdout)["perplexity"] == pytest.approx(expected, rel=1e-6)
+    for workdir, moved_text, expected in ((tmp_path / "run", moved, rows[1][1]), (imported, large, None)):
+        command = [sys.executable, "-m", "relora_jax.evaluate", f"--workdir={workdir}", "--json"]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+        result = subprocess.run(
+            [*command, f"--text={moved_text}"], capture_output=True, text=True, env=environment
+        )
+        assert result.returncode == 0, result.stderr
+        assert expected is None or json.loads(result.stdout)["perplexity"] == pytest.approx(
+            expected, rel=1e-6
+        )

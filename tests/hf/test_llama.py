@@ -1,4 +1,4 @@
-"""config.json and the names of tensors, both ways; what cannot be represented is refused by name."""
+"""config.json and tensor names convert both ways; unsupported settings are reported by name."""
 
 import dataclasses
 import json
@@ -34,68 +34,68 @@ def model(**changes: Any) -> ModelConfig:
 
 
 def config(**changes: Any) -> dict[str, Any]:
-    """The config.json of the toy model; a value of `...` takes its key away."""
+    """The config.json of the toy model; a value of `...` removes its key."""
     facts = llama_hf.to_config(model(), length=12, dtype="float32", special=SPECIAL) | changes
     return {key: value for key, value in facts.items() if value is not ...}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_config_read_back_is_the_model(name: str) -> None:
-    made = model(**MODELS[name])
-    facts = json.loads(json.dumps(llama_hf.to_config(made, length=12, dtype="float32", special=SPECIAL)))
-    assert llama_hf.from_config(facts, where="config.json") == made
+def test_config_round_trip_gives_the_model(name: str) -> None:
+    expected = model(**MODELS[name])
+    facts = json.loads(json.dumps(llama_hf.to_config(expected, length=12, dtype="float32", special=SPECIAL)))
+    assert llama_hf.from_config(facts, source="config.json") == expected
 
 
-def test_rope_is_read_as_transformers_5_writes_it_too() -> None:
+def test_rope_parameters_of_transformers_5_are_read() -> None:
     for scaling in ("linear(4.0)", "llama3(8.0, 1.0, 4.0, 8192.0)", "none"):
         facts = config()
-        there = llama_hf.to_config(model(rope_scaling=scaling), length=1, dtype="", special={})[
+        settings = llama_hf.to_config(model(rope_scaling=scaling), length=1, dtype="", special={})[
             "rope_scaling"
         ]
-        facts["rope_parameters"] = {"rope_type": "default", **(there or {}), "rope_theta": 500.0}
+        facts["rope_parameters"] = {"rope_type": "default", **(settings or {}), "rope_theta": 500.0}
         del facts["rope_theta"], facts["rope_scaling"]
-        found = llama_hf.from_config(facts, where="config.json")
-        assert (found.rope_theta, found.rope_scaling) == (500.0, scaling)
+        parsed = llama_hf.from_config(facts, source="config.json")
+        assert (parsed.rope_theta, parsed.rope_scaling) == (500.0, scaling)
 
 
-def test_what_a_config_does_not_say_is_the_default_of_transformers() -> None:
+def test_missing_keys_have_transformers_defaults() -> None:
     names = ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "tie_word_embeddings")
     names += ("max_position_embeddings", "rms_norm_eps", "initializer_range", "hidden_act", "attention_bias")
-    found = llama_hf.from_config(config(**dict.fromkeys(names, ...)), where="config.json")
-    assert (found.kv_heads, found.head_dim, found.tied_embeddings) == (4, 4, False)
-    assert (found.rope_theta, found.rope_scaling, found.max_positions) == (1e4, "none", 2048)
-    assert (found.rms_eps, found.init_std) == (1e-6, 0.02)
+    parsed = llama_hf.from_config(config(**dict.fromkeys(names, ...)), source="config.json")
+    assert (parsed.kv_heads, parsed.head_dim, parsed.tied_embeddings) == (4, 4, False)
+    assert (parsed.rope_theta, parsed.rope_scaling, parsed.max_positions) == (1e4, "none", 2048)
+    assert (parsed.rms_eps, parsed.init_std) == (1e-6, 0.02)
 
 
-def test_yarn_takes_the_attention_factor_that_its_paper_gives() -> None:
-    there = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-    found = llama_hf.from_config(config(rope_scaling=there), where="config.json")
-    assert found.rope_scaling == "yarn(4.0, 64.0, 32.0, 1.0, 1.138629436111989)"
+def test_yarn_has_its_papers_default_attention_factor() -> None:
+    settings = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    parsed = llama_hf.from_config(config(rope_scaling=settings), source="config.json")
+    assert parsed.rope_scaling == "yarn(4.0, 64.0, 32.0, 1.0, 1.138629436111989)"
 
 
-def test_of_two_rope_settings_the_older_name_counts() -> None:
-    """As in transformers 5, and those before know no other."""
+def test_rope_scaling_wins_over_rope_parameters() -> None:
+    """As in transformers 5; earlier versions have only `rope_scaling`."""
     linear, other = ({"rope_type": "linear", "factor": factor} for factor in (2.0, 4.0))
-    found = llama_hf.from_config(config(rope_scaling=linear, rope_parameters=other), where="config.json")
-    assert found.rope_scaling == "linear(2.0)"
+    parsed = llama_hf.from_config(config(rope_scaling=linear, rope_parameters=other), source="config.json")
+    assert parsed.rope_scaling == "linear(2.0)"
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "type": ({"model_type": "qwen2"}, "is of a 'qwen2': only llama"),
-    "no type": ({"model_type": ...}, "is of a None"),
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
+    "type": ({"model_type": "qwen2"}, "of type 'qwen2': only llama"),
+    "no type": ({"model_type": ...}, "of type None"),
     "architecture": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-    "biases": ({"attention_bias": True}, "attention_bias = True, and only False"),
+    "biases": ({"attention_bias": True}, "attention_bias = True is not supported, only False"),
     "mlp biases": ({"mlp_bias": True}, "mlp_bias = True"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu', and only 'silu'"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config"),
     "partly rotated": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     "longrope": ({"rope_scaling": {"rope_type": "longrope"}}, "rope 'longrope'"),
     "old name": ({"rope_scaling": {"type": "su"}}, "rope 'su'"),
     "no factor": ({"rope_scaling": {"type": "linear"}}, "factor = None must be a number above 0"),
     "factor": ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor = '4'"),
-    "rope": ({"rope_scaling": "linear"}, "rope settings are no JSON object"),
-    "rope of kinds": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "kind of layer"),
-    "text": ({"hidden_size": "16"}, "hidden_size = '16' must be a whole number"),
+    "rope": ({"rope_scaling": "linear"}, "rope settings must be one JSON object"),
+    "rope of kinds": ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "for all layers"),
+    "text": ({"hidden_size": "16"}, "hidden_size = '16' must be an integer"),
     "negative": ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
     "enormous": ({"num_hidden_layers": 2**30}, "num_hidden_layers = 1073741824"),
     "fraction": ({"intermediate_size": 24.0}, "intermediate_size = 24.0"),
@@ -108,18 +108,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_represented_is_refused_by_name(name: str) -> None:
-    changes, told = REFUSED[name]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_setting_is_reported_by_name(name: str) -> None:
+    changes, message = UNSUPPORTED[name]
     with pytest.raises(ValueError, match=r"^config.json") as caught:
-        llama_hf.from_config(config(**changes), where="config.json")
-    assert told in str(caught.value)
+        llama_hf.from_config(config(**changes), source="config.json")
+    assert message in str(caught.value)
 
 
-def test_what_transformers_cannot_hold_is_not_exported() -> None:
-    with pytest.raises(ValueError, match=r"18 is no multiple of model.heads 4"):
+def test_model_that_transformers_cannot_represent_is_not_exported() -> None:
+    with pytest.raises(ValueError, match=r"18 is not a multiple of model.heads 4"):
         llama_hf.to_config(model(hidden=18), length=12, dtype="float32", special=SPECIAL)
-    with pytest.raises(ValueError, match=r"other positions than model.max_positions 2048"):
+    with pytest.raises(ValueError, match=r"must have model.max_positions 2048 as its original length"):
         llama_hf.to_config(
             model(rope_scaling="dynamic(2, 4096)"), length=12, dtype="float32", special=SPECIAL
         )
@@ -142,20 +142,20 @@ NAMES = {
 }
 
 
-def test_names_are_those_of_transformers_in_its_order() -> None:
-    found = {name: place.path for name, place in llama_hf.tensors(model(layers=1)).items()}
-    assert list(found.items()) == list(NAMES.items())
+def test_names_and_order_are_those_of_transformers() -> None:
+    paths = {name: spec.path for name, spec in llama_hf.tensor_specs(model(layers=1)).items()}
+    assert list(paths.items()) == list(NAMES.items())
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_variable_is_in_the_tensors_once(tied: bool) -> None:
-    made = model(tied_embeddings=tied)
-    variables = leaves(jax.eval_shape(lambda: nnx.state(Llama(made, rngs=nnx.Rngs(0)))))
+def test_every_variable_has_exactly_one_tensor(tied: bool) -> None:
+    toy = model(tied_embeddings=tied)
+    variables = leaves(jax.eval_shape(lambda: nnx.state(Llama(toy, rngs=nnx.Rngs(0)))))
     parts: list[tuple[str, int | None, tuple[int, ...]]] = []
     for path, variable in variables:
         shape = value_of(variable).shape
-        layers = range(made.layers) if path[0] == "blocks" else [None]
+        layers = range(toy.layers) if path[0] == "blocks" else [None]
         parts += [("/".join(map(str, path)), i, shape if i is None else shape[1:]) for i in layers]
-    places = llama_hf.tensors(made).values()
-    found = [(p.path, p.layer, p.shape[::-1] if p.transposed else p.shape) for p in places]
-    assert sorted(found, key=str) == sorted(parts, key=str)
+    specs = llama_hf.tensor_specs(toy).values()
+    tensors = [(spec.path, spec.layer, spec.shape[::-1] if spec.transposed else spec.shape) for spec in specs]
+    assert sorted(tensors, key=str) == sorted(parts, key=str)

@@ -1,4 +1,4 @@
-"""Ids of SentencePiece models, and of the `tokenizers` library's tokenizers that are made of them."""
+"""A SentencePiece model and the `tokenizers` tokenizer converted from it give the same ids."""
 
 import sys
 import time
@@ -32,15 +32,15 @@ RULES = {
 
 
 def check(model, most=0):
-    """Ids are equal, but for a unigram model's ties and `most` others; how many differ."""
+    """The number of documents with other ids; apart from ties at most `most`."""
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     ours = sentencepiece_json.convert(model)
     ours.encode_special_tokens = True
     documents = hard_documents([piece.piece.replace(SPACE, " ") for piece in model.pieces])
-    found = [made.ids for made in ours.encode_batch(documents)]
+    ids = [encoding.ids for encoding in ours.encode_batch(documents)]
     other = [
         (text, one, two)
-        for text, one, two in zip(documents, theirs.encode(documents), found, strict=True)
+        for text, one, two in zip(documents, theirs.encode(documents), ids, strict=True)
         if one != two
     ]
     odd = [each for each in other if not sentencepiece_json.is_tie(model, *each[1:])]
@@ -59,19 +59,19 @@ def test_ids_are_equal_on_a_thousand_hard_documents(kind, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_ids_are_equal_under_a_normalization_rule_but_for_few_of_the_hardest_documents(kind, name):
+def test_ids_under_a_normalization_rule_differ_in_few_hard_documents(kind, name):
     lines, settings = RULES[name]
     assert check(trained(lines, kind=kind, **settings), most=100) < 100  # of a thousand
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not T5.is_file(), reason=f"{T5} is not there: python scripts/get_t5_tokenizer.py")
+@pytest.mark.skipif(not T5.is_file(), reason=f"{T5} is missing: python scripts/get_t5_tokenizer.py")
 @pytest.mark.ci
-def test_t5s_ids_are_equal_but_for_few_of_the_hardest_documents():
+def test_ids_of_t5_differ_in_few_hard_documents():
     assert check(parse(T5.read_bytes()), most=5) < 30  # of a thousand: its rule, and ties
 
 
-def test_ties_are_of_equal_scores_and_no_more():
+def test_ties_have_equal_scores():
     model = trained(LINES, kind="unigram", **OWN)
     best = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     one = best.encode("people are free")
@@ -91,7 +91,7 @@ def own(request):
 
 @settings(deadline=None, max_examples=60)
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters=SPACE) | st.sampled_from(" \n\te<é")))
-def test_text_comes_back_from_its_ids(own, text):
+def test_decoding_restores_the_text(own, text):
     theirs, ours = own
     ids = ours.encode(text, add_special_tokens=False).ids
     assert ours.decode(ids) == theirs.decode(ids)
@@ -99,7 +99,7 @@ def test_text_comes_back_from_its_ids(own, text):
         assert ours.decode(ids) == text
 
 
-def test_written_special_token_is_parsed_unless_it_is_asked_for_as_text(own):
+def test_special_token_in_a_text_is_parsed_unless_disabled(own):
     theirs, ours = own
     eos, text = theirs.piece_to_id("</s>"), "of</s>the"
     assert ours.encode(text).ids == [*theirs.encode("of"), eos, *theirs.encode("the")]
@@ -109,12 +109,12 @@ def test_written_special_token_is_parsed_unless_it_is_asked_for_as_text(own):
     assert eos not in theirs.encode(text) and ours.decode([eos, *theirs.encode("of")]) == "of"
 
 
-def test_bos_begins_each_text_where_it_is_one(own):
+def test_bos_precedes_each_text_if_set(own):
     model = trained(CODE, kind="bpe", **LLAMA)
-    made = sentencepiece_json.convert(model, bos=1)
-    first, second = (made.encode(text, add_special_tokens=False).ids for text in ("the union", "of"))
-    assert made.encode("the union").ids == [1, *first]
-    assert made.encode("the union", "of").ids == [1, *first, 1, *second]
+    converted = sentencepiece_json.convert(model, bos=1)
+    first, second = (converted.encode(text, add_special_tokens=False).ids for text in ("the union", "of"))
+    assert converted.encode("the union").ids == [1, *first]
+    assert converted.encode("the union", "of").ids == [1, *first, 1, *second]
     assert own[1].encode("of").ids == own[1].encode("of", add_special_tokens=False).ids
 
 
@@ -124,7 +124,7 @@ def set_type(model):
 
 
 def spaces_of_one_score(model):
-    """As LLaMA's and Mistral's: pieces of spaces alone come last, all with one score."""
+    """Pieces of spaces alone, last and with the same score, as in LLaMA and Mistral."""
     for n in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11):
         piece = next((piece for piece in model.pieces if piece.piece == SPACE * n), None)
         (piece or model.pieces.add(piece=SPACE * n, type=NORMAL)).score = -1e9
@@ -135,21 +135,21 @@ def test_pieces_of_spaces_with_one_score_keep_their_ids():
     model = spaces_of_one_score(trained(CODE, kind="bpe", **LLAMA))
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     documents = ["a" + " " * n + text for n in range(100) for text in ("", "b", "the\n", "\n  ")]
-    found = sentencepiece_json.convert(model).encode_batch(documents)
-    assert [made.ids for made in found] == theirs.encode(documents)
+    encodings = sentencepiece_json.convert(model).encode_batch(documents)
+    assert [encoding.ids for encoding in encodings] == theirs.encode(documents)
     assert check(model) == 0
     assert {f"a{' ' * n}" for n in range(1, 60)} <= {*probes.texts(model)}
 
 
 @pytest.mark.parametrize("prefix", [False, True])
-def test_symbols_keep_their_ids_beside_each_other_and_beside_any_name(prefix):
+def test_symbols_keep_their_ids_next_to_symbols_and_names(prefix):
     model = trained(CODE, kind="bpe", **{**GEMMA, "add_dummy_prefix": prefix})
     names = [piece.piece.replace(SPACE, " ") for piece in model.pieces if piece.type != NORMAL]
     theirs = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
     documents = [f"{one}{name}{two}" for name in names for one in SYMBOLS for two in ("", "<sep>", "<", "a")]
-    made = sentencepiece_json.convert(model)
-    made.encode_special_tokens = True
-    assert [found.ids for found in made.encode_batch(documents)] == theirs.encode(documents)
+    converted = sentencepiece_json.convert(model)
+    converted.encode_special_tokens = True
+    assert [encoding.ids for encoding in converted.encode_batch(documents)] == theirs.encode(documents)
 
 
 def add(piece, kind):
@@ -174,46 +174,46 @@ def suffix(model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "change", "said"),
+    ("kind", "change", "message"),
     [
-        ("unigram", suffix, "its treat_whitespace_as_suffix or"),
-        ("bpe", rule(escape_whitespaces=False), ".*or escape_whitespaces has no counterpart"),
-        ("bpe", denormalize, "its denormalization rule has no counterpart"),
-        ("unigram", set_type, "its unused piece '.*' has no counterpart"),
-        ("bpe", add("Ωa", NORMAL), "its piece 'Ωa' holds a character that is no piece"),
-        ("bpe", add("Ω", CONTROL), "its special piece 'Ω' is a single character"),
-        ("bpe", rule(remove_extra_whitespaces=True), r"its user-defined symbol '\\n' has no counter"),
-        ("unigram", spaced_symbol, "its user-defined symbol with a space has no counterpart"),
+        ("unigram", suffix, "treat_whitespace_as_suffix or"),
+        ("bpe", rule(escape_whitespaces=False), ".*or escape_whitespaces=false is not supported"),
+        ("bpe", denormalize, "a denormalization rule is not supported"),
+        ("unigram", set_type, "unused piece '.*' is not supported"),
+        ("bpe", add("Ωa", NORMAL), "piece 'Ωa' contains a character that is not a piece"),
+        ("bpe", add("Ω", CONTROL), "special piece 'Ω' is a single character"),
+        ("bpe", rule(remove_extra_whitespaces=True), r"user-defined symbol '\\n' is not supported"),
+        ("unigram", spaced_symbol, "a user-defined symbol with a space is not supported"),
     ],
 )
-def test_setting_without_a_counterpart_is_named(kind, change, said):
+def test_unsupported_setting_is_named(kind, change, message):
     model = trained(LINES, kind=kind, **OWN)
     change(model)
-    with pytest.raises(ValueError, match=f"^{said}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         sentencepiece_json.convert(model)
 
 
 @pytest.mark.parametrize("kind", ["word", "char"])
 def test_other_kinds_of_models_are_refused(kind):
-    with pytest.raises(ValueError, match=f"^its model_type {kind.upper()} has no counterpart"):
+    with pytest.raises(ValueError, match=f"^model_type {kind.upper()} is not supported"):
         sentencepiece_json.convert(trained(LINES, kind=kind, vocab_size=20))
 
 
-def test_older_protobuf_is_one_line(monkeypatch):
+def test_old_protobuf_is_a_one_line_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     monkeypatch.delattr(sentencepiece, "sentencepiece_model_pb2", raising=False)
-    with pytest.raises(ValueError, match=r"settings cannot be read: .*: pip install -U protobuf"):
+    with pytest.raises(ValueError, match=r"protobuf module cannot be imported: .*: pip install -U protobuf"):
         parse(b"")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_time_of_one_long_text_is_not_quadratic(kind):
-    made = sentencepiece_json.convert(trained(CODE, kind=kind, **LLAMA))
+def test_encoding_time_is_not_quadratic(kind):
+    converted = sentencepiece_json.convert(trained(CODE, kind=kind, **LLAMA))
     for text in (" ".join(CODE) * 50, "a" * 10**6, "<" * 10**6, " " * 10**6):
         times = []
         for part in (text[: 10**5], text[: 10**6]):
             start = time.perf_counter()
-            made.encode(part)
+            converted.encode(part)
             times.append(time.perf_counter() - start)
         assert times[1] < 40 * times[0] + 1  # quadratic: 100

@@ -1,4 +1,4 @@
-"""What is in a file comes back, whatever the order of writing; what is not as its header says is refused."""
+"""Saved tensors are read back exactly, and invalid files are rejected."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from relora_jax.hf import tensor_files
 from relora_jax.hf.tensor_files import FILE, INDEX, TensorFiles
 from tests.support.tensors import write_tensors as write
 
-ARRAYS = {  # names whose order as texts is not that of their numbers
+ARRAYS = {  # names whose lexical order is not their numerical order
     "model.layers.9.norm": np.arange(5, dtype=np.float32),
     "model.layers.10.norm": np.arange(5, dtype=np.float32) / 3,
     "head": (np.arange(6).reshape(2, 3) / 7).astype(ml_dtypes.bfloat16),
@@ -42,19 +42,19 @@ def same(one: np.ndarray, other: np.ndarray) -> bool:
     "limit, shards",
     {10**9: 1, 66: 2, 48: 2, 40: 2, 23: 4, 19: 4, 1: 6}.items(),  # of 20, 20, 12, 6, 4 and 8 bytes
 )
-def test_what_is_written_is_read_again_from_any_number_of_files(
+def test_saved_tensors_are_read_back_from_any_number_of_files(
     tmp_path: pathlib.Path, limit: int, shards: int
 ) -> None:
     write(tmp_path, ARRAYS, shard_bytes=limit)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     several = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
     assert files == ([FILE] if shards == 1 else several)
-    found = TensorFiles.open(tmp_path)
-    assert found.kinds == kinds(ARRAYS)
-    assert all(same(found.read(name), array) for name, array in ARRAYS.items())
+    reopened = TensorFiles.open(tmp_path)
+    assert reopened.kinds == kinds(ARRAYS)
+    assert all(same(reopened.read(name), array) for name, array in ARRAYS.items())
     for file in files:
-        held = load_file(tmp_path / file)
-        assert len(held) == 1 or sum(array.nbytes for array in held.values()) <= limit
+        shard = load_file(tmp_path / file)
+        assert len(shard) == 1 or sum(array.nbytes for array in shard.values()) <= limit
     if shards > 1:
         index = json.loads((tmp_path / INDEX).read_text())
         assert index["metadata"] == {"total_parameters": 22, "total_size": 70}
@@ -63,21 +63,21 @@ def test_what_is_written_is_read_again_from_any_number_of_files(
         }
 
 
-def test_others_may_read_what_they_may_read_of_any_other_file(tmp_path: pathlib.Path) -> None:
+def test_saved_file_has_default_permissions(tmp_path: pathlib.Path) -> None:
     (tmp_path / "other").touch()
     tensor_files.save(tmp_path, [lambda: {"w": np.zeros(3, np.float32)}])
     modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
     assert modes["model.safetensors"] == modes["other"]
 
 
-def test_files_without_their_index_are_not_taken_for_a_model(tmp_path: pathlib.Path) -> None:
-    def lost() -> dict[str, np.ndarray]:
-        raise OSError("lost")
+def test_shards_without_an_index_are_not_a_model(tmp_path: pathlib.Path) -> None:
+    def failing() -> dict[str, np.ndarray]:
+        raise OSError("disk lost")
 
-    with pytest.raises(OSError, match="lost"):
-        tensor_files.save(tmp_path, [lambda: {"a": np.zeros(2, np.float32)}, lost])
+    with pytest.raises(OSError, match="disk lost"):
+        tensor_files.save(tmp_path, [lambda: {"a": np.zeros(2, np.float32)}, failing])
     assert not (tmp_path / INDEX).exists()
-    with pytest.raises(ValueError, match=r"has no model\.safetensors, nor"):
+    with pytest.raises(ValueError, match=r"has no model\.safetensors or"):
         TensorFiles.open(tmp_path)
 
 
@@ -105,141 +105,142 @@ def test_reading_takes_the_memory_of_one_tensor(tmp_path: pathlib.Path) -> None:
         "print(peak() - before)\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 4 * arrays["t0"].nbytes  # of 16
+    assert int(run.stdout) < 4 * arrays["t0"].nbytes  # of 16 tensors
 
 
 def framed(header: Any, body: bytes = b"", *, claimed: int | None = None) -> bytes:
-    """A file with that header: an object, or its text."""
+    """A file with the header, an object or its JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(text) if claimed is None else claimed).to_bytes(8, "little") + text + body
 
 
-def one(shape: Any, offsets: Any, kind: Any = "F32", *, held: int = 4) -> bytes:
-    """A file with one tensor of that header."""
-    return framed({"a": {"dtype": kind, "shape": shape, "data_offsets": offsets}}, bytes(held))
+def one(shape: Any, offsets: Any, kind: Any = "F32", *, size: int = 4) -> bytes:
+    """A file with one tensor."""
+    return framed({"a": {"dtype": kind, "shape": shape, "data_offsets": offsets}}, bytes(size))
 
 
-def two(first: Any, second: Any, *, held: int) -> bytes:
-    """A file with two tensors of float32 at those offsets."""
+def two(first: Any, second: Any, *, size: int) -> bytes:
+    """A file with two float32 tensors at these offsets."""
     tensors = {
         name: {"dtype": "F32", "shape": [(b - a) // 4], "data_offsets": [a, b]}
         for name, (a, b) in {"a": first, "b": second}.items()
     }
-    return framed(tensors, bytes(held))
+    return framed(tensors, bytes(size))
 
 
 GOOD = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 FILES = {
-    "an empty file": (b"", "not whole"),
-    "a file of 7 bytes": (bytes(7), "not whole"),
-    "a header of no length": (framed(b"", bytes(4)), "not whole"),
+    "an empty file": (b"", "truncated or invalid"),
+    "a file of 7 bytes": (bytes(7), "truncated or invalid"),
+    "a header of no length": (framed(b"", bytes(4)), "truncated or invalid"),
     "a header longer than the file": (framed({}, claimed=1000), "invalid header length"),
     "a header of 2^63 bytes": (framed({}, claimed=2**63), "claims 9,223,372,036,854,775,808 bytes"),
     "a header of 2^64 - 1 bytes": (framed({}, claimed=2**64 - 1), "claims 18,446"),
     "a header of 99 MB": (framed({}, claimed=99_000_000), "claims 99,000,000 bytes"),
-    "a header that is no JSON": (framed(b"GGUF"), "invalid JSON"),
-    "a header that is no text": (framed(b'{"\xff": 1}'), "not whole"),
-    "a header that is a list": (framed([]), "not whole"),
-    "a header of deep brackets": (framed(b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "not whole"),
-    "deep brackets that nobody reads": (
+    "a header that is not JSON": (framed(b"GGUF"), "invalid JSON"),
+    "a header that is not text": (framed(b'{"\xff": 1}'), "truncated or invalid"),
+    "a header that is a list": (framed([]), "truncated or invalid"),
+    "a header of deep brackets": (
+        framed(b'{"a":' + b"[" * 10**5 + b"]" * 10**5 + b"}"),
+        "truncated or invalid",
+    ),
+    "deep brackets in an unused key": (
         framed(b'{"a":' + GOOD[:-1] + b',"x":' + b"[" * 10**5 + b"]" * 10**5 + b"}}", bytes(4)),
-        "not whole",
+        "truncated or invalid",
     ),
-    "digits that nobody reads": (
+    "digits in an unused key": (
         framed(b'{"a":' + GOOD[:-1] + b',"x":' + b"9" * 10**5 + b"}}", bytes(4)),
-        "not whole",
+        "truncated or invalid",
     ),
-    "a pickle": (b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.", "not whole"),
-    "a tensor that is a number": (framed({"a": 3}), "not whole"),
+    "a pickle": (b"\x80\x04\x95cos\nsystem\n(S'true'\ntR.", "truncated or invalid"),
+    "a tensor that is a number": (framed({"a": 3}), "truncated or invalid"),
     "a tensor without offsets": (framed({"a": {"dtype": "F32", "shape": [1]}}, bytes(4)), "data_offsets"),
-    "the same name twice": (framed(b'{"a":' + GOOD + b',"a":' + GOOD + b"}", bytes(4)), "'a' twice"),
-    "a hidden name": (
+    "the same name twice": (framed(b'{"a":' + GOOD + b',"a":' + GOOD + b"}", bytes(4)), "duplicate key 'a'"),
+    "the same name with another shape": (
         framed(b'{"a":' + GOOD.replace(b"[1]", b"[7]") + b',"a":' + GOOD + b"}", bytes(4)),
-        "'a' twice",
+        "duplicate key 'a'",
     ),
-    "tensors that overlap": (two((0, 8), (4, 12), held=12), "invalid offset"),
-    "tensors in one place": (two((0, 8), (0, 8), held=8), "invalid offset"),
-    "a hole between tensors": (two((0, 4), (8, 12), held=12), "invalid offset"),
-    "a hole before": (one([1], [4, 8], held=8), "invalid offset"),
-    "bytes after the last tensor": (one([1], [0, 4], held=5), "not fully covered"),
+    "tensors that overlap": (two((0, 8), (4, 12), size=12), "invalid offset"),
+    "tensors with the same offsets": (two((0, 8), (0, 8), size=8), "invalid offset"),
+    "a hole between tensors": (two((0, 4), (8, 12), size=12), "invalid offset"),
+    "a hole before": (one([1], [4, 8], size=8), "invalid offset"),
+    "bytes after the last tensor": (one([1], [0, 4], size=5), "not fully covered"),
     "offsets beyond the file": (one([1], [10**15, 10**15 + 4]), "invalid offset"),
     "a tensor that ends beyond the file": (one([2], [0, 8]), "not fully covered"),
     "offsets in reverse": (one([1], [4, 0]), "invalid offset"),
     "negative offsets": (one([1], [-4, 0]), "invalid JSON"),
-    "a shape of other bytes": (one([3], [0, 4]), "invalid shape"),
+    "a shape of another size": (one([3], [0, 4]), "invalid shape"),
     "a shape of 2^80 values": (one([2**40, 2**40], [0, 4]), "overflow"),
-    "a shape of 2^64": (one([2**64], [0, 4]), "not whole"),
+    "a shape of 2^64": (one([2**64], [0, 4]), "truncated or invalid"),
     "a shape whose bytes wrap around to 4": (one([2**62 + 1], [0, 4]), "overflow"),
-    "a huge shape of nothing": (one([2**62, 0], [0, 0], held=0), "which no tensor has"),
-    "an empty tensor": (one([0], [0, 0], held=0), "which no tensor has"),
-    "a hundred axes": (one([1] * 100, [0, 4]), "which no tensor has"),
-    "a negative axis": (one([-1], [0, 4]), "not whole"),
-    "two negative axes": (one([-1, -1], [0, 4]), "not whole"),
-    "an axis of 1.0": (one([1.0], [0, 4]), "not whole"),
-    "an axis that is a text": (one(["1"], [0, 4]), "not whole"),
+    "a huge empty shape": (one([2**62, 0], [0, 0], size=0), "unsupported shape"),
+    "an empty tensor": (one([0], [0, 0], size=0), "unsupported shape"),
+    "a hundred axes": (one([1] * 100, [0, 4]), "unsupported shape"),
+    "a negative axis": (one([-1], [0, 4]), "truncated or invalid"),
+    "two negative axes": (one([-1, -1], [0, 4]), "truncated or invalid"),
+    "an axis of 1.0": (one([1.0], [0, 4]), "truncated or invalid"),
+    "an axis that is a text": (one(["1"], [0, 4]), "truncated or invalid"),
     "an unknown type": (one([1], [0, 4], "F99"), "unknown variant"),
-    "integers": (one([1], [0, 4], "I32"), "'a' is of the type I32: only F32, BF16, F16"),
-    "float8": (one([4], [0, 4], "F8_E4M3"), "'a' is of the type F8_E4M3"),
-    "packed float4": (one([8], [0, 4], "F4"), "'a' is of the type F4"),
-    "float64": (one([1], [0, 8], "F64", held=8), "'a' is of the type F64"),
-    "a name that the library says again": (
+    "integers": (one([1], [0, 4], "I32"), "'a' has dtype I32: only F32, BF16, F16"),
+    "float8": (one([4], [0, 4], "F8_E4M3"), "'a' has dtype F8_E4M3"),
+    "packed float4": (one([8], [0, 4], "F4"), "'a' has dtype F4"),
+    "float64": (one([1], [0, 8], "F64", size=8), "'a' has dtype F64"),
+    "a control character that the library quotes": (
         framed({"\x1b[2J": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, bytes(8)),
         "`?[2J`",
     ),
-    "a name that clears the screen": (
+    "a control character in a name": (
         framed(b'{"\\u001b[2J\\n":' + GOOD.replace(b"F32", b"U32") + b"}", bytes(4)),
-        r"'\x1b[2J\n' is of the type U32",
+        r"'\x1b[2J\n' has dtype U32",
     ),
 }
 
 
-def refused(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line with which a command that opens the folder ends."""
+def error_line(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The error line of a command that opens the folder."""
     with pytest.raises(SystemExit) as stop:
         cli.main(lambda argv: len(TensorFiles.open(folder).kinds), None, ["command"])
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
-    assert said[:-1].isprintable() and len(said) < 600, said
-    return said
+    stderr = capsys.readouterr().err
+    assert stop.value.code == 2 and stderr.startswith("error: ") and stderr.count("\n") == 1
+    assert stderr[:-1].isprintable() and len(stderr) < 600, stderr
+    return stderr
 
 
-@pytest.mark.parametrize("what", FILES)
-def test_a_file_that_is_not_whole_is_named_in_one_line(
-    tmp_path: pathlib.Path, what: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("case", FILES)
+def test_invalid_file_is_reported_in_one_line(
+    tmp_path: pathlib.Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content, told = FILES[what]
+    content, message = FILES[case]
     (tmp_path / FILE).write_bytes(content)
-    signal.alarm(20)  # none hangs
-    said = refused(tmp_path, capsys)
+    signal.alarm(20)  # fails rather than hangs
+    stderr = error_line(tmp_path, capsys)
     signal.alarm(0)
-    assert told in said and str(tmp_path / FILE) in said
+    assert message in stderr and str(tmp_path / FILE) in stderr
 
 
-def test_no_cut_of_a_file_is_taken_for_whole(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_truncated_file_is_never_accepted(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, ARRAYS)
     whole = (tmp_path / FILE).read_bytes()
     for length in range(0, len(whole), 7):
         (tmp_path / FILE).write_bytes(whole[:length])
-        assert "not whole" in refused(tmp_path, capsys)
+        assert "truncated or invalid" in error_line(tmp_path, capsys)
 
 
-def test_a_file_cut_after_it_was_opened_is_an_os_error(tmp_path: pathlib.Path) -> None:
+def test_file_truncated_after_opening_is_an_os_error(tmp_path: pathlib.Path) -> None:
     write(tmp_path, ARRAYS)
-    found = TensorFiles.open(tmp_path)
+    files = TensorFiles.open(tmp_path)
     os.truncate(tmp_path / FILE, (tmp_path / FILE).stat().st_size - 1)
-    with pytest.raises(OSError, match=r"'z' cannot be read"):
-        found.read("z")
+    with pytest.raises(OSError, match=r"cannot read 'z'"):
+        files.read("z")
 
 
-def indexed(**places: Any) -> Callable[[pathlib.Path], Any]:
-    """An index of a.safetensors with `a` and b.safetensors with `b`, but for `places`."""
+def indexed(**weight_map: Any) -> Callable[[pathlib.Path], Any]:
+    """An index with `a` in a.safetensors and `b` in b.safetensors, and the changes `weight_map`."""
 
     def make(folder: pathlib.Path) -> None:
         for name in "ab":
             save_file({name: np.zeros(1, np.float32)}, folder / f"{name}.safetensors")
-        weights = {"a": "a.safetensors", "b": "b.safetensors", **places}
+        weights = {"a": "a.safetensors", "b": "b.safetensors", **weight_map}
         weights = {name: file for name, file in weights.items() if file is not None}
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 8}, "weight_map": weights}))
 
@@ -251,32 +252,44 @@ def index_text(text: str) -> Callable[[pathlib.Path], Any]:
 
 
 FOLDERS: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
-    "none": (lambda folder: folder.rmdir(), "is no directory"),
-    "a file": (lambda folder: (folder.rmdir(), folder.write_text("")), "is no directory"),
-    "an empty one": (lambda folder: None, f"has no {FILE}, nor {INDEX}"),
+    "none": (lambda folder: folder.rmdir(), "is not a directory"),
+    "a file": (lambda folder: (folder.rmdir(), folder.write_text("")), "is not a directory"),
+    "an empty one": (lambda folder: None, f"has no {FILE} or {INDEX}"),
     "a pickle alone": (lambda folder: (folder / "pytorch_model.bin").touch(), "safe_serialization=True"),
     "another pickle": (lambda folder: (folder / "model.pt").touch(), "safe_serialization=True"),
     "a file that is a directory": (lambda folder: (folder / FILE).mkdir(), f"has no {FILE}"),
     "a file that is a pipe": (lambda folder: os.mkfifo(folder / FILE), f"has no {FILE}"),
     "a link to a device": (lambda folder: (folder / FILE).symlink_to("/dev/zero"), f"has no {FILE}"),
-    "an index that is no JSON": (index_text("{"), "is not whole"),
-    "an index of deep brackets": (index_text("[" * 10**5), "is not whole"),
+    "an index that is not JSON": (index_text("{"), "truncated or invalid"),
+    "an index of deep brackets": (index_text("[" * 10**5), "truncated or invalid"),
     "an index that is a list": (index_text("[]"), "no weight_map"),
     "an index of nothing": (index_text('{"weight_map": {}}'), "no weight_map"),
     "an index without a map": (index_text('{"weight_map": ["a"]}'), "no weight_map"),
     "a name twice in the index": (
         index_text('{"weight_map": {"a": "a.safetensors", "a": "b.safetensors"}}'),
-        "'a' twice",
+        "duplicate key 'a'",
     ),
-    "a file above": (indexed(b="../b.safetensors"), "'../b.safetensors', which is no file of its directory"),
-    "a file elsewhere": (indexed(b="/etc/b.safetensors"), "which is no file of its directory"),
-    "a file below": (indexed(b="x/b.safetensors"), "which is no file of its directory"),
-    "a path of another system": (indexed(b="..\\b.safetensors"), "which is no file of its directory"),
-    "a file of another kind": (indexed(b="b.bin"), "which is no file of its directory"),
-    "a file that is a number": (indexed(b=3), "which is no file of its directory"),
-    "a file of no name": (indexed(b="\0.safetensors"), "which is no file of its directory"),
-    "a file of half a letter": (indexed(b="\ud800.safetensors"), "is missing"),
-    "a file of an endless name": (indexed(b="b" * 300 + ".safetensors"), "is missing"),
+    "a file above": (
+        indexed(b="../b.safetensors"),
+        "'../b.safetensors', which is not a .safetensors file",
+    ),
+    "a file elsewhere": (
+        indexed(b="/etc/b.safetensors"),
+        "not a .safetensors file",
+    ),
+    "a file below": (indexed(b="x/b.safetensors"), "not a .safetensors file"),
+    "a path of another system": (
+        indexed(b="..\\b.safetensors"),
+        "not a .safetensors file",
+    ),
+    "a file of another kind": (indexed(b="b.bin"), "not a .safetensors file"),
+    "a file that is a number": (indexed(b=3), "not a .safetensors file"),
+    "a file name with a null character": (
+        indexed(b="\0.safetensors"),
+        "not a .safetensors file",
+    ),
+    "a file name with a surrogate": (indexed(b="\ud800.safetensors"), "is missing"),
+    "a file name that is too long": (indexed(b="b" * 300 + ".safetensors"), "is missing"),
     "a missing file": (indexed(b="c.safetensors"), "c.safetensors' is missing"),
     "a tensor that its file lacks": (indexed(c="b.safetensors"), f"has no tensor 'c', which {INDEX}"),
     "a surplus tensor": (
@@ -300,27 +313,27 @@ FOLDERS: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", FOLDERS)
-def test_a_folder_that_holds_no_whole_model_is_named_in_one_line(
-    tmp_path: pathlib.Path, what: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folder_without_a_complete_model_is_reported_in_one_line(
+    tmp_path: pathlib.Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make, told = FOLDERS[what]
+    make, message = FOLDERS[case]
     folder = tmp_path / "model"
     folder.mkdir()
     make(folder)
-    assert told in refused(folder, capsys)
+    assert message in error_line(folder, capsys)
 
 
 def test_files_may_be_links_as_in_the_hubs_cache(tmp_path: pathlib.Path) -> None:
     blobs, folder = tmp_path / "blobs", tmp_path / "snapshots"
     blobs.mkdir(), folder.mkdir()
     indexed()(blobs)
-    for place in blobs.iterdir():
-        (folder / place.name).symlink_to(pathlib.Path("..") / "blobs" / place.name)
+    for path in blobs.iterdir():
+        (folder / path.name).symlink_to(pathlib.Path("..") / "blobs" / path.name)
     assert TensorFiles.open(folder).kinds.keys() == {"a", "b"}
 
 
-def test_a_header_of_many_tensors_is_read_in_little_time_and_memory(tmp_path: pathlib.Path) -> None:
+def test_header_of_many_tensors_is_read_in_little_memory(tmp_path: pathlib.Path) -> None:
     count = 20_000
     header = {
         f"t{i}": {"dtype": "F32", "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i in range(count)

@@ -1,4 +1,4 @@
-"""The decoder: causal, of the published shapes, equal to the float64 re-enactment, whatever its options."""
+"""The decoder is causal, has the published shapes and equals the float64 reference, with any options."""
 
 import dataclasses
 from typing import Any
@@ -16,7 +16,7 @@ from relora_jax.model import rope
 from relora_jax.model.llama import Llama, positions_and_mask
 from relora_jax.model.loss import token_loss
 from tests.support import oracle, small
-from tests.support.small import PLACES
+from tests.support.small import VARIABLE_PATHS
 
 #        total         trainable at r = 128, vocabulary 32,100 (the published configurations)
 TABLE = {
@@ -40,7 +40,7 @@ def model(**changes: Any) -> ModelConfig:
     return dataclasses.replace(small.config().model, **changes)
 
 
-def made(config: ModelConfig) -> Llama:
+def build(config: ModelConfig) -> Llama:
     return Llama(config, rngs=nnx.Rngs(0))
 
 
@@ -59,9 +59,9 @@ def test_all_published_shapes_have_the_published_counts() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_counts_by_shape_are_the_counts_of_the_variables(tied: bool) -> None:
+def test_counts_by_shape_equal_the_counts_of_the_variables(tied: bool) -> None:
     run = small.config(model__tied_embeddings=tied)
-    state = nnx.eval_shape(lambda: made(run.model))
+    state = nnx.eval_shape(lambda: build(run.model))
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(state)))
     assert shapes.count(small.config("full", model__tied_embeddings=tied)).full_rank_total == total
     from relora_jax.training.program import Program
@@ -71,8 +71,8 @@ def test_counts_by_shape_are_the_counts_of_the_variables(tied: bool) -> None:
     assert sizes == [shapes.count(run).trained, shapes.count(run).frozen]
 
 
-def test_no_logit_sees_the_future() -> None:
-    net = made(model())
+def test_logits_do_not_depend_on_later_ids() -> None:
+    net = build(model())
     embedded = net.embed(ids(1))
     graph, state = nnx.split(net)
 
@@ -82,8 +82,8 @@ def test_no_logit_sees_the_future() -> None:
         return net(ids(1))[0, position].sum()
 
     for position in (0, 5, 11):
-        seen = np.abs(jax.grad(at)(embedded, position)[0]).sum(-1)
-        assert np.all(seen[: position + 1] > 0) and not np.any(seen[position + 1 :])
+        influence = np.abs(jax.grad(at)(embedded, position)[0]).sum(-1)
+        assert np.all(influence[: position + 1] > 0) and not np.any(influence[position + 1 :])
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_no_logit_sees_the_future() -> None:
         {"kv_heads": 1},
         {"tied_embeddings": True},
         {"head_dim": 6, "rope_theta": 500.0},
-        {"head_dim": 16, "rope_scaling": "llama3(8, 1, 4, 100)"},  # of pairs kept, slowed, and in between
+        {"head_dim": 16, "rope_scaling": "llama3(8, 1, 4, 100)"},  # unchanged, scaled and interpolated pairs
         {"rope_scaling": "linear(4)"},
         {"rope_scaling": "dynamic(2, 8)"},  # the rows have 12
         {"rope_scaling": "dynamic(2, 12)"},
@@ -104,9 +104,9 @@ def test_no_logit_sees_the_future() -> None:
 def test_logits_and_loss_equal_the_oracle(changes: dict[str, Any]) -> None:
     with jax.enable_x64(True):
         config = model(compute_dtype="float64", attention="einsum", **changes)
-        net, text = made(config), ids(3, 13)
+        net, text = build(config), ids(3, 13)
         flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(nnx.state(net))}
-        params = {name: flat[place] for name, place in PLACES.items() if place in flat}
+        params = {name: flat[path] for name, path in VARIABLE_PATHS.items() if path in flat}
         c, scaling = config, rope.parse(config.rope_scaling)
         twin = oracle.Model(
             c.vocab_size,
@@ -131,9 +131,9 @@ def test_logits_and_loss_equal_the_oracle(changes: dict[str, Any]) -> None:
 
 
 def rows_of_documents() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """(ids [3, 13], their true lengths, the documents in them): 0 ends one, and rows cut them anywhere.
+    """(ids [3, 13], true lengths, documents): 0 ends a document, and rows may split one.
 
-    The second row begins with an end alone; the third is padded.
+    The second row starts with a lone 0; the third is padded.
     """
     text = np.random.default_rng(1).integers(1, 61, (3, 13)).astype(np.int32)
     text[0, [3, 4, 10]] = text[1, [0, 12]] = text[2, 5] = 0
@@ -141,8 +141,8 @@ def rows_of_documents() -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
     return text, np.array([13, 13, 9], np.int32), [text[row, a:b] for row, a, b in cuts]
 
 
-def alone(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Each document in a row of its own, filled up with what must not count."""
+def one_per_row(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, lengths) with each document in a separate row, padded with ids that must not count."""
     text = np.full((len(documents), 13), 7, np.int32)
     for row, document in zip(text, documents, strict=True):
         row[: len(document)] = document
@@ -150,15 +150,17 @@ def alone(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"kv_heads": 4, "remat": "full"}], ids=str)
-def test_documents_apart_are_the_oracle_of_each_alone(changes: dict[str, Any]) -> None:
+def test_separate_documents_equal_the_oracle_of_each_one_alone(changes: dict[str, Any]) -> None:
     with jax.enable_x64(True):
         c = model(compute_dtype="float64", attention="einsum", **changes)
-        graph, state = nnx.split(made(c))
+        graph, state = nnx.split(build(c))
         flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(state)}
-        params = {name: flat[place] for name, place in PLACES.items() if place in flat}
+        params = {name: flat[path] for name, path in VARIABLE_PATHS.items() if path in flat}
         shape = (c.vocab_size, c.hidden, c.mlp, c.layers, c.heads, c.kv_heads, c.head_dim, c.rope_theta)
         text, lengths, documents = rows_of_documents()
-        expected, count, theirs = oracle.loss_and_grads(oracle.Model(*shape), params, *alone(documents), 1.0)
+        expected, count, theirs = oracle.loss_and_grads(
+            oracle.Model(*shape), params, *one_per_row(documents), 1.0
+        )
         numbers = number_documents(text, 0)
 
         def loss(state: Any) -> Any:
@@ -170,23 +172,23 @@ def test_documents_apart_are_the_oracle_of_each_alone(changes: dict[str, Any]) -
         assert int(targets) == count == sum(len(document) - 1 for document in documents)
         flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(grads)}
         for name, value in theirs.items():
-            np.testing.assert_allclose(flat[PLACES[name]], value, rtol=1e-9, atol=1e-12, err_msg=name)
+            np.testing.assert_allclose(flat[VARIABLE_PATHS[name]], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def test_positions_begin_anew_with_each_document_and_no_document_sees_another() -> None:
-    # by hand: rotary positions are relative, so that a shift of a whole document shows in no logit
+def test_positions_restart_and_attention_stays_within_each_document() -> None:
+    # checked directly: rotary positions are relative, so logits do not reveal a shifted document
     numbers = jnp.array([[0, 0, 0, 1, 2, 2], [0, 1, 1, 1, 1, 1]])
     positions, mask = positions_and_mask(numbers)
     assert positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 0, 1, 2, 3, 4]]
-    for row, seen in zip(numbers.tolist(), mask.tolist(), strict=True):
-        assert seen == [[key == query for key in row] for query in row]
+    for row, row_mask in zip(numbers.tolist(), mask.tolist(), strict=True):
+        assert row_mask == [[key == query for key in row] for query in row]
 
 
 @pytest.mark.parametrize(
     "changes", [{"attention": "xla"}, {"attention": "xla", "remat": "dots", "kv_heads": 1}], ids=str
 )
-def test_documents_apart_have_loss_and_gradients_of_each_alone(changes: dict[str, Any]) -> None:
-    graph, state = nnx.split(made(model(**changes)))
+def test_separate_documents_have_the_loss_and_gradients_of_each_one_alone(changes: dict[str, Any]) -> None:
+    graph, state = nnx.split(build(model(**changes)))
 
     def loss_and_grads(text: np.ndarray, lengths: np.ndarray, *numbers: np.ndarray) -> Any:
         def loss(state: Any) -> Any:
@@ -198,7 +200,7 @@ def test_documents_apart_have_loss_and_gradients_of_each_alone(changes: dict[str
 
     text, lengths, documents = rows_of_documents()
     (nats, targets), grads = loss_and_grads(text, lengths, number_documents(text, 0))
-    (expected, count), theirs = loss_and_grads(*alone(documents))
+    (expected, count), theirs = loss_and_grads(*one_per_row(documents))
     np.testing.assert_allclose(float(nats), float(expected), rtol=1e-6)
     assert int(targets) == int(count)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(theirs), strict=True):
@@ -206,9 +208,9 @@ def test_documents_apart_have_loss_and_gradients_of_each_alone(changes: dict[str
 
 
 @pytest.mark.parametrize("changes", [{"attention": "xla"}, {"remat": "dots"}, {"remat": "full"}], ids=str)
-def test_options_of_the_run_do_not_change_loss_or_gradients(changes: dict[str, Any]) -> None:
+def test_run_options_do_not_change_loss_or_gradients(changes: dict[str, Any]) -> None:
     def loss_and_grads(config: ModelConfig) -> Any:
-        graph, state = nnx.split(made(config))
+        graph, state = nnx.split(build(config))
         text, lengths = ids(2, 13), jnp.array([13, 13], jnp.int32)
         loss = lambda s: token_loss(nnx.merge(graph, s)(text[:, :-1]), text, lengths)[0]  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(state)
@@ -221,15 +223,15 @@ def test_options_of_the_run_do_not_change_loss_or_gradients(changes: dict[str, A
 
 
 def test_bfloat16_computes_in_bfloat16_with_float32_variables_and_logits() -> None:
-    net = made(model(compute_dtype="bfloat16"))
+    net = build(model(compute_dtype="bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(net))} == {jnp.dtype("float32")}
     logits = net(ids())
     assert logits.dtype == jnp.float32 and net.blocks.mlp.gate.dtype == jnp.bfloat16
-    np.testing.assert_allclose(logits, made(model())(ids()), atol=0.01)
+    np.testing.assert_allclose(logits, build(model())(ids()), atol=0.01)
 
 
-def test_matrices_start_normal_with_the_configured_deviation_and_norms_at_one() -> None:
-    net = made(model(hidden=64, mlp=96, vocab_size=500, head_dim=16))
+def test_matrices_are_initialized_normal_with_init_std_and_norms_to_one() -> None:
+    net = build(model(hidden=64, mlp=96, vocab_size=500, head_dim=16))
     for path, value in nnx.to_flat_state(nnx.state(net)):
         array = np.asarray(value[...])
         if path[-1] == "scale":

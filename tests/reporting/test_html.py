@@ -1,4 +1,4 @@
-"""report.html: report.md in one file that fetches nothing, and in which a run's text stays text."""
+"""html: the page is one file that fetches nothing, and text from a run stays text."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ LOADING = {"script", "link", "iframe", "object", "embed", "base", "video", "audi
 PREFIX = "data:image/png;base64,"
 
 
-class Read(HTMLParser):
+class Page(HTMLParser):
     """A page's tags in order, their attributes, and the text between them."""
 
     def __init__(self, file: Path) -> None:
@@ -43,12 +43,12 @@ class Read(HTMLParser):
         return [base64.b64decode(source.removeprefix(PREFIX)) for source in sources]
 
 
-def report_of(workdir: Path) -> Read:
-    return Read(page.write(workdir).with_suffix(".html"))
+def report_of(workdir: Path) -> Page:
+    return Page(page.write(workdir).with_suffix(".html"))
 
 
-def run_that_says(text: str, workdir: Path) -> Path:
-    """A run in whose directory `text` stands wherever a run or its user may write what they like."""
+def run_with_text(text: str, workdir: Path) -> Path:
+    """A run with `text` wherever the files of a run hold free text."""
     samples = [{"kind": "sample", "update": u, "prompt": text, "text": text} for u in (0, 400)]
     workdir = make(workdir, lines=[*rows(), *samples])
     for name, changes in {
@@ -60,58 +60,59 @@ def run_that_says(text: str, workdir: Path) -> Path:
     return workdir
 
 
-def test_page_holds_its_pictures_and_fetches_nothing(tmp_path: Path) -> None:
-    made = report_of(make(tmp_path))
-    named = re.findall(r"!\[.*\]\((.*)\)", (tmp_path / "report.md").read_text())
-    assert len(named) == 3 and made.pictures() == [(tmp_path / name).read_bytes() for name in named]
+def test_page_embeds_its_pictures_and_fetches_nothing(tmp_path: Path) -> None:
+    report = report_of(make(tmp_path))
+    files = re.findall(r"!\[.*\]\((.*)\)", (tmp_path / "report.md").read_text())
+    assert len(files) == 3 and report.pictures() == [(tmp_path / name).read_bytes() for name in files]
     assert (
-        not LOADING & set(made.tags) and not {"href", "srcset", "background"} & dict(made.attributes).keys()
+        not LOADING & set(report.tags)
+        and not {"href", "srcset", "background"} & dict(report.attributes).keys()
     )
     assert "url(" not in html.STYLE and "@import" not in html.STYLE
-    assert ("content", html.POLICY) in made.attributes and html.POLICY.startswith("default-src 'none'; ")
+    assert ("content", html.POLICY) in report.attributes and html.POLICY.startswith("default-src 'none'; ")
 
 
-def test_page_names_its_charset_its_width_and_its_title(tmp_path: Path) -> None:
-    made = report_of(run_that_says("Größe <1>", tmp_path))
-    assert ("charset", "utf-8") in made.attributes
-    assert ("content", "width=device-width, initial-scale=1") in made.attributes
+def test_page_declares_its_charset_viewport_and_title(tmp_path: Path) -> None:
+    report = report_of(run_with_text("Größe <1>", tmp_path))
+    assert ("charset", "utf-8") in report.attributes
+    assert ("content", "width=device-width, initial-scale=1") in report.attributes
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert source.startswith("<!doctype html>") and "<title>Größe &lt;1&gt;, arm relora</title>" in source
 
 
 def test_tables_samples_and_config_are_shown(tmp_path: Path) -> None:
     samples = [{"kind": "sample", "update": 0, "prompt": "To be,\n", "text": "or not\nto be"}]
-    made = report_of(make(tmp_path, lines=[*rows(), *samples]))
+    report = report_of(make(tmp_path, lines=[*rows(), *samples]))
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<td><b>To be,<br></b>or not<br>to be</td>" in source
-    assert "<td>parameters trained</td>\n<td>1,234,567</td>" in source
-    folded = made.tags[made.tags.index("details") : made.tags.index("/details")]
+    assert "<td>trained parameters</td>\n<td>1,234,567</td>" in source
+    folded = report.tags[report.tags.index("details") : report.tags.index("/details")]
     assert folded == ["details", "summary", "/summary", "pre", "code", "/code", "/pre"]
-    assert (tmp_path / "config.json").read_text().strip() in made.text
+    assert (tmp_path / "config.json").read_text().strip() in report.text
 
 
-def test_what_a_run_says_stays_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures) -> None:  # noqa: F811
-    def made(text: str, name: str) -> Read:
+def test_text_from_a_run_is_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, figures) -> None:  # noqa: F811
+    def parsed(text: str, name: str) -> Page:
         def failing(workdir: Path) -> list[int]:
             raise Exception(text)
 
         monkeypatch.setattr("relora_jax.checkpoint.saved.updates_saved", failing)
-        return report_of(run_that_says(text, tmp_path / name))
+        return report_of(run_with_text(text, tmp_path / name))
 
-    hostile = made(HOSTILE, "hostile")
-    assert hostile.tags == made("plain", "plain").tags
-    # title, heading, device, a version's name and number, why a section is left out, two prompts, two texts
+    hostile = parsed(HOSTILE, "hostile")
+    assert hostile.tags == parsed("plain", "plain").tags
+    # title, heading, device, name and number of a version, why a section is missing, two prompts, two texts
     assert hostile.text.count(HOSTILE) == 10
 
 
-def test_comparison_is_one_file_too_and_names_stay_text(tmp_path: Path) -> None:
-    def made(name: str, text: str) -> Read:
-        runs = [run_that_says(words, tmp_path / name / words) for words in (text, "other")]
-        return Read(comparison.write(runs, tmp_path / name / "all of them.md").with_suffix(".html"))
+def test_comparison_is_one_file_too_and_run_names_are_escaped(tmp_path: Path) -> None:
+    def parsed(name: str, text: str) -> Page:
+        runs = [run_with_text(t, tmp_path / name / t) for t in (text, "other")]
+        return Page(comparison.write(runs, tmp_path / name / "all of them.md").with_suffix(".html"))
 
     name = HOSTILE.replace("/", "")
-    hostile = made("1", name)
-    assert hostile.tags == made("2", "plain").tags
+    hostile = parsed("1", name)
+    assert hostile.tags == parsed("2", "plain").tags
     assert hostile.pictures() == [(tmp_path / "1" / "all of them.png").read_bytes()]
     assert not LOADING & set(hostile.tags)
     assert (
@@ -119,20 +120,20 @@ def test_comparison_is_one_file_too_and_names_stay_text(tmp_path: Path) -> None:
     )
 
 
-def test_page_is_whole_before_report_md_says_that_the_run_is_reported(
+def test_report_html_is_complete_before_report_md_exists(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     figures,  # noqa: F811
 ) -> None:
-    def cut(aside: Path, path: Path) -> None:
+    def interrupt(temporary: Path, path: Path) -> None:
         raise KeyboardInterrupt
 
     workdir, publish, published = make(tmp_path), atomic.publish, []
-    with monkeypatch.context() as power:
-        power.setattr(atomic, "publish", cut)
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "publish", interrupt)
         with pytest.raises(KeyboardInterrupt):
             page.write(workdir)
     assert not (workdir / "report.html").exists() and not (workdir / "report.md").exists()
-    monkeypatch.setattr(atomic, "publish", lambda *two: (published.append(two[1].name), publish(*two)))
+    monkeypatch.setattr(atomic, "publish", lambda *paths: (published.append(paths[1].name), publish(*paths)))
     page.write(workdir)
     assert published == ["report.html", "report.md"]

@@ -1,4 +1,4 @@
-"""report: a workdir of numbers becomes text and pictures that say the same numbers."""
+"""page: the report's text and pictures show the numbers in the workdir."""
 
 import re
 import subprocess
@@ -13,31 +13,45 @@ from matplotlib.image import imread
 from relora_jax import cli, report
 from relora_jax.reporting import page, pictures
 from relora_jax.training.names import LAYERS as KINDS
-from tests.support.reports import CYCLE, LAYERS, MLP, RANK, SIDE, START, UPDATES, make, rows, text_of, upright
+from tests.support.reports import (
+    CYCLE,
+    LAYERS,
+    MLP,
+    RANK,
+    SIDE,
+    START,
+    UPDATES,
+    make,
+    rows,
+    text_of,
+    vertical_lines,
+)
 
 
 def models(merges: int = 4, targets: str = "qkvo gate up down") -> dict[int, dict[str, np.ndarray]]:
-    """Checkpoints at START and UPDATES: `merges` merged updates of rank RANK, and one that is live."""
+    """Checkpoints at START and UPDATES: `merges` merged updates of rank RANK, and a live one."""
     random = np.random.default_rng(1)
     then, now = {}, {}
     for kind, path in KINDS.items():
         rows, columns = {"gate": (SIDE, MLP), "up": (SIDE, MLP), "down": (MLP, SIDE)}.get(kind, (SIDE, SIDE))
         then[f"{path}/kernel"] = (0.02 * random.standard_normal((LAYERS, rows, columns))).astype(np.float32)
-        moved = then[f"{path}/kernel"].astype(np.float64)
+        summed = then[f"{path}/kernel"].astype(np.float64)
         if kind not in targets:
-            now[f"{path}/kernel"] = (moved + 0.1 * random.standard_normal(moved.shape)).astype(np.float32)
+            now[f"{path}/kernel"] = (summed + 0.1 * random.standard_normal(summed.shape)).astype(np.float32)
             continue
         for _ in range(merges + 1):
             a = random.uniform(-1, 1, (LAYERS, rows, RANK)) / np.sqrt(rows)
             b = random.standard_normal((LAYERS, RANK, columns)) * np.geomspace(0.3, 0.03, RANK)[:, None]
             live = 2.0 * a @ b
-            moved += live
-        now[f"{path}/kernel"] = (moved - live).astype(np.float32)
+            summed += live
+        now[f"{path}/kernel"] = (summed - live).astype(np.float32)
         now[f"{path}/lora_a"], now[f"{path}/lora_b"] = a.astype(np.float32), b.astype(np.float32)
     return {START: then, UPDATES: now}
 
 
-def saved(monkeypatch: pytest.MonkeyPatch, workdir: Path, models: dict[int, dict[str, np.ndarray]]) -> None:
+def fake_checkpoints(
+    monkeypatch: pytest.MonkeyPatch, workdir: Path, models: dict[int, dict[str, np.ndarray]]
+) -> None:
     monkeypatch.setattr("relora_jax.checkpoint.saved.updates_saved", lambda workdir: sorted(models))
     read = lambda workdir, update: models[update]  # noqa: E731
     monkeypatch.setattr("relora_jax.checkpoint.variables.variables_of", read)
@@ -52,26 +66,26 @@ def table_of(text: str) -> dict[str, list[str]]:
     return {kind: rest.split(" | ") for kind, rest in lines if kind in KINDS}
 
 
-def test_report_of_a_run_says_its_numbers_and_shows_every_picture(tmp_path: Path, monkeypatch) -> None:
+def test_report_has_the_numbers_of_the_run_and_every_picture(tmp_path: Path, monkeypatch) -> None:
     workdir = make(tmp_path / "run")
-    saved(monkeypatch, workdir, models())
+    fake_checkpoints(monkeypatch, workdir, models())
     text = text_of(workdir)
     assert page.write(workdir) == workdir / "report.md"
     facts = facts_of(text)
-    assert facts["parameters trained"] == "1,234,567" and facts["parameters frozen"] == "7,654,321"
+    assert facts["trained parameters"] == "1,234,567" and facts["frozen parameters"] == "7,654,321"
     assert (
-        facts["reduction"] == "84.6 %" and facts["tokens seen"] == "102,400" and facts["restarts done"] == "4"
+        facts["reduction in trained parameters"] == "84.6%"
+        and facts["tokens seen"] == "102,400"
+        and facts["restarts completed"] == "4"
     )
+    assert facts["first perplexity"] == "544.6 (update 0)" and facts["unigram perplexity"] == "612.5"
+    assert facts["last perplexity"] == f"{np.exp(3.55 + 2.8 * np.exp(-5)):.1f} (update 400)"
     assert (
-        facts["perplexity at first"] == "544.6 (update 0)" and facts["perplexity of the unigram"] == "612.5"
+        facts["skipped updates"] == "1" and facts["tokens/s (median)"] == "4,201" and facts["time"] == "1:40"
     )
-    assert facts["perplexity at last"] == f"{np.exp(3.55 + 2.8 * np.exp(-5)):.1f} (update 400)"
-    assert (
-        facts["updates skipped"] == "1" and facts["tokens/s (median)"] == "4,201" and facts["time"] == "1:40"
-    )
-    shown = re.findall(r"!\[.*\]\((.*)\)", text)
-    assert shown == [f"report/{name}.png" for name in ("loss", "learning_rate", "perplexity", "spectrum")]
-    for name in shown:
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert pictures == [f"report/{name}.png" for name in ("loss", "learning_rate", "perplexity", "spectrum")]
+    for name in pictures:
         assert imread(workdir / name).shape[1] >= 1000
     config = text[text.index("<details>") :]
     assert config.split("```json\n")[1].split("\n```")[0] == (workdir / "config.json").read_text().strip()
@@ -79,69 +93,65 @@ def test_report_of_a_run_says_its_numbers_and_shows_every_picture(tmp_path: Path
 
 def test_ranks_and_counts_are_those_of_the_checkpoints(tmp_path: Path, monkeypatch, figures) -> None:
     workdir = make(tmp_path)
-    saved(monkeypatch, workdir, found := models())
+    fake_checkpoints(monkeypatch, workdir, checkpoints := models())
     table = table_of(text_of(workdir))
     assert list(table) == list(KINDS)
-    for kind, (side, count, rank, against) in table.items():
+    for kind, (side, count, rank, relative) in table.items():
         path = KINDS[kind]
-        moved = found[UPDATES][f"{path}/kernel"] - found[START][f"{path}/kernel"].astype(np.float64)
-        moved += (
-            6.0
-            / RANK
-            * found[UPDATES][f"{path}/lora_a"]
-            @ found[UPDATES][f"{path}/lora_b"].astype(np.float64)
-        )
-        values = np.linalg.svd(moved, compute_uv=False)
+        then, now = checkpoints[START], checkpoints[UPDATES]
+        summed = now[f"{path}/kernel"] - then[f"{path}/kernel"].astype(np.float64)
+        summed += 6.0 / RANK * now[f"{path}/lora_a"] @ now[f"{path}/lora_b"].astype(np.float64)
+        values = np.linalg.svd(summed, compute_uv=False)
         assert count == f"{np.sum(values < 0.1)} of {LAYERS * SIDE}" and side == str(SIDE)
-        assert (rank, against) == (str(5 * RANK), "5.0 r")  # four merged and the live one
+        assert (rank, relative) == (str(5 * RANK), "5.0 r")  # four merged and the live one
 
 
-def test_only_merges_that_the_checkpoint_holds_count_towards_the_reach(
-    tmp_path, monkeypatch, figures
-) -> None:
-    workdir, at = (
-        make(tmp_path),
-        START + 3 * CYCLE,
-    )  # a checkpoint lies before the restart that its update begins with
-    found = models(merges=2)
-    saved(monkeypatch, workdir, {START: found[START], at: found[UPDATES]})
+def test_only_merges_in_the_checkpoint_count_towards_the_rank_bound(tmp_path, monkeypatch, figures) -> None:
+    workdir = make(tmp_path)
+    third_restart = START + 3 * CYCLE  # a checkpoint holds the state before the restart at its update
+    checkpoints = models(merges=2)
+    saved = {START: checkpoints[START], third_restart: checkpoints[UPDATES]}
+    fake_checkpoints(monkeypatch, workdir, saved)
     text = text_of(workdir)
-    assert "with 2 merged before it the sum may have 3 x 3 = 9" in text and table_of(text)["q"][2] == "9"
-    assert upright(figures["spectrum.png"].axes[0]) == [RANK, 3 * RANK]
+    assert (
+        "with 2 merged before it, the sum has rank at most 3 x 3 = 9" in text
+        and table_of(text)["q"][2] == "9"
+    )
+    assert vertical_lines(figures["spectrum.png"].axes[0]) == [RANK, 3 * RANK]
 
 
 def test_pictures_mark_restarts_warm_start_and_rank(tmp_path: Path, monkeypatch, figures) -> None:
     workdir = make(tmp_path)
-    saved(monkeypatch, workdir, models())
+    fake_checkpoints(monkeypatch, workdir, models())
     page.write(workdir)
     restarts = [START + CYCLE * n for n in (1, 2, 3, 4)]
     for name in ("loss", "learning_rate", "perplexity"):
         (axes,) = figures[f"{name}.png"].axes
-        assert [x for x in upright(axes) if x] == restarts
+        assert [x for x in vertical_lines(axes) if x] == restarts
         (warm_start,) = axes.patches
         assert (warm_start.get_x(), warm_start.get_width()) == (0, START)
     panels = figures["spectrum.png"].axes
     assert [axes.get_title(loc="left") for axes in panels[:7]] == list(KINDS)
     for axes in panels[:7]:
-        assert upright(axes) == [RANK, 5 * RANK] and axes.get_yscale() == "log"
+        assert vertical_lines(axes) == [RANK, 5 * RANK] and axes.get_yscale() == "log"
 
 
-def test_loss_picture_holds_every_row(tmp_path: Path, figures) -> None:
+def test_loss_picture_has_every_row(tmp_path: Path, figures) -> None:
     page.write(make(tmp_path))
     lines = figures["loss.png"].axes[0].lines
     raw = [(row["update"], row["loss"]) for row in rows() if row["kind"] == "train"]
-    evaluated = [(row["update"], row["loss"]) for row in rows() if row["kind"] == "eval"]
+    evaluations = [(row["update"], row["loss"]) for row in rows() if row["kind"] == "eval"]
     np.testing.assert_allclose(lines[0].get_xydata(), raw)
-    np.testing.assert_allclose(lines[2].get_xydata(), evaluated)
+    np.testing.assert_allclose(lines[2].get_xydata(), evaluations)
 
 
-def test_kinds_trained_in_full_have_no_line_at_r(tmp_path: Path, monkeypatch, figures) -> None:
+def test_kernels_trained_in_full_have_no_line_at_r(tmp_path: Path, monkeypatch, figures) -> None:
     workdir = make(tmp_path, targets=("attention",))
-    saved(monkeypatch, workdir, models(targets="qkvo"))
+    fake_checkpoints(monkeypatch, workdir, models(targets="qkvo"))
     table = table_of(text_of(workdir))
     assert table["q"][-1] == "5.0 r" and table["gate"][2:] == [str(SIDE), "trained in full"]
     panels = dict(zip(KINDS, figures["spectrum.png"].axes, strict=False))
-    assert upright(panels["q"]) and not upright(panels["gate"])
+    assert vertical_lines(panels["q"]) and not vertical_lines(panels["gate"])
 
 
 @pytest.mark.parametrize("arm", ["full", "control"])
@@ -149,56 +159,53 @@ def test_full_rank_arms_are_measured_from_the_same_update(
     tmp_path: Path, monkeypatch, figures, arm: str
 ) -> None:
     workdir = make(tmp_path, arm=arm)
-    saved(monkeypatch, workdir, models(targets=""))
+    fake_checkpoints(monkeypatch, workdir, models(targets=""))
     text = text_of(workdir)
     assert {cells[-1] for cells in table_of(text).values()} == {"trained in full"}
-    assert not any(upright(axes) for axes in figures["spectrum.png"].axes[:7])
+    assert not any(vertical_lines(axes) for axes in figures["spectrum.png"].axes[:7])
     assert not figures["loss.png"].axes[0].patches  # the whole run is full-rank
-    assert "A [in, r]" not in text and "restart" not in text[: text.index("## Loss")].replace(
-        "restarts done", ""
-    )
+    head = text[: text.index("## Loss")].replace("restarts completed", "")
+    assert "A [in, r]" not in text and "restart" not in head
 
 
 def test_arms_that_never_merge_end_at_r(tmp_path: Path, monkeypatch, figures) -> None:
     workdir = make(tmp_path, arm="lora_warm")
-    saved(monkeypatch, workdir, models(merges=0))
+    fake_checkpoints(monkeypatch, workdir, models(merges=0))
     text = text_of(workdir)
     assert {tuple(cells[2:]) for cells in table_of(text).values()} == {(str(RANK), "1.0 r")}
-    assert "restart" not in text[: text.index("## Loss")].replace("restarts done", "")
-    assert all(upright(axes) == [RANK] for axes in figures["spectrum.png"].axes[:7])
+    assert "restart" not in text[: text.index("## Loss")].replace("restarts completed", "")
+    assert all(vertical_lines(axes) == [RANK] for axes in figures["spectrum.png"].axes[:7])
 
 
-@pytest.mark.parametrize("kept", [(), (START,), (UPDATES,), (START - 50,)])
-def test_without_both_checkpoints_the_report_says_which_is_missing(
-    tmp_path, monkeypatch, figures, kept
-) -> None:
+@pytest.mark.parametrize("updates", [(), (START,), (UPDATES,), (START - 50,)])
+def test_report_names_the_missing_checkpoint(tmp_path, monkeypatch, figures, updates) -> None:
     workdir = make(tmp_path)
     (workdir / "report").mkdir()
     (workdir / "report" / "spectrum.png").write_bytes(b"of an earlier report")
-    saved(monkeypatch, workdir, {update: {} for update in kept})
+    fake_checkpoints(monkeypatch, workdir, {update: {} for update in updates})
     text = text_of(workdir)
-    wanted = "no checkpoint after update 100" if kept == (START,) else "no checkpoint of update 100"
-    assert f"Left out: {wanted}, which it is measured from, is kept" in text
+    reason = "no checkpoint after update 100" if updates == (START,) else "the checkpoint at update 100"
+    assert f"Not available: {reason}, where the measurement starts, " in text
     assert "spectrum" not in text and not (workdir / "report" / "spectrum.png").exists()
 
 
-@pytest.mark.parametrize("fault", ["not finite", "a kernel less", "unreadable"])
-def test_checkpoint_that_cannot_be_read_costs_only_its_section(
-    tmp_path, monkeypatch, figures, fault: str
-) -> None:
+@pytest.mark.parametrize("fault", ["not finite", "missing kernel", "unreadable"])
+def test_unreadable_checkpoint_affects_only_its_section(tmp_path, monkeypatch, figures, fault: str) -> None:
     workdir = make(tmp_path)
     broken: Any = models()
     if fault == "not finite":
         broken[UPDATES]["blocks/mlp/up/kernel"][0, 0, 0] = np.nan
-    elif fault == "a kernel less":
+    elif fault == "missing kernel":
         del broken[UPDATES]["blocks/mlp/up/kernel"]
-    saved(monkeypatch, workdir, broken)
+    fake_checkpoints(monkeypatch, workdir, broken)
     if fault == "unreadable":
         failing = lambda *_: (_ for _ in ()).throw(Exception("a\nb"))  # noqa: E731
         monkeypatch.setattr("relora_jax.checkpoint.variables.variables_of", failing)
     text = text_of(workdir)
     assert (
-        re.search(r"## Summed update\n\nLeft out: .+\.\n", text) and "## Loss" in text and "<details>" in text
+        re.search(r"## Summed update\n\nNot available: .+\.\n", text)
+        and "## Loss" in text
+        and "<details>" in text
     )
 
 
@@ -207,13 +214,13 @@ def test_one_row_is_enough(tmp_path: Path, kind: str) -> None:
     first = next(row for row in rows() if row["kind"] == kind)
     workdir = make(tmp_path, lines=[first])
     text = text_of(workdir)
-    assert facts_of(text)["updates done"] == f"{first['update']} of 400"
+    assert facts_of(text)["updates completed"] == f"{first['update']} of 400"
     assert set(re.findall(r"\((report/.*)\)", text)) == {
         f"report/{file.name}" for file in (workdir / "report").iterdir()
     }
 
 
-def test_losses_that_are_not_finite_leave_gaps(tmp_path: Path, figures) -> None:
+def test_non_finite_losses_leave_gaps(tmp_path: Path, figures) -> None:
     lines = [{**row, **{key: None for key in ("loss", "perplexity") if key in row}} for row in rows()]
     text = text_of(make(tmp_path / "all", lines=lines))
     assert "## Loss" not in text and "## Learning rate" in text and "nan (diverged) (update 400) |" in text
@@ -226,7 +233,7 @@ def test_report_of_a_run_without_facts_shows_dashes(tmp_path: Path, figures) -> 
     workdir = make(tmp_path)
     (workdir / "run.json").unlink()
     facts = facts_of(text_of(workdir))
-    assert facts["parameters trained"] == facts["perplexity of the unigram"] == facts["devices"] == "-"
+    assert facts["trained parameters"] == facts["unigram perplexity"] == facts["devices"] == "-"
 
 
 def test_smoothing_keeps_lines_straight_and_halves_noise() -> None:
@@ -243,7 +250,7 @@ def test_command_writes_the_report_and_prints_its_path(tmp_path: Path, capsys) -
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "a file", "no rows", "another version", "facts"])
-def test_command_refuses_a_workdir_without_a_run_in_one_line(tmp_path: Path, capsys, case: str) -> None:
+def test_command_rejects_a_workdir_without_a_run_in_one_line(tmp_path: Path, capsys, case: str) -> None:
     workdir = tmp_path / "run"
     if case == "empty":
         workdir.mkdir()
@@ -258,13 +265,13 @@ def test_command_refuses_a_workdir_without_a_run_in_one_line(tmp_path: Path, cap
     with pytest.raises(SystemExit, match="2"):
         cli.main(report.main, "", ["report", f"--workdir={workdir}"])
     out, err = capsys.readouterr()
-    wanted = {"no rows": "no metrics yet", "another version": "cannot read"}
-    wanted["facts"] = "run.json is not as it was written"
-    assert out == "" and err.count("\n") == 1 and wanted.get(case, "holds no run (no config.json)") in err
+    messages = {"no rows": "no metrics yet", "another version": "cannot read"}
+    messages["facts"] = "run.json is damaged"
+    assert out == "" and err.count("\n") == 1 and messages.get(case, "holds no run (no config.json)") in err
     assert not (workdir / "report.md").exists() and not (workdir / "report").exists()
 
 
-def test_module_is_a_command_and_leaves_pyplot_alone(tmp_path: Path) -> None:
+def test_module_is_a_command_and_never_imports_pyplot(tmp_path: Path) -> None:
     code = (
         "import runpy, sys\n"
         f"sys.argv = ['report', '--workdir={make(tmp_path)}']\n"
@@ -272,5 +279,5 @@ def test_module_is_a_command_and_leaves_pyplot_alone(tmp_path: Path) -> None:
         "except SystemExit as end: sys.exit(end.code or 'matplotlib.pyplot' in sys.modules)\n"
         "sys.exit(3)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'report.md'}\n"), done.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (process.returncode, process.stdout) == (0, f"{tmp_path / 'report.md'}\n"), process.stderr

@@ -1,4 +1,4 @@
-"""spectrum: the summed update has the rank, the values and the noise that it was built with."""
+"""spectrum: the rank, singular values and rounding noise of summed updates that are built to have them."""
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +24,7 @@ def factors(random: np.random.Generator, kernel: np.ndarray) -> tuple[np.ndarray
 
 
 def relora(then: dict[str, np.ndarray], *, merges: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
-    """What a low-rank phase leaves: bases rounded to `dtype` at its start and each merge, live factors."""
+    """A model after a low-rank phase: bases rounded to `dtype` at the start and each merge; live factors."""
     random, now = np.random.default_rng(7), {}
     for path in KINDS.values():
         base = then[f"{path}/kernel"].astype(dtype)
@@ -38,9 +38,9 @@ def relora(then: dict[str, np.ndarray], *, merges: int, dtype: type = np.float32
 
 def ranks(then: dict[str, np.ndarray], now: dict[str, np.ndarray], *, merges: int) -> dict[str, list[int]]:
     base_dtype = now[f"{KINDS['q']}/kernel"].dtype.name
-    found = spectrum.spectra(now, then, scale=SCALE, base_dtype=base_dtype)
+    spectra = spectrum.spectra(now, then, scale=SCALE, base_dtype=base_dtype)
     rounding = {kind: spectrum.rounding(now[f"{path}/kernel"], writes=merges) for kind, path in KINDS.items()}
-    return {kind: spectrum.rank(values, rounding[kind]).tolist() for kind, values in found.items()}
+    return {kind: spectrum.rank(values, rounding[kind]).tolist() for kind, values in spectra.items()}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -53,15 +53,15 @@ def test_rank_of_the_summed_update_is_r_for_each_merge_and_r_for_the_live_one(
     assert ranks(then, now, merges=merges) == {kind: [R * (merges + 1)] * LAYERS for kind in KINDS}
 
 
-def test_without_a_tolerance_rounding_would_count_as_rank() -> None:
+def test_without_a_tolerance_rounding_counts_as_rank() -> None:
     then = start(np.random.default_rng(0))
-    found = spectrum.spectra(relora(then, merges=3), then, scale=SCALE, base_dtype="float32")
-    assert all((spectrum.rank(values, 0.0) > 4 * R).all() for values in found.values())
+    spectra = spectrum.spectra(relora(then, merges=3), then, scale=SCALE, base_dtype="float32")
+    assert all((spectrum.rank(values, 0.0) > 4 * R).all() for values in spectra.values())
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("writes", [1, 64])
-def test_rounding_bounds_what_rounding_does_and_not_much_more(dtype: type, writes: int) -> None:
+def test_rounding_bound_holds_and_is_tight(dtype: type, writes: int) -> None:
     random = np.random.default_rng(0)
     kernel = (0.02 * random.standard_normal((2, 64, 96))).astype(dtype)
     exact, stored = kernel.astype(np.float64), kernel
@@ -72,51 +72,51 @@ def test_rounding_bounds_what_rounding_does_and_not_much_more(dtype: type, write
     assert noise < spectrum.rounding(stored, writes=writes) < 8 * noise
 
 
-def test_values_are_those_that_the_update_was_built_with() -> None:
+def test_spectra_are_the_singular_values_the_update_was_built_with() -> None:
     random = np.random.default_rng(2)
     then = start(random)
     now = {path: kernel.copy() for path, kernel in then.items()}
-    wanted = {kind: np.geomspace(3 + n, 0.01, SIDE) for n, kind in enumerate(KINDS)}
+    expected = {kind: np.geomspace(3 + n, 0.01, SIDE) for n, kind in enumerate(KINDS)}
     for kind, path in KINDS.items():
         rows, columns = then[f"{path}/kernel"].shape[1:]
         for layer in range(LAYERS):
             u, v = (np.linalg.qr(random.standard_normal((side, SIDE)))[0] for side in (rows, columns))
-            now[f"{path}/kernel"][layer] += (layer + 1) * (u * wanted[kind]) @ v.T
-    found = spectrum.spectra(now, then, scale=SCALE, base_dtype="float32")
+            now[f"{path}/kernel"][layer] += (layer + 1) * (u * expected[kind]) @ v.T
+    spectra = spectrum.spectra(now, then, scale=SCALE, base_dtype="float32")
     for kind in KINDS:
-        assert found[kind].shape == (LAYERS, SIDE)
+        assert spectra[kind].shape == (LAYERS, SIDE)
         for layer in range(LAYERS):
-            np.testing.assert_allclose(found[kind][layer], (layer + 1) * wanted[kind], rtol=1e-4)
+            np.testing.assert_allclose(spectra[kind][layer], (layer + 1) * expected[kind], rtol=1e-4)
 
 
 def test_live_factors_count_with_their_scale() -> None:
     then = start(np.random.default_rng(0))
     now = relora(then, merges=0)
     a, b = now["blocks/mlp/gate/lora_a"][1], now["blocks/mlp/gate/lora_b"][1]
-    moved = list(spectrum.summed_updates(now, then, "gate", scale=SCALE, base_dtype="float32"))[1]
-    np.testing.assert_allclose(moved, SCALE * a.astype(np.float64) @ b.astype(np.float64), atol=1e-15)
+    summed = list(spectrum.summed_updates(now, then, "gate", scale=SCALE, base_dtype="float32"))[1]
+    np.testing.assert_allclose(summed, SCALE * a.astype(np.float64) @ b.astype(np.float64), atol=1e-15)
 
 
-def test_base_that_began_at_zero_is_all_update() -> None:
+def test_base_that_starts_at_zero_is_all_update() -> None:
     then = start(np.random.default_rng(0))
     now = relora({path: np.zeros_like(kernel) for path, kernel in then.items()}, merges=2)
-    kept = spectrum.spectra(now, then, scale=SCALE, base_dtype="float32")
+    keep = spectrum.spectra(now, then, scale=SCALE, base_dtype="float32")
     zero = spectrum.spectra(now, then, scale=SCALE, base_dtype="float32", base_init="zero")
     for kind in KINDS:
         assert (spectrum.rank(zero[kind], 1e-5) == 3 * R).all() and (
-            spectrum.rank(kept[kind], 1e-5) == SIDE
+            spectrum.rank(keep[kind], 1e-5) == SIDE
         ).all()
 
 
-def test_kernels_outside_the_targets_are_now_less_then() -> None:
+def test_summed_update_of_kernels_outside_the_targets_is_now_minus_then() -> None:
     then = start(np.random.default_rng(0))
     now = relora(then, merges=1) | {"blocks/attention/q/kernel": then["blocks/attention/q/kernel"] + 1}
     del now["blocks/attention/q/lora_a"], now["blocks/attention/q/lora_b"]
     for base_init in ("keep", "zero"):
-        moved = next(
+        summed = next(
             spectrum.summed_updates(now, then, "q", scale=SCALE, base_dtype="float32", base_init=base_init)
         )
-        np.testing.assert_allclose(moved, 1.0, atol=1e-6)
+        np.testing.assert_allclose(summed, 1.0, atol=1e-6)
     assert not spectrum.is_low_rank(now, "q") and spectrum.is_low_rank(now, "k")
 
 

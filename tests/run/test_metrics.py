@@ -1,4 +1,4 @@
-"""metrics: rows in order, exact, never waited for, and the same file after a kill."""
+"""Metrics rows: in order, exact, without waiting for the device, and the same file after a kill."""
 
 import io
 import json
@@ -15,7 +15,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from relora_jax.run import format, metrics, metrics_file, progress
-from relora_jax.run.metrics import Diverged, Metrics, joined
+from relora_jax.run.metrics import Diverged, Metrics, exact_count
 from relora_jax.run.metrics_file import read
 from relora_jax.run.tensorboard_sink import Board
 from relora_jax.storage.writer import Writer
@@ -44,7 +44,7 @@ class Later:
 
 
 class Clock:
-    """Stands in for the module `time`, and for the clock of metrics."""
+    """Replaces the module `time` and the clock of metrics."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -63,34 +63,34 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def opened(workdir: Path, restored_update: int = 0, updates: int = 30, stream=None, anew=False) -> Metrics:
-    board = Board(workdir / "tensorboard", purge_step=0 if anew else restored_update + 1)
-    shape = {"updates": updates, "restored_update": restored_update, "anew": anew, "sinks": [board]}
-    return Metrics(Writer(workdir), stream=stream or io.StringIO(), **shape)
+def opened(workdir: Path, restored_update: int = 0, updates: int = 30, stream=None, fresh=False) -> Metrics:
+    board = Board(workdir / "tensorboard", purge_step=0 if fresh else restored_update + 1)
+    options = {"updates": updates, "restored_update": restored_update, "fresh": fresh, "sinks": [board]}
+    return Metrics(Writer(workdir), stream=stream or io.StringIO(), **options)
 
 
-def train(into: Metrics, update: int, **values) -> None:
+def train(metrics: Metrics, update: int, **values) -> None:
     row = {"loss": 5.0 / update, "lr": 1e-3, "grad_norm": 0.5, "tokens_seen": 64 * update}
-    into.train(update, **(row | {"restarts": 0, "skipped": 0} | values))
+    metrics.train(update, **(row | {"restarts": 0, "skipped": 0} | values))
 
 
-def run(into: Metrics, start: int, end: int, saved: dict[int, str] | None = None) -> None:
-    """The loop's calls: a restart is the first act of its update; log, evaluate, save by cadence."""
+def run(metrics: Metrics, start: int, end: int, saved: dict[int, str] | None = None) -> None:
+    """The loop's calls: restart at the beginning of an update; log, evaluate and save by cadence."""
     if start == 0 and saved is not None:
-        into.eval(0, loss=6.0, perplexity=math.exp(6.0), tokens=320)
-        into.flush()
-        saved[0] = text_of(into)
+        metrics.eval(0, loss=6.0, perplexity=math.exp(6.0), tokens=320)
+        metrics.flush()
+        saved[0] = text_of(metrics)
     for u in range(start, end):
         if u and u % 10 == 0:
-            into.restart(u, merged=True, reset=u % 20 == 0)
+            metrics.restart(u, merged=True, reset=u % 20 == 0)
         if (u + 1) % 5 == 0:
-            train(into, u + 1, restarts=u // 10)
+            train(metrics, u + 1, restarts=u // 10)
         if (u + 1) % 10 == 0:
-            into.eval(u + 1, loss=2.0, perplexity=math.exp(2.0), tokens=320)
+            metrics.eval(u + 1, loss=2.0, perplexity=math.exp(2.0), tokens=320)
         if u + 1 in SAVES:
-            into.flush()
+            metrics.flush()
             if saved is not None:
-                saved[u + 1] = text_of(into)
+                saved[u + 1] = text_of(metrics)
 
 
 def text_of(rows: Metrics) -> str:
@@ -103,18 +103,18 @@ def without_times(text: str) -> list[dict]:
 
 def events(workdir: Path) -> list[Event]:
     """Every event of every file, in the order in which TensorBoard reads them."""
-    found = []
+    result = []
     for file in sorted((workdir / "tensorboard").iterdir()):
-        data, at = file.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack_from("<Q", data, at)
-            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
-            at += 12 + length + 4
-    return found
+        data, offset = file.read_bytes(), 0
+        while offset < len(data):
+            (length,) = struct.unpack_from("<Q", data, offset)
+            result.append(Event.FromString(data[offset + 12 : offset + 12 + length]))
+            offset += 12 + length + 4
+    return result
 
 
 def curves(workdir: Path) -> dict[str, list[int]]:
-    """Steps per curve as TensorBoard shows them: a session's start hides what lies at its step or later."""
+    """Steps per curve as TensorBoard shows them: a session hides earlier points from its start step on."""
     shown: list[tuple[str, int]] = []
     for event in events(workdir):
         if event.session_log.status == SessionLog.START:
@@ -124,7 +124,7 @@ def curves(workdir: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("u", SAVES)
-def test_file_of_a_resumed_run_equals_the_uninterrupted_but_for_times(tmp_path: Path, u: int) -> None:
+def test_file_of_a_resumed_run_equals_the_uninterrupted_one_except_times(tmp_path: Path, u: int) -> None:
     saved: dict[int, str] = {}
     with opened(tmp_path) as whole:
         run(whole, 0, 30, saved)
@@ -135,13 +135,13 @@ def test_file_of_a_resumed_run_equals_the_uninterrupted_but_for_times(tmp_path: 
     assert without_times(text_of(resumed)) == without_times(uninterrupted)
 
 
-def test_restart_that_the_resumed_run_repeats_is_cut_and_the_one_before_stays(tmp_path: Path) -> None:
+def test_restart_that_the_resumed_run_repeats_is_cut_and_earlier_ones_stay(tmp_path: Path) -> None:
     with opened(tmp_path) as whole:
         run(whole, 0, 30)
     with opened(tmp_path, 20):
         pass
-    kept = [(row["kind"], row["update"]) for row in read(tmp_path)]
-    assert ("restart", 10) in kept and ("restart", 20) not in kept and ("eval", 20) in kept
+    rows = [(row["kind"], row["update"]) for row in read(tmp_path)]
+    assert ("restart", 10) in rows and ("restart", 20) not in rows and ("eval", 20) in rows
 
 
 def test_samples_are_kept_up_to_the_checkpoint_and_are_neither_curves_nor_lines(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_samples_are_kept_up_to_the_checkpoint_and_are_neither_curves_nor_lines(
     assert read(tmp_path) == [{**sample, "update": u, "text": f"\n{u}"} for u in (0, 10)]
 
 
-def test_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path: Path) -> None:
+def test_incomplete_last_line_is_dropped(tmp_path: Path) -> None:
     with opened(tmp_path) as whole:
         run(whole, 0, 12)
     text = text_of(whole)
@@ -168,18 +168,18 @@ def test_torn_last_line_is_dropped_wherever_it_was_torn(tmp_path: Path) -> None:
             assert text_of(resumed) == before
 
 
-def test_first_evaluation_stands_once_whether_it_is_made_again_or_not(tmp_path: Path) -> None:
-    for loss in (6.0, 7.0):  # killed before its first save, the run begins anew
-        with opened(tmp_path, anew=True) as first:
+def test_first_evaluation_has_one_row_whether_or_not_it_is_repeated(tmp_path: Path) -> None:
+    for loss in (6.0, 7.0):  # killed before its first save, the run starts over
+        with opened(tmp_path, fresh=True) as first:
             first.eval(0, loss=loss, perplexity=1.0, tokens=320)
     assert [row["loss"] for row in read(tmp_path)] == [7.0]
-    with opened(tmp_path) as resumed:  # killed after it, the run goes on from the checkpoint at 0
+    with opened(tmp_path) as resumed:  # killed after it, the run resumes from the checkpoint at 0
         run(resumed, 0, 10)
     assert [row["kind"] for row in read(tmp_path)] == ["eval", "train", "train", "eval"]
     assert curves(tmp_path)["validation/loss"] == [0, 10]
 
 
-def test_cut_leaves_the_old_file_whole_until_the_new_one_is(tmp_path: Path, monkeypatch) -> None:
+def test_cut_replaces_the_file_only_when_the_new_one_is_complete(tmp_path: Path, monkeypatch) -> None:
     with opened(tmp_path) as whole:
         run(whole, 0, 30)
     before = text_of(whole)
@@ -189,19 +189,19 @@ def test_cut_leaves_the_old_file_whole_until_the_new_one_is(tmp_path: Path, monk
     assert text_of(whole) == before
 
 
-def test_row_is_waited_for_only_when_two_younger_are_queued(tmp_path: Path) -> None:
+def test_row_is_waited_for_only_when_two_newer_ones_are_queued(tmp_path: Path) -> None:
     losses = [Later(float(n)) for n in range(4)]
     with opened(tmp_path) as rows:
         for n, loss in enumerate(losses):
             train(rows, n + 1, loss=loss)
             assert loss.copied and not loss.waited_for
-            assert [one.waited_for for one in losses] == [k <= n - 2 for k in range(4)]
+            assert [loss.waited_for for loss in losses] == [k <= n - 2 for k in range(4)]
         rows.flush()
         assert all(loss.waited_for for loss in losses)
     assert [row["loss"] for row in read(tmp_path)] == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_rows_keep_their_order_and_ready_ones_are_written_at_once(tmp_path: Path) -> None:
+def test_rows_keep_their_order_and_ready_ones_are_written_immediately(tmp_path: Path) -> None:
     with opened(tmp_path) as rows:
         train(rows, 1)
         assert [row["update"] for row in read(tmp_path)] == [1]
@@ -225,15 +225,15 @@ def test_flush_leaves_every_row_on_the_disk(tmp_path: Path, monkeypatch: pytest.
         assert len(read(tmp_path)) == 1 and "train/lr" in curves(tmp_path)
 
 
-def test_numbers_of_the_device_are_written_exactly(tmp_path: Path) -> None:
-    words = jnp.array([7, 3], jnp.uint32)
+def test_device_values_are_written_exactly(tmp_path: Path) -> None:
+    tokens_seen = jnp.array([7, 3], jnp.uint32)
     with opened(tmp_path) as rows:
         train(
             rows,
             1,
             loss=jnp.float32(0.1),
             grad_norm=jnp.bfloat16(1.5),
-            tokens_seen=words,
+            tokens_seen=tokens_seen,
             skipped=jnp.int32(2),
         )
         rows.eval(1, loss=jnp.float32(2.5), perplexity=np.float64(12.25), tokens=jnp.uint32(4_000_000_000))
@@ -252,13 +252,13 @@ def test_numbers_of_the_device_are_written_exactly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 5, 2**32 - 1, 2**32, 2**33 + 17, 23_100_000_000, 2**63 + 1])
-def test_two_words_join_to_the_exact_count(count: int) -> None:
-    words = np.array([count % 2**32, count // 2**32], np.uint32)
-    assert joined(words) == joined(jax.device_put(words)) == joined(count) == count
+def test_count_of_two_uint32_is_exact(count: int) -> None:
+    pair = np.array([count % 2**32, count // 2**32], np.uint32)
+    assert exact_count(pair) == exact_count(jax.device_put(pair)) == exact_count(count) == count
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_strict_json(tmp_path: Path, value: float) -> None:
+def test_non_finite_numbers_are_strict_json(tmp_path: Path, value: float) -> None:
     with opened(tmp_path) as rows:
         train(rows, 1, loss=jnp.float32(value), grad_norm=value)
         rows.eval(1, loss=value, perplexity=value, tokens=1)
@@ -284,7 +284,7 @@ def test_twenty_skips_in_a_row_stop_the_run_and_nineteen_do_not(tmp_path: Path) 
     assert "in_row" not in text_of(rows)
 
 
-def test_after_an_error_ready_rows_are_kept_and_none_is_waited_for(tmp_path: Path) -> None:
+def test_after_an_error_ready_rows_are_written_and_none_is_waited_for(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="the first error"), opened(tmp_path) as rows:
         train(rows, 1, loss=(first := Later(1.0)))
         train(rows, 2, loss=(second := Later(2.0)))
@@ -293,7 +293,7 @@ def test_after_an_error_ready_rows_are_kept_and_none_is_waited_for(tmp_path: Pat
     assert [row["update"] for row in read(tmp_path)] == [1] and not second.waited_for
 
 
-def test_tokens_per_s_is_the_mean_since_the_row_before_without_pauses(tmp_path: Path, clock: Clock) -> None:
+def test_tokens_per_s_is_the_mean_since_the_previous_row_without_pauses(tmp_path: Path, clock: Clock) -> None:
     with opened(tmp_path) as rows:
         clock.now += 8
         train(rows, 1, tokens_seen=80)  # the first counts from the opening
@@ -313,9 +313,7 @@ def test_tokens_per_s_is_the_mean_since_the_row_before_without_pauses(tmp_path: 
     assert [row["elapsed_s"] for row in read(tmp_path) if row["kind"] == "train"] == [8.0, 3012.0, 3017.0]
 
 
-def test_pause_waits_for_the_updates_before_it_while_the_clock_still_runs(
-    tmp_path: Path, clock: Clock
-) -> None:
+def test_pause_waits_for_earlier_updates_while_the_clock_still_runs(tmp_path: Path, clock: Clock) -> None:
     class Unfinished(Later):
         def block_until_ready(self) -> None:
             clock.now += 5
@@ -365,13 +363,13 @@ def test_curves_hide_old_points_that_another_cadence_does_not_repeat(tmp_path: P
     assert curves(tmp_path)["train/loss"] == [5, 10, 30]
 
 
-def test_curves_leave_out_what_is_not_finite(tmp_path: Path) -> None:
+def test_curves_have_only_finite_values(tmp_path: Path) -> None:
     with opened(tmp_path) as rows:
         train(rows, 1, loss=math.nan)
     assert "train/loss" not in curves(tmp_path) and "train/lr" in curves(tmp_path)
 
 
-def test_plain_line_comes_every_ten_seconds_and_at_the_end(tmp_path: Path, clock: Clock) -> None:
+def test_plain_line_is_printed_every_ten_seconds_and_at_the_end(tmp_path: Path, clock: Clock) -> None:
     out = io.StringIO()
     with opened(tmp_path, updates=100, stream=out) as rows:
         for u in range(1, 58):
@@ -399,7 +397,7 @@ def test_last_plain_line_is_the_last_update(tmp_path: Path, clock: Clock) -> Non
     assert "validation" in out.getvalue().splitlines()[-1]
 
 
-@pytest.mark.parametrize("columns", [0, 100])  # 0: a terminal that tells no size
+@pytest.mark.parametrize("columns", [0, 100])  # 0: a terminal that reports no size
 def test_terminal_redraws_one_line_and_notes_stay_above_it(
     tmp_path, monkeypatch, clock, columns: int
 ) -> None:
@@ -413,7 +411,7 @@ def test_terminal_redraws_one_line_and_notes_stay_above_it(
             clock.now += 1
             train(rows, u, loss=2.0)
         rows.eval(30, loss=1.5, perplexity=4.5, tokens=320)
-        size[0] = columns and 70  # the user makes the window smaller
+        size[0] = columns and 70  # the user resizes the window
     frames = re.split(r"[\r\n]", out.getvalue())
     assert frames[1].startswith("5/30") and any(frame.startswith("7/30") for frame in frames)
     assert any(frame.startswith("30/30") and frame.endswith("0:00 left") for frame in frames)
@@ -421,7 +419,7 @@ def test_terminal_redraws_one_line_and_notes_stay_above_it(
     assert 60 < len(frames[-2].rstrip()) <= (size[0] or 80) and out.getvalue().endswith("\n")
 
 
-def test_time_left_is_updates_to_go_at_the_pace_after_the_first_row(tmp_path: Path, clock: Clock) -> None:
+def test_time_left_is_remaining_updates_at_the_pace_after_the_first_row(tmp_path: Path, clock: Clock) -> None:
     out = io.StringIO()
     with opened(tmp_path, updates=1000, stream=out) as rows:
         clock.now += 500  # compilation
@@ -429,21 +427,21 @@ def test_time_left_is_updates_to_go_at_the_pace_after_the_first_row(tmp_path: Pa
         clock.now += 10
         train(rows, 20)
         with rows.pause():
-            clock.now += 20  # evaluations to come take their time too
+            clock.now += 20  # an evaluation: later ones will take time, too
         train(rows, 30)
-    lefts = [line.rsplit("  ", 1)[1] for line in out.getvalue().splitlines()]
-    assert "left" not in lefts[0] and lefts[1:] == ["16:20 left", "24:15 left"]
+    times = [line.rsplit("  ", 1)[1] for line in out.getvalue().splitlines()]
+    assert "left" not in times[0] and times[1:] == ["16:20 left", "24:15 left"]
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (100_000, "1 d 3 h")],
 )
-def test_durations_read_as_clocks_do(seconds: float, text: str) -> None:
+def test_durations_are_formatted_as_clock_times(seconds: float, text: str) -> None:
     assert format.duration(seconds) == text
 
 
-def test_perplexity_of_a_loss_without_a_finite_one_is_none() -> None:
+def test_perplexity_that_is_not_finite_is_none() -> None:
     assert format.perplexity(None) is None and format.perplexity(1e4) is None
     assert format.perplexity(2.0) == math.exp(2.0)
 

@@ -1,4 +1,4 @@
-"""A directory takes its place whole, and never the place of what is not ours."""
+"""Directories are replaced in one step, and foreign files are never overwritten."""
 
 import concurrent.futures
 import contextlib
@@ -18,8 +18,8 @@ OURS = ("config.json", "model*.safetensors")
 
 
 def make(path: Path, *, overwrite: bool = False, name: str = "config.json") -> None:
-    with atomic.directory(path, OURS, overwrite=overwrite) as aside:
-        (aside / name).write_text("new")
+    with atomic.directory(path, OURS, overwrite=overwrite) as partial:
+        (partial / name).write_text("new")
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -27,21 +27,21 @@ def tree(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): file.read_text() for file in files}
 
 
-def test_a_directory_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_directory_is_complete_or_absent(tmp_path: Path) -> None:
     make(tmp_path / "deep" / "new")
     (tmp_path / "empty").mkdir()
     make(tmp_path / "empty")
     with (
         pytest.raises(OSError, match="full"),
-        atomic.directory(tmp_path / "half", OURS, overwrite=False) as aside,
+        atomic.directory(tmp_path / "half", OURS, overwrite=False) as partial,
     ):
-        (aside / "config.json").write_text("half")
+        (partial / "config.json").write_text("half")
         raise OSError("full")
     assert tree(tmp_path) == {"deep/new/config.json": "new", "empty/config.json": "new"}
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_file_system_that_cannot_sync_directories_is_no_obstacle(tmp_path: Path, monkeypatch: Any) -> None:
+def test_write_works_on_file_systems_that_cannot_sync_directories(tmp_path: Path, monkeypatch: Any) -> None:
     code = [errno.EINVAL]
 
     def fsync(descriptor: int) -> None:
@@ -57,16 +57,16 @@ def test_a_file_system_that_cannot_sync_directories_is_no_obstacle(tmp_path: Pat
     assert not (tmp_path / "other").exists()
 
 
-def test_what_a_kill_left_aside_is_gone_with_the_next(tmp_path: Path) -> None:
+def test_partial_directory_of_a_killed_process_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".new.partial").mkdir()
     (tmp_path / ".new.partial" / "half").touch()
     make(tmp_path / "new")
     assert tree(tmp_path) == {"new/config.json": "new"}
 
 
-def test_a_directory_that_is_not_empty_is_replaced_only_on_demand(tmp_path: Path) -> None:
+def test_existing_output_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     make(tmp_path / "out", name="model-00001-of-00002.safetensors")
-    with pytest.raises(ValueError, match="not empty: name another place, or replace it with --overwrite"):
+    with pytest.raises(ValueError, match="not empty: choose another path, or replace it with --overwrite"):
         make(tmp_path / "out")
     assert tree(tmp_path) == {"out/model-00001-of-00002.safetensors": "new"}
     make(tmp_path / "out", overwrite=True)
@@ -74,7 +74,7 @@ def test_a_directory_that_is_not_empty_is_replaced_only_on_demand(tmp_path: Path
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_what_is_not_ours_is_never_lost(tmp_path: Path, overwrite: bool) -> None:
+def test_foreign_files_are_never_overwritten(tmp_path: Path, overwrite: bool) -> None:
     make(tmp_path / "out")
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("a file")
@@ -83,12 +83,12 @@ def test_what_is_not_ours_is_never_lost(tmp_path: Path, overwrite: bool) -> None
     (tmp_path / "theirs" / "config.json").write_text("of a model that somebody else wrote")
     bad = {
         "out": "thesis.tex",
-        "file": "no directory",
-        "link": "a link",
-        "file/below": "file is no directory",
+        "file": "not a directory",
+        "link": "a symbolic link",
+        "file/below": "file is not a directory",
     }
-    for name, told in (bad | {"theirs": "was not written by this command"}).items():
-        with pytest.raises(ValueError, match=told):
+    for name, message in (bad | {"theirs": "was not written by this command"}).items():
+        with pytest.raises(ValueError, match=message):
             make(tmp_path / name, overwrite=overwrite)
     with (
         pytest.raises(ValueError, match="late"),
@@ -100,24 +100,24 @@ def test_what_is_not_ours_is_never_lost(tmp_path: Path, overwrite: bool) -> None
     assert tree(tmp_path / "out") == {"config.json": "new", "thesis.tex": "years of work"}
 
 
-def test_of_two_that_make_the_same_the_second_is_refused_and_the_first_is_whole(tmp_path: Path) -> None:
-    with atomic.directory(tmp_path / "new", OURS, overwrite=False) as aside:
+def test_second_writer_of_a_directory_is_refused(tmp_path: Path) -> None:
+    with atomic.directory(tmp_path / "new", OURS, overwrite=False) as partial:
         with pytest.raises(ValueError, match="being written by another process"):
             make(tmp_path / "new")
-        (aside / "config.json").write_text("first")
+        (partial / "config.json").write_text("first")
     assert tree(tmp_path) == {"new/config.json": "first"}
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_kill_between_the_two_renamings_loses_nothing(tmp_path: Path, fails: bool) -> None:
+def test_kill_between_the_two_renames_loses_nothing(tmp_path: Path, fails: bool) -> None:
     make(tmp_path / "out", name="model.safetensors")
-    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # there, a kill
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # killed here
     if fails:
         with (
             pytest.raises(OSError, match="full"),
-            atomic.directory(tmp_path / "out", OURS, overwrite=True) as aside,
+            atomic.directory(tmp_path / "out", OURS, overwrite=True) as partial,
         ):
-            (aside / "config.json").touch()
+            (partial / "config.json").touch()
             raise OSError("full")
     else:
         make(tmp_path / "out", overwrite=True)
@@ -125,19 +125,19 @@ def test_a_kill_between_the_two_renamings_loses_nothing(tmp_path: Path, fails: b
     assert not list(tmp_path.glob(".*"))
 
 
-def test_an_error_is_told_though_threads_still_write_what_is_removed(tmp_path: Path) -> None:
-    def write_on(folder: Path, ends: float) -> None:
-        with contextlib.suppress(OSError):  # the folder is gone
-            for k in itertools.takewhile(lambda _: time.monotonic() < ends, itertools.count()):
+def test_error_is_raised_even_if_threads_still_write_to_the_directory(tmp_path: Path) -> None:
+    def keep_writing(folder: Path, end: float) -> None:
+        with contextlib.suppress(OSError):  # the folder was removed
+            for k in itertools.takewhile(lambda _: time.monotonic() < end, itertools.count()):
                 (folder / str(k)).touch()
                 (folder / str(k - 1)).unlink(missing_ok=True)
 
     with (
         concurrent.futures.ThreadPoolExecutor(1) as pool,
         pytest.raises(OSError, match="the first error"),
-        atomic.directory(tmp_path / "made", OURS, overwrite=False) as aside,
+        atomic.directory(tmp_path / "new", OURS, overwrite=False) as partial,
     ):
-        (aside / "deep").mkdir()
-        pool.submit(write_on, aside / "deep", time.monotonic() + 0.2)
+        (partial / "deep").mkdir()
+        pool.submit(keep_writing, partial / "deep", time.monotonic() + 0.2)
         raise OSError("the first error")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""One process at a time holds a lock, also where the one inside removes its file."""
+"""One process at a time holds a lock, even if the holder removes its file."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ def refuse(process: str) -> None:
     raise BlockingIOError(process)
 
 
-def test_a_lock_is_held_by_one_and_ends_with_it(tmp_path: Path) -> None:
+def test_lock_is_exclusive_and_released_at_the_end(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from relora_jax.storage.lock import locked\n"
     code += "with locked(Path(sys.argv[1]), busy=sys.exit): print('inside')"
     other = lambda: subprocess.run([sys.executable, "-c", code, tmp_path / "lock"], capture_output=True)  # noqa: E731
@@ -24,8 +24,8 @@ def test_a_lock_is_held_by_one_and_ends_with_it(tmp_path: Path) -> None:
     assert other().stdout == b"inside\n"
 
 
-def test_a_lock_that_the_holder_removed_is_taken_anew(tmp_path: Path) -> None:
-    """Two wait for one that removes the file: they hold one after the other, not each a file of its own."""
+def test_waiters_exclude_each_other_after_the_holder_removed_the_file(tmp_path: Path) -> None:
+    """They must lock the same new file one after the other, not the removed file and a new one."""
     file, inside, most = tmp_path / "lock", [0], [0]
     waiting = threading.Barrier(3)
 
@@ -34,7 +34,7 @@ def test_a_lock_that_the_holder_removed_is_taken_anew(tmp_path: Path) -> None:
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             with pytest.raises(BlockingIOError), locked(file, busy=refuse):
-                pass  # whoever comes now meets the file that is held
+                pass
             inside[0] -= 1
 
     threads = [threading.Thread(target=wait) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""The type checker of the tests: an int will do where a float is asked for, as everywhere in Python."""
+"""The type checker of the tests: accepts an int for a float, as Python does."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""Commands, in processes of their own on text of toy size, or called here."""
+"""Runs commands on toy text, in subprocesses or in this process."""
 
 import contextlib
 import json
@@ -20,10 +20,10 @@ from relora_jax.checkpoint.variables import variables_of
 from relora_jax.run import metrics_file
 from tests.support.documents import texts, write_dataset
 
-# The config file may end its own process: KILL_AT="u signal" sends the signal as update u begins; and it may
-# take the targets away: EMPTY_FROM="u" gives batches without any from update u on. HANG_AT="u" computes for
-# ever, in C with Python waiting, as update u begins. TERM_IN="u" sends SIGTERM in the evaluation after u
-# updates, at each of its batches but the first, and says so.
+# Environment variables make the config file inject faults: KILL_AT="u signal" sends its own process the
+# signal as update u begins; EMPTY_FROM="u" gives batches without targets from update u on; HANG_AT="u"
+# computes forever in C, blocking Python, as update u begins; TERM_IN="u" prints a line and sends SIGTERM at
+# each batch but the first of the evaluation after u updates.
 CONFIG = """
 import hashlib, os, signal
 from relora_jax import magnitude
@@ -32,10 +32,10 @@ from relora_jax.training import program, steps
 from tests.support import small
 
 def get_config(arm="relora"):
-    made = small.config(arm, relora__prune=magnitude(0.7), relora__dropout=0.1, train__updates=20)
-    made.model.vocab_size = 380
-    made.data.dataset, made.data.tokenizer = "toy", "bpe(380)"
-    made.train.save_every_updates, made.train.evaluate_every_updates = 3, 5
+    config = small.config(arm, relora__prune=magnitude(0.7), relora__dropout=0.1, train__updates=20)
+    config.model.vocab_size = 380
+    config.data.dataset, config.data.tokenizer = "toy", "bpe(380)"
+    config.train.save_every_updates, config.train.evaluate_every_updates = 3, 5
     kill_at, _, number = os.environ.get("KILL_AT", "").partition(" ")
     due = steps.due
 
@@ -59,18 +59,18 @@ def get_config(arm="relora"):
 
     def ending(self, state, batch):
         if str(int(state.update)) == os.environ.get("TERM_IN") and batches:
-            print("asked in an evaluation", flush=True)
+            print("signal in an evaluation", flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
         batches.append(batch)
         return eval_step(self, state, batch)
 
     program.Program.eval_step = ending
-    return made
+    return config
 """
 
 
-class Place:
-    """A folder with a config, a dataset of toy size, and caches of its own."""
+class Sandbox:
+    """A folder with a config, a toy dataset and separate caches, to run commands in."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -81,25 +81,25 @@ class Place:
             patch.setenv("TFDS_DATA_DIR", self.environment["TFDS_DATA_DIR"])
             write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})
 
-    def train(self, *words: str, workdir: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """The finished process of one command."""
-        return _finished(self.start(*words, workdir=workdir, **environment))
+    def train(self, *args: str, workdir: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The finished process of `python -m relora_jax.train`."""
+        return _finished(self.start(*args, workdir=workdir, **environment))
 
-    def evaluate(self, *words: str, workdir: str) -> subprocess.CompletedProcess[str]:
-        """The finished process of one `python -m relora_jax.evaluate`."""
-        return _finished(self.start(*words, workdir=workdir, command="evaluate"))
+    def evaluate(self, *args: str, workdir: str) -> subprocess.CompletedProcess[str]:
+        """The finished process of `python -m relora_jax.evaluate`."""
+        return _finished(self.start(*args, workdir=workdir, command="evaluate"))
 
     def start(
         self,
-        *words: str,
+        *args: str,
         workdir: str,
         command: str = "train",
         limit_file_kib: int | None = None,
         **environment: str,
     ) -> subprocess.Popen[str]:
-        """The running process of one command; with a limit it can write no file larger than that."""
+        """The running process of a command, which can write files of at most `limit_file_kib` KiB."""
         process = subprocess.Popen(
-            [sys.executable, "-m", f"relora_jax.{command}", *words, f"--workdir={self.folder / workdir}"],
+            [sys.executable, "-m", f"relora_jax.{command}", *args, f"--workdir={self.folder / workdir}"],
             env={**os.environ, **self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -110,14 +110,14 @@ class Place:
         return process
 
     def rows(self, workdir: str) -> list[dict[str, Any]]:
-        """metrics.jsonl without its times."""
+        """The rows of metrics.jsonl without their times."""
         rows = metrics_file.read(self.folder / workdir)
         return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "elapsed_s")} for row in rows]
 
     def weights(self, workdir: str) -> dict[str, np.ndarray]:
-        """The model of the last checkpoint."""
-        place = self.folder / workdir
-        return dict(variables_of(place, updates_saved(place)[-1]))
+        """The model variables of the last checkpoint."""
+        path = self.folder / workdir
+        return dict(variables_of(path, updates_saved(path)[-1]))
 
     def facts(self, workdir: str) -> dict[str, Any]:
         """run.json."""
@@ -129,28 +129,28 @@ def _finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def ended(capsys: Any, *words: str, code: int = 0, command: Any = evaluate) -> str:
-    """The one line that the command prints: on stdout where it succeeds, else on stderr."""
+def output_line(capsys: Any, *args: str, code: int = 0, command: Any = evaluate) -> str:
+    """The single line that the command prints, on stdout if `code` is 0, else on stderr."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        cli.main(command.main, command.__doc__, ["a command", *words])
+        cli.main(command.main, command.__doc__, ["a command", *args])
     out, err = capsys.readouterr()
     assert stop.value.code == code, err
     [line] = (err if code else out).splitlines()
     return line
 
 
-def import_command(source: pathlib.Path, place: pathlib.Path, *words: str) -> int:
-    """The exit code."""
-    argv = ["import_hf", f"--input={source}", f"--output={place}", *words]
+def import_command(source: pathlib.Path, workdir: pathlib.Path, *args: str) -> int:
+    """Runs the command; returns its exit code."""
+    argv = ["import_hf", f"--input={source}", f"--output={workdir}", *args]
     with pytest.raises(SystemExit) as stop:
         cli.main(import_hf.main, import_hf.__doc__, argv)
     return stop.value.code  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def asked_for(platform: str) -> Iterator[None]:
-    """As JAX_PLATFORMS has it, for what asks jax; its devices are there already."""
+def jax_platforms(platform: str) -> Iterator[None]:
+    """Sets jax_platforms, as JAX_PLATFORMS does; devices that are already initialized stay."""
     jax.config.update("jax_platforms", platform)
     try:
         yield
@@ -162,9 +162,9 @@ TOY = """
 from tests.support import small
 
 def get_config(arm="relora"):
-    made = small.config(arm)
-    made.model.vocab_size = 380
-    made.train.batch, made.train.microbatch = 16, 8  # on the suite's 8 devices
-    made.data.dataset, made.data.tokenizer = "toy", "bpe(380)"
-    return made
+    config = small.config(arm)
+    config.model.vocab_size = 380
+    config.train.batch, config.train.microbatch = 16, 8  # on the suite's 8 devices
+    config.data.dataset, config.data.tokenizer = "toy", "bpe(380)"
+    return config
 """

@@ -1,4 +1,4 @@
-"""TFDS datasets and row stores of toy size, written as TFDS and as `prepare`'s docstrings say."""
+"""Writes toy TFDS datasets, with TFDS itself, and row stores in the format that data/rows.py documents."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ WORDS = ["the", "union", "of", "states", "is", "strong", "and", "people", "are",
 
 
 def texts(count: int, *, seed: int = 0) -> list[str]:
-    """Documents of a few paragraphs each, the first word telling which."""
+    """Documents of a few paragraphs each, which start with their number."""
     rng = np.random.default_rng(seed)
     return [
         f"Number {i}. " + "\n\n".join(" ".join(rng.choice(WORDS, rng.integers(3, 30))) for _ in range(3))
@@ -69,12 +69,12 @@ def write_store(
 ) -> RowStore:
     """A row store of `shards` [rows, S] whose rows have the true `lengths`: uint32 length, uint16 ids."""
     path.mkdir(parents=True)
-    listed, left = [], iter(lengths)
+    listed, remaining = [], iter(lengths)
     for rows in shards:
         file = f"{len(listed):05d}.array_record"
         writer = ArrayRecordWriter(str(path / file), "group_size:1")
         for ids in rows:
-            writer.write(np.uint32(next(left)).tobytes() + ids.astype("<u2").tobytes())
+            writer.write(np.uint32(next(remaining)).tobytes() + ids.astype("<u2").tobytes())
         writer.close()
         listed.append({"file": file, "rows": len(rows)})
     ids = np.concatenate(shards)
@@ -110,19 +110,21 @@ MARKS = [
 
 
 def hard_documents(pieces: list[str], *, count: int = 1000, seed: int = 0) -> list[str]:
-    """Documents in which tokenizers may differ: paragraphs of addresses, and what no address has."""
+    """Documents on which tokenizers may differ: paragraphs of addresses and unusual characters."""
     rng = random.Random(seed)
     addresses = "\n\n".join(file.read_text() for file in sotu.speeches()[::20])
     paragraphs = [text for text in addresses.split("\n\n") if text]
 
     def part() -> str:
-        of = rng.choice([NAMES, MARKS, pieces, [" ", "\n", "\n\n", "  ", "<", ">", "/"]])
+        group = rng.choice([NAMES, MARKS, pieces, [" ", "\n", "\n\n", "  ", "<", ">", "/"]])
         if rng.random() < 0.2:
             return rng.choice(paragraphs)[: rng.randint(1, 60)]
         if rng.random() < 0.2:
             return chr(rng.choice([rng.randrange(0x20, 0xD800), rng.randrange(0xE000, 0x11_0000)]))
-        return rng.choice(RUNS) * rng.randint(1, 40) if rng.random() < 0.2 else rng.choice(of)
+        return rng.choice(RUNS) * rng.randint(1, 40) if rng.random() < 0.2 else rng.choice(group)
 
-    given = ["", *NAMES, *MARKS, *(run * n for run in RUNS for n in (1, 2, 3, 7, 40)), " a", "a ", "  a  "]
-    found = given + rng.sample(paragraphs, count // 2)
-    return found + ["".join(part() for _ in range(rng.randint(1, 20))) for _ in range(count - len(found))]
+    fixed = ["", *NAMES, *MARKS, *(run * n for run in RUNS for n in (1, 2, 3, 7, 40)), " a", "a ", "  a  "]
+    documents = fixed + rng.sample(paragraphs, count // 2)
+    return documents + [
+        "".join(part() for _ in range(rng.randint(1, 20))) for _ in range(count - len(documents))
+    ]

@@ -1,4 +1,4 @@
-"""Runs of toy size with checkpoints in both phases, and what an export of them holds."""
+"""Toy runs with checkpoints in both phases, and their exports."""
 
 import dataclasses
 import pathlib
@@ -22,10 +22,9 @@ from relora_jax.storage.writer import Writer
 from relora_jax.training.evaluation import Evaluation, evaluate
 from relora_jax.training.program import Program
 from relora_jax.training.state import flatten, model_of
-from tests.support import small
-from tests.support.commands import ended as ended_by
+from tests.support import commands, small
 
-MADE = small.config(
+CONFIG = small.config(
     model__vocab_size=380,
     model__rope_scaling="llama3(8.0, 1.0, 4.0, 16.0)",
     relora__targets=("attention", "down"),
@@ -39,22 +38,24 @@ UPDATES = (4, 6)  # full-rank; in mid-cycle, with live factors
 
 
 @dataclasses.dataclass
-class Made:
-    """A run with checkpoints at UPDATES, what it said of itself there, and its model with live factors."""
+class SavedRun:
+    """A run with checkpoints at UPDATES, its evaluations there, and its last model with live factors."""
 
-    place: pathlib.Path
+    workdir: pathlib.Path
     prepared: Prepared
     model: Llama
     at: dict[int, Evaluation]
 
 
-def saved(place: pathlib.Path, config: Config, prepared: Prepared, updates: Sequence[int] = UPDATES) -> Made:
-    """The run at `place`, each of its checkpoints as after some updates."""
+def save_run(
+    workdir: pathlib.Path, config: Config, prepared: Prepared, updates: Sequence[int] = UPDATES
+) -> SavedRun:
+    """Writes a run to `workdir` with a checkpoint of moved weights at each of `updates`."""
     program = Program(config, small.mesh())
     state, at = program.init(), {}
     rows = {"eval_tokens": 100, "microbatch": 4, "sharding": program.eval_rows, "across_documents": True}
-    with directory.locked(Writer(place), config), Checkpoints(place, config) as checkpoints:
-        directory.begin(Writer(place), config, unigram_perplexity=1.0, rows=directory.keys_of(prepared))
+    with directory.locked(Writer(workdir), config), Checkpoints(workdir, config) as checkpoints:
+        directory.begin(Writer(workdir), config, unigram_perplexity=1.0, rows=directory.keys_of(prepared))
         for u in updates:
             if u == 6:
                 state = program.start_low_rank(state)
@@ -63,16 +64,16 @@ def saved(place: pathlib.Path, config: Config, prepared: Prepared, updates: Sequ
             checkpoints._write(u, flatten(model_of(state)))
             checkpoints.wait()
     phase = program.low_phase if 6 in updates else program.phase
-    return Made(place, prepared, phase.model(state.trained, state.frozen), at)
+    return SavedRun(workdir, prepared, phase.model(state.trained, state.frozen), at)
 
 
-def ended(capsys: Any, *words: str, code: int = 0) -> str:
-    return ended_by(capsys, *words, code=code, command=export)
+def output_line(capsys: Any, *args: str, code: int = 0) -> str:
+    return commands.output_line(capsys, *args, code=code, command=export)
 
 
-def exported(capsys: Any, made: Made, folder: pathlib.Path, *words: str) -> pathlib.Path:
-    """The folder that the command wrote, after what it says."""
-    line = ended(capsys, f"--workdir={made.place}", f"--output={folder}", *words)
+def export_run(capsys: Any, run: SavedRun, folder: pathlib.Path, *args: str) -> pathlib.Path:
+    """Exports the run to `folder`, which the command prints and this returns."""
+    line = output_line(capsys, f"--workdir={run.workdir}", f"--output={folder}", *args)
     assert line.startswith("update ") and line.endswith(f": {folder}")
     return folder
 
@@ -82,13 +83,13 @@ def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: files.read(name) for name in files.kinds}
 
 
-def copied(model: Llama) -> Llama:
+def copy_model(model: Llama) -> Llama:
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.tree.map(jnp.copy, state))
 
 
-def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(arrays: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert arrays.keys() == expected.keys()
     for name, array in expected.items():
-        assert found[name].dtype == array.dtype, name
-        assert found[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
+        assert arrays[name].dtype == array.dtype, name
+        assert arrays[name].tobytes() == np.ascontiguousarray(array).tobytes(), name

@@ -1,8 +1,8 @@
-"""ReLoRA pretraining re-enacted in NumPy float64, as a judge for implementations.
+"""ReLoRA pretraining in NumPy float64: a reference for implementations.
 
 Written from the method's definition (arXiv 2307.05695) alone: a LLaMA decoder with a hand-written backward
-pass, AdamW, the jagged schedule, merges and resets. It aims to be plainly right, not fast; it shares no code
-with what it judges. All randomness comes from the caller, so that two runs can be given the same draws.
+pass, AdamW, the jagged schedule, merges and resets. It aims to be obviously right, not fast, and shares no
+code with what it checks. All randomness comes from the caller, so that two runs can use the same draws.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Ints = NDArray[np.integer[Any]]
 Params = dict[str, Array]
 Draw = Callable[[int, str], Array]  # of the update and a kernel's name
 DrawMask = Callable[[int, str], Mask]  # of the update and a factor's name
-AdjustMask = Callable[[int, str, Mask, Array], Mask]  # and the mask by magnitude, and the first moment
+AdjustMask = Callable[[int, str, Mask, Array], Mask]  # also of the magnitude mask and the first moment
 
 NORMS = ("attention_norm", "mlp_norm", "norm")  # the leaves without weight decay
 
@@ -38,7 +38,7 @@ class Model:
     rope_theta: float = 1e4
     rms_eps: float = 1e-6
     tied: bool = False
-    scaling: tuple[str, tuple[float, ...]] = ("none", ())  # of the positions: its kind and numbers
+    scaling: tuple[str, tuple[float, ...]] = ("none", ())  # of the positions: kind and parameters
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Settings:
     cycle: int  # R
     merges_per_cycle: int
     restart_warm_up: int
-    warm_up: int  # the low-rank phase's own
+    warm_up: int  # of the low-rank phase
     jagged: bool  # False: C(s) without dips
-    peak_lr: float  # the low-rank phase's
+    peak_lr: float  # of the low-rank phase
     factor_lr_ratio: float
     prune: str  # "zero" | "magnitude" | "random" | "none"
     fraction: float  # f of "magnitude" and "random"
     reset_count: bool
     base_init: str  # "keep" | "zero"
-    full_peak_lr: float  # the full-rank phase's
+    full_peak_lr: float  # of the full-rank phase
     full_warm_up: int
     min_lr_ratio: float
     b1: float
@@ -72,20 +72,20 @@ class Settings:
     clip_norm: float  # 0: no clipping
 
     def __post_init__(self) -> None:
-        """Refuse what the method does not define."""
+        """Rejects settings that the method does not define."""
         assert self.arm in ("full", "relora", "lora"), self.arm
         assert self.prune in ("zero", "magnitude", "random", "none"), self.prune
         assert self.base_init in ("keep", "zero"), self.base_init
         assert self.arm == "full" or 0 <= self.warm_start <= self.updates, "W lies in 0..N"
         if self.arm == "relora":
             assert self.cycle % self.merges_per_cycle == 0, "merges_per_cycle divides the cycle"
-            assert not self.reset_count or self.prune == "zero", "survivors of a pruning need their count"
+            assert not self.reset_count or self.prune == "zero", "reset_count needs prune zero"
         if self.arm != "full":
             assert self.base_init == "keep" or self.warm_start == 0, "zero base kernels: W = 0 only"
 
     @property
     def scale(self) -> float:
-        """The factor alpha / r before A B."""
+        """alpha / rank, the factor of A @ B."""
         return self.alpha / self.rank if self.rank else 0.0
 
 
@@ -166,7 +166,7 @@ def _norm_back(x: Array, weight: Array, eps: float, dy: Array) -> tuple[Array, A
 
 
 def _turn(model: Model, i: int, length: int) -> float:
-    """Radians that a position turns pair i, in a row of so many ids."""
+    """The angle in radians between neighboring positions for pair i, in a row of `length` ids."""
     kind, numbers = model.scaling
     dim = model.head_dim
     plain = model.rope_theta ** (-2.0 * i / dim)
@@ -190,7 +190,7 @@ def _turn(model: Model, i: int, length: int) -> float:
 
 
 def _rotate(x: Array, model: Model, sign: float = 1.0) -> Array:
-    """RoPE on [B, H, S, hd]: (x1 cos - x2 sin, x2 cos + x1 sin); sign -1 turns back, which is the adjoint."""
+    """RoPE on [B, H, S, hd]: (x1 cos - x2 sin, x2 cos + x1 sin); sign -1 is the inverse and adjoint."""
     length, dim = x.shape[-2:]
     angles = np.outer(np.arange(length), [_turn(model, i, length) for i in range(dim // 2)])
     c, s = np.cos(angles), sign * np.sin(angles)
@@ -342,7 +342,7 @@ def magnitude_mask(moment: Array, fraction: float) -> Mask:
 
 @dataclass
 class History:
-    """What a run leaves behind; `params` holds the live, unmerged factors of a low-rank phase."""
+    """The outcome of a run; in the low-rank phase `params` holds the live, unmerged factors."""
 
     params: Params
     mu: Params
@@ -357,7 +357,7 @@ class History:
 
 
 def _start(u: int, settings: Settings, h: History, draw_a: Draw, draw_b: Draw | None) -> None:
-    """The low-rank phase starts: kernels freeze and lose their moments, factors come with zero moments."""
+    """Starts the low-rank phase: kernels freeze and lose their moments, factors get zero moments."""
     for name in settings.targets:
         kernel = h.params[name]
         a = np.asarray(draw_a(u, name), np.float64)
@@ -377,7 +377,7 @@ def _start(u: int, settings: Settings, h: History, draw_a: Draw, draw_b: Draw | 
 
 
 def _merge(u: int, settings: Settings, h: History, draw_a: Draw) -> None:
-    """W += (alpha / r) A B, A redrawn, B zero: the function stays; statistics are not touched."""
+    """W += scale * A @ B, A redrawn, B = 0: neither the function nor the statistics change."""
     h.params.update(merged(h.params, settings.scale))
     for name in settings.targets:
         h.params[f"{name}.a"] = np.asarray(draw_a(u, name), np.float64)
@@ -386,7 +386,7 @@ def _merge(u: int, settings: Settings, h: History, draw_a: Draw) -> None:
 
 
 def _reset(u: int, settings: Settings, h: History, draw: DrawMask | None, adjust: AdjustMask | None) -> None:
-    """Prune the factors' statistics, one mask for both moments of a factor; maybe zero the factors' count."""
+    """Prune the factors' statistics, one mask for both moments; zeroes the factors' count if set."""
     for name in [n for n in h.params if is_factor(n)]:
         if settings.prune == "zero":
             mask = np.zeros(h.mu[name].shape, dtype=bool)
@@ -433,12 +433,12 @@ def run(
     draw_b: Draw | None = None,
     on_update: Callable[[int, Params], None] | None = None,
 ) -> History:
-    """All N updates. Arrays are never changed in place, so what `on_update` receives stays as it was.
+    """All N updates. Arrays are never changed in place, so what `on_update` receives remains valid.
 
     Update u: (1) at u = W the low-rank phase starts; else, at s > 0, a merge at each multiple of
-    R / merges_per_cycle and with it a reset at each multiple of R. (2) Losses and gradients are summed over
+    R / merges_per_cycle, and a reset as well at each multiple of R. (2) Losses and gradients are summed over
     the microbatches and divided once by the number of targets. (3) If the loss or the gradient norm is not
-    finite or there is no target, weights, moments and counts stay and all else goes on. (4) Clip by the
+    finite or there are no targets, weights, moments and counts stay and the run continues. (4) Clip by the
     global norm of all trainable leaves. (5) AdamW at rate(u). (6) u += 1.
     """
     start = {name: np.array(value, np.float64) for name, value in initial.items()}

@@ -1,4 +1,4 @@
-"""A run's directory as numbers of one's own, and what a report of it shows."""
+"""Builds the directory of a made-up run, and reads back what its report shows."""
 
 import dataclasses
 import json
@@ -15,7 +15,6 @@ from relora_jax.reporting import page, pictures
 from tests.support import small
 
 LAYERS, SIDE, MLP, RANK, UPDATES, START, CYCLE = 2, 24, 40, 3, 400, 100, 60
-
 
 FACTS = {
     "trained": 1_234_567,
@@ -40,13 +39,13 @@ def config(arm: str = "relora", **relora: Any) -> Config:
 
 
 def rows(arm: str = "relora", every: int = 2) -> list[dict]:
-    """A run that learns: noisy, with the jagged rate, evaluations and (arm relora) restarts."""
-    random, made, restarts = np.random.default_rng(0), [], 0
-    made.append({"kind": "eval", "update": 0, "loss": 6.3, "perplexity": float(np.exp(6.3)), "tokens": 960})
+    """The metrics of a noisy run that learns, with the jagged rate, evaluations and (arm relora) restarts."""
+    random, rows, restarts = np.random.default_rng(0), [], 0
+    rows.append({"kind": "eval", "update": 0, "loss": 6.3, "perplexity": float(np.exp(6.3)), "tokens": 960})
     for u in range(1, UPDATES + 1):
         s = u - 1 - START
         if arm == "relora" and s > 0 and s % CYCLE == 0:
-            made.append({"kind": "restart", "update": u - 1, "merged": True, "reset": True})
+            rows.append({"kind": "restart", "update": u - 1, "merged": True, "reset": True})
             restarts += 1
         if u % every == 0:
             dip = min(1.0, (s % CYCLE) / 10) if arm == "relora" and s > 0 else 1.0
@@ -61,13 +60,13 @@ def rows(arm: str = "relora", every: int = 2) -> list[dict]:
                 "tokens_seen": 256 * u,
             }
             row |= {"tokens_per_s": 4000.0 + u, "restarts": restarts, "skipped": 1, "elapsed_s": u / 4}
-            made.append(row)
+            rows.append(row)
         if u % 50 == 0:
             loss = 3.55 + 2.8 * np.exp(-u / 80)
-            made.append(
+            rows.append(
                 {"kind": "eval", "update": u, "loss": loss, "perplexity": float(np.exp(loss)), "tokens": 960}
             )
-    return made
+    return rows
 
 
 def make(workdir: Path, *, arm: str = "relora", lines: list[dict] | None = None, **relora) -> Path:
@@ -88,22 +87,22 @@ def text_of(workdir: Path) -> str:
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """The figures that a report draws, by file name; their files are empty."""
+    """The figures that a report draws, by file name; the files themselves are empty."""
     drawn: dict[str, Figure] = {}
 
-    def keep(figure: Figure, file: Path) -> None:
+    def save(figure: Figure, file: Path) -> None:
         drawn[file.name] = figure
         file.touch()
 
-    monkeypatch.setattr(pictures, "_save", keep)
+    monkeypatch.setattr(pictures, "_save", save)
     return drawn
 
 
-def upright(axes: Axes) -> list[float]:
-    """Where lines from the bottom to the top of the picture stand."""
-    found = []
+def vertical_lines(axes: Axes) -> list[float]:
+    """The x positions of the vertical lines."""
+    positions = []
     for line in axes.lines:
         x = np.asarray(line.get_xdata(), float)
         if len(x) == 2 and x[0] == x[1]:
-            found.append(float(x[0]))
-    return found
+            positions.append(float(x[0]))
+    return positions

@@ -1,4 +1,4 @@
-"""A run of toy size that every test may bend."""
+"""A toy run that tests can modify."""
 
 import dataclasses
 from typing import Any
@@ -18,15 +18,15 @@ from relora_jax.training.sharding import make_mesh
 LENGTH = 12
 GROUP = {name: group for group, names in KERNELS.items() for name in names}
 # {the oracle's name of a variable: its path in the model}
-PLACES = {"embed": "embed/embedding", "head": "head/kernel", "norm": "norm/scale"}
-PLACES |= {f"{name}_norm": f"blocks/{name}_norm/scale" for name in KERNELS}
-PLACES |= {name: f"blocks/{group}/{name}/kernel" for name, group in GROUP.items()}
-PLACES |= {f"{n}.{f}": f"blocks/{g}/{n}/lora_{f}" for n, g in GROUP.items() for f in "ab"}
+VARIABLE_PATHS = {"embed": "embed/embedding", "head": "head/kernel", "norm": "norm/scale"}
+VARIABLE_PATHS |= {f"{name}_norm": f"blocks/{name}_norm/scale" for name in KERNELS}
+VARIABLE_PATHS |= {name: f"blocks/{group}/{name}/kernel" for name, group in GROUP.items()}
+VARIABLE_PATHS |= {f"{n}.{f}": f"blocks/{g}/{n}/lora_{f}" for n, g in GROUP.items() for f in "ab"}
 
 
 def config(arm: str = "relora", **changes: Any) -> Config:
     """A run of 16 updates: warm start 4, cycles of 4. `group__field=value` changes a setting."""
-    made = Config(
+    result = Config(
         name="small",
         arm=arm,
         model=ModelConfig(
@@ -71,9 +71,8 @@ def config(arm: str = "relora", **changes: Any) -> Config:
     )
     for key, value in changes.items():
         group, name = key.split("__")
-        target = getattr(made, group)
-        setattr(made, group, dataclasses.replace(target, **{name: value}))
-    return made
+        setattr(result, group, dataclasses.replace(getattr(result, group), **{name: value}))
+    return result
 
 
 def mesh(data: int = 1, fsdp: int = 1) -> Mesh:
@@ -81,34 +80,36 @@ def mesh(data: int = 1, fsdp: int = 1) -> Mesh:
     return make_mesh(data=data, fsdp=fsdp, tensor=1, devices=jax.devices()[: data * fsdp])
 
 
-def rows(made: Config, u: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [A, M, L+1], lengths [A, M]) of update u: a noisy walk, so that there is something to learn."""
-    rng = np.random.default_rng([made.train.seed, u])
-    shape = (made.accumulation, made.train.microbatch)
-    hops = rng.integers(1, 4, (*shape, made.data.sequence_length + 1))
-    ids = (rng.integers(0, made.model.vocab_size, (*shape, 1)) + hops.cumsum(-1)) % made.model.vocab_size
-    lengths = rng.integers(made.data.sequence_length // 2, made.data.sequence_length + 2, shape)
+def rows(config: Config, u: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [A, M, L+1], lengths [A, M]) of update u: noisy walks, which a model can learn."""
+    rng = np.random.default_rng([config.train.seed, u])
+    shape = (config.accumulation, config.train.microbatch)
+    hops = rng.integers(1, 4, (*shape, config.data.sequence_length + 1))
+    ids = (rng.integers(0, config.model.vocab_size, (*shape, 1)) + hops.cumsum(-1)) % config.model.vocab_size
+    lengths = rng.integers(config.data.sequence_length // 2, config.data.sequence_length + 2, shape)
     return ids.astype(np.int32), lengths.astype(np.int32)
 
 
-def batch(made: Config, program: Program, u: int) -> Batch:
+def batch(config: Config, program: Program, u: int) -> Batch:
     """The rows of update u on the program's devices."""
-    return Batch(*(jax.device_put(part, program.rows) for part in rows(made, u)))
+    return Batch(*(jax.device_put(part, program.rows) for part in rows(config, u)))
 
 
-def run(made: Config, program: Program, *, state: Any = None, start: int = 0, stop: int | None = None) -> Any:
-    """(state, losses) after updates start..stop as loop.py has them, without its files."""
+def run(
+    config: Config, program: Program, *, state: Any = None, start: int = 0, stop: int | None = None
+) -> Any:
+    """(state, losses) after the updates from start to stop, as in loop.py but without files."""
     state = program.init() if state is None else state
     losses = []
-    for u in range(start, made.train.updates if stop is None else stop):
+    for u in range(start, config.train.updates if stop is None else stop):
         state, _ = program.begin_update(u, state)
-        state, values = program.train_step(state, batch(made, program, u), steps.learning_rate(made, u))
+        state, values = program.train_step(state, batch(config, program, u), steps.learning_rate(config, u))
         losses.append(float(values["loss"]))
     return state, losses
 
 
 def moved(state: Any, *, seed: int, deviation: float = 0.1) -> Any:
-    """The state with all that is trained elsewhere, as after some updates: both factors count."""
+    """The state with noise added to everything trained, as after some updates: neither factor is zero."""
     rng = np.random.default_rng(seed)
 
     def shift(leaf: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Tokenizers of toy size: SentencePiece models, tokenizer.json files."""
+"""Toy tokenizers: SentencePiece models and tokenizer.json files."""
 
 import io
 import json
@@ -16,14 +16,14 @@ from tests.support.documents import texts
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
 
 
-def json_file(folder, *, kind="bpe", special=SPECIAL, name="tokenizer.json", **beside):
-    """A byte-level BPE or a unigram model with all that a file may ask for; `beside` it NAME.json."""
+def json_file(folder, *, kind="bpe", special=SPECIAL, name="tokenizer.json", **sidecars):
+    """A byte-level BPE or unigram model with all optional settings, and `sidecars` NAME.json next to it."""
     if kind == "bpe":
-        made = tokenizers.Tokenizer(
+        model = tokenizers.Tokenizer(
             models.BPE(unk_token="<unk>" if "<unk>" in special else None, dropout=0.5)
         )
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        model.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=330,
             special_tokens=special,
@@ -31,26 +31,26 @@ def json_file(folder, *, kind="bpe", special=SPECIAL, name="tokenizer.json", **b
             show_progress=False,
         )
     else:
-        made = tokenizers.Tokenizer(models.Unigram())
-        made.normalizer = normalizers.NFKC()
-        made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        model = tokenizers.Tokenizer(models.Unigram())
+        model.normalizer = normalizers.NFKC()
+        model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         trainer = trainers.UnigramTrainer(
             vocab_size=99, special_tokens=special, unk_token="<unk>", show_progress=False
         )
-    made.train_from_iterator([*texts(40), "</s> <pad> Number"], trainer)
-    made.add_tokens(["zebra"])
+    model.train_from_iterator([*texts(40), "</s> <pad> Number"], trainer)
+    model.add_tokens(["zebra"])
     if "</s>" in special:
-        ends = {token: made.token_to_id(token) for token in ("<s>", "</s>")}
-        made.post_processor = processors.TemplateProcessing(
+        ends = {token: model.token_to_id(token) for token in ("<s>", "</s>")}
+        model.post_processor = processors.TemplateProcessing(
             single="<s> $A </s>", special_tokens=[*ends.items()]
         )
-    made.enable_truncation(5)
-    made.enable_padding(length=7)
+    model.enable_truncation(5)
+    model.enable_padding(length=7)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    made.save(str(path))
-    for other, facts in beside.items():
-        (folder / f"{other}.json").write_text(json.dumps(facts))
+    model.save(str(path))
+    for sidecar, settings in sidecars.items():
+        (folder / f"{sidecar}.json").write_text(json.dumps(settings))
     return path
 
 
@@ -79,16 +79,16 @@ GEMMA = {**LLAMA, "add_dummy_prefix": False, "user_defined_symbols": SYMBOLS, "s
 
 
 def trained(lines, *, kind, **settings):
-    written = io.BytesIO()
+    model = io.BytesIO()
     settings = {"minloglevel": 2, "hard_vocab_limit": kind == "bpe", **settings, "model_type": kind}
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
-        sentence_iterator=iter(lines), model_writer=written, **settings
+        sentence_iterator=iter(lines), model_writer=model, **settings
     )
-    return parse(written.getvalue())
+    return parse(model.getvalue())
 
 
 def tied(path, *pieces):
-    """A BPE model of letters and these pieces, which have one score."""
+    """A BPE model of letters and these pieces, which share one score."""
     model = sentencepiece_json.parse(b"")
     model.trainer_spec.model_type = sentencepiece_json.BPE
     rule = model.normalizer_spec
@@ -100,4 +100,4 @@ def tied(path, *pieces):
     return tokenizer.load(path)
 
 
-T5_PATH = places.cache_dir() / "tokenizers/t5.model"  # before a test moves the cache
+T5_PATH = places.cache_dir() / "tokenizers/t5.model"  # read before tests redirect the cache

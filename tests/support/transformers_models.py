@@ -1,4 +1,4 @@
-"""LLaMAs of toy size, made by transformers; needs the extra hf-test."""
+"""Toy LLaMAs saved by transformers; needs the extra hf-test."""
 
 import pathlib
 from typing import Any
@@ -14,7 +14,7 @@ SMALL: dict[str, Any] = {
     "intermediate_size": 40,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "initializer_range": 0.15,  # so that attention looks at something, and positions matter
+    "initializer_range": 0.15,  # large enough that attention and positions matter
 }
 
 
@@ -43,8 +43,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(folder: pathlib.Path, *, shard: int = 10**9, dtype: str = "float32", **changes: Any) -> Any:
-    """What transformers loads of its files in `folder`, computed in float32; its norms are not all ones."""
+def save_llama(folder: pathlib.Path, *, shard: int = 10**9, dtype: str = "float32", **changes: Any) -> Any:
+    """Saves a model with norms other than one in `folder`; returns it as loaded from there, in float32."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | changes))
     for name, tensor in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face's tokenizer.json, made here by the library that reads them."""
+"""Hugging Face's tokenizer.json files, written here with the tokenizers library."""
 
 import json
 import multiprocessing
@@ -10,48 +10,48 @@ import pytest
 import tokenizers
 
 from relora_jax.tokenizer import tokenizer
-from relora_jax.tokenizer.hugging_face import begins
+from relora_jax.tokenizer.hugging_face import default_bos
 from tests.support.documents import texts
 from tests.support.tokenizers import SPECIAL, json_file
 
 
-def test_bos_is_what_the_file_puts_before_a_text_by_itself(tmp_path):
+def test_default_bos_is_what_the_file_adds_before_a_text(tmp_path):
     path = json_file(tmp_path)
-    assert begins(path, path.read_bytes()) == json.loads(path.read_bytes())["model"]["vocab"]["<s>"]
+    assert default_bos(path, path.read_bytes()) == json.loads(path.read_bytes())["model"]["vocab"]["<s>"]
     settings = json.loads(path.read_bytes())
     template = settings["post_processor"]
-    template["single"] = template["single"][1:]  # </s> after a text alone
-    assert begins(path, json.dumps(settings).encode()) is None
+    template["single"] = template["single"][1:]  # only </s> after a text
+    assert default_bos(path, json.dumps(settings).encode()) is None
     settings["post_processor"] = {"type": "Nothing"}
-    with pytest.raises(ValueError, match=r"is no tokenizer\.json"):
-        begins(path, json.dumps(settings).encode())
+    with pytest.raises(ValueError, match=r"is not a valid tokenizer\.json"):
+        default_bos(path, json.dumps(settings).encode())
     settings["post_processor"] = None
-    assert begins(path, json.dumps(settings).encode()) is None
+    assert default_bos(path, json.dumps(settings).encode()) is None
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_text_is_encoded_whole_without_special_ids_and_comes_back(kind, tmp_path):
-    made = tokenizer.load(json_file(tmp_path, kind=kind))
+def test_text_round_trips_untruncated_without_special_ids(kind, tmp_path):
+    loaded = tokenizer.load(json_file(tmp_path, kind=kind))
     documents = [" ".join(texts(9)[:3]), "one </s> two <pad> <s>", "", "a zebra"]
-    encoded = made.encode_documents(documents)
-    assert [ids.tolist() for ids in encoded] == [made.encode_documents([t])[0].tolist() for t in documents]
+    encoded = loaded.encode_documents(documents)
+    assert [ids.tolist() for ids in encoded] == [loaded.encode_documents([t])[0].tolist() for t in documents]
     assert len(encoded[0]) > 20 and len(encoded[2]) == 0  # neither truncated nor padded
     assert not {1, 2, 3} & {i for ids in encoded for i in ids.tolist()}
     if kind == "bpe":
-        assert [made.decode(ids) for ids in encoded] == documents
-    assert made.decode([made.pad, *encoded[3], made.eos]) == "a zebra"
+        assert [loaded.decode(ids) for ids in encoded] == documents
+    assert loaded.decode([loaded.pad, *encoded[3], loaded.eos]) == "a zebra"
 
 
 def test_added_tokens_count_as_pieces(tmp_path):
     path = json_file(tmp_path)
-    made = tokenizer.load(path)
+    loaded = tokenizer.load(path)
     zebra = next(t["id"] for t in json.loads(path.read_text())["added_tokens"] if t["content"] == "zebra")
-    assert made.vocab_size == zebra + 1
-    assert made.encode_documents(["zebra"])[0].tolist() == [zebra]
+    assert loaded.vocab_size == zebra + 1
+    assert loaded.encode_documents(["zebra"])[0].tolist() == [zebra]
 
 
 @pytest.mark.parametrize(
-    ("special", "beside", "eos", "pad"),
+    ("special", "sidecars", "eos", "pad"),
     [
         (SPECIAL, {}, "</s>", "<pad>"),
         (["<|endoftext|>"], {}, "<|endoftext|>", "<|endoftext|>"),
@@ -78,26 +78,26 @@ def test_added_tokens_count_as_pieces(tmp_path):
         ),
     ],
 )
-def test_special_ids_are_found_beside_the_file_or_by_their_names(special, beside, eos, pad, tmp_path):
-    path = json_file(tmp_path, special=special, **beside)
-    made, raw = tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
-    assert (raw.id_to_token(made.eos), raw.id_to_token(made.pad)) == (eos, pad)
+def test_special_ids_come_from_sidecar_files_or_usual_names(special, sidecars, eos, pad, tmp_path):
+    path = json_file(tmp_path, special=special, **sidecars)
+    loaded, raw = tokenizer.load(path), tokenizers.Tokenizer.from_file(str(path))
+    assert (raw.id_to_token(loaded.eos), raw.id_to_token(loaded.pad)) == (eos, pad)
 
 
-def test_files_beside_tell_nothing_of_a_file_of_another_name(tmp_path):
+def test_sidecar_files_are_ignored_for_other_file_names(tmp_path):
     path = json_file(tmp_path, name="mine.json", config={"eos_token_id": 2})
     assert tokenizer.load(path).eos == 3
 
 
 def test_tokenizer_without_eos_names_the_setting(tmp_path):
     path = json_file(tmp_path, special=["<unk>", "[SEP]"])
-    with pytest.raises(ValueError, match=r"tokenizer\.json has no eos .*: give its id as data\.eos_id"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json has no eos .*: set data\.eos_id"):
         tokenizer.load(path)
     assert tokenizer.load(path, eos_id=1).eos == 1
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_unigram_pieces_and_scores_stay_what_the_file_says(kind, tmp_path):
+def test_ids_are_those_of_the_library(kind, tmp_path):
     path = json_file(tmp_path, kind=kind)
     raw = tokenizers.Tokenizer.from_file(str(path))
     raw.no_truncation()
@@ -123,11 +123,11 @@ def test_unigram_pieces_and_scores_stay_what_the_file_says(kind, tmp_path):
         b'{"model":' * 100_000,
     ],
 )
-def test_file_that_is_no_tokenizer_is_named_in_one_line(content, tmp_path):
+def test_invalid_tokenizer_file_is_named_in_one_line(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"tokenizer\.json is no tokenizer\.json \(.*\): name another"
+        ValueError, match=r"tokenizer\.json is not a valid tokenizer\.json \(.*\): use another"
     ) as raised:
         tokenizer.load(path)
     assert "\n" not in str(raised.value)
@@ -138,22 +138,22 @@ def test_ids_that_would_fill_memory_are_refused(tmp_path):
     settings = json.loads(path.read_text())
     settings["model"]["vocab"]["far"] = 4_000_000_000
     path.write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="is no tokenizer: its highest id is 4000000000"):
+    with pytest.raises(ValueError, match=r"is not a valid tokenizer .its highest id is 4000000000"):
         tokenizer.load(path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000])
-def test_damaged_file_beside_is_named(content, tmp_path):
+def test_damaged_sidecar_file_is_named(content, tmp_path):
     path = json_file(tmp_path)
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(
-        ValueError, match=r"/config\.json, which tells a tokenizer's special tokens"
+        ValueError, match=r"/config\.json, which defines a tokenizer's special tokens"
     ) as raised:
         tokenizer.load(path)
     assert "\n" not in str(raised.value)
 
 
-def test_fork_after_encoding_says_nothing(tmp_path):
+def test_fork_after_encoding_prints_nothing(tmp_path):
     path = json_file(tmp_path)
     code = (
         "import os, sys; from relora_jax.tokenizer import tokenizer;"
@@ -172,7 +172,7 @@ def test_fork_after_encoding_says_nothing(tmp_path):
 
 
 def test_spawned_workers_encode_the_same(tmp_path):
-    made = tokenizer.load(json_file(tmp_path))
+    loaded = tokenizer.load(json_file(tmp_path))
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        (there,) = pool.map(made.encode_documents, [texts(3)])
-    assert [ids.tolist() for ids in there] == [ids.tolist() for ids in made.encode_documents(texts(3))]
+        (in_worker,) = pool.map(loaded.encode_documents, [texts(3)])
+    assert [ids.tolist() for ids in in_worker] == [ids.tolist() for ids in loaded.encode_documents(texts(3))]

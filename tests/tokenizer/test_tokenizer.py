@@ -33,13 +33,13 @@ def cache(tmp_path, monkeypatch):
 
 
 def model_file(path, **settings):
-    """A model with other special pieces than ours, as a user may bring one."""
-    written = io.BytesIO()
+    """A user's SentencePiece model, with special pieces other than ours."""
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(  # pyright: ignore
-        sentence_iterator=iter(LINES), model_writer=written, vocab_size=110, minloglevel=2, **settings
+        sentence_iterator=iter(LINES), model_writer=model, vocab_size=110, minloglevel=2, **settings
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(written.getvalue())
+    path.write_bytes(model.getvalue())
     return path
 
 
@@ -50,13 +50,13 @@ PARTS = st.sampled_from([" ", "\n", "\t", "states", "é"]) | st.characters(
 
 @settings(deadline=None, max_examples=150)
 @given(text=st.lists(PARTS, max_size=40).map("".join))
-def test_nothing_is_lost_in_ids(trained, text):
+def test_encoding_is_lossless(trained, text):
     (ids,) = trained.encode_documents([text])
     assert trained.decode(ids) == text
     assert ids.dtype == np.int32 and ((ids > tokenizer.UNK) & (ids < VOCAB_SIZE)).all()
 
 
-def test_documents_are_encoded_each_alone_without_an_end(trained):
+def test_documents_are_encoded_separately_without_eos(trained):
     documents = [*texts(5), "", "one </s> two", "of"]
     together = trained.encode_documents(documents)
     assert [ids.tolist() for ids in together] == [
@@ -66,7 +66,7 @@ def test_documents_are_encoded_each_alone_without_an_end(trained):
     assert trained.decode([trained.pad, *together[0], trained.eos]) == documents[0]
 
 
-def test_special_pieces_stand_where_t5_has_them(trained):
+def test_special_pieces_have_the_ids_of_t5(trained):
     assert (trained.pad, trained.eos, trained.vocab_size) == (0, 1, VOCAB_SIZE)
     assert [trained.model._model.id_to_piece(i) for i in range(5)] == ["<pad>", "</s>", "<unk>", "\n", "\n\n"]
 
@@ -77,7 +77,7 @@ def test_word_has_the_same_pieces_after_a_lines_end_and_at_the_start(trained):
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_same_lines_give_the_same_model_and_say_nothing(kind, tmp_path, capfd):
+def test_training_is_deterministic_and_silent(kind, tmp_path, capfd):
     first, second = (
         tokenizer.train(iter(LINES), kind=kind, vocab_size=380, path=tmp_path / f"{i}.model") for i in (1, 2)
     )
@@ -87,7 +87,7 @@ def test_same_lines_give_the_same_model_and_say_nothing(kind, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_long_documents_take_part_in_training():
+def test_long_lines_are_not_dropped_from_training():
     (line,) = tokenizer._lines(["thestateoftheunion " * 1000])  # SentencePiece's own limit is 4,192 bytes
     assert len(line) < tokenizer.LONGEST_LINE == tokenizer._SETTINGS["max_sentence_length"]
     assert list(tokenizer._lines(["a\n\nb\n", "", "c"])) == ["a", "b", "c"]
@@ -119,19 +119,19 @@ def test_model_of_a_dataset_is_trained_once_for_each_text(cache):
 
 def test_model_is_found_by_path_or_by_its_name_in_the_cache(trained, cache, tmp_path):
     def never():
-        raise AssertionError("documents are read for a model that is there")
+        raise AssertionError("documents are read for an existing model")
 
     assert tokenizer.find(str(trained.path), never, "k").sha256 == trained.sha256
     cache.mkdir(parents=True)
     (cache / "mine.model").write_bytes(trained.path.read_bytes())
     assert tokenizer.find("mine", never, "k").sha256 == trained.sha256
     with pytest.raises(
-        ValueError, match=r"'other' is no file, nor is there .*/tokenizers/other\.model or \.json"
+        ValueError, match=r"'other' not found, and there is no .*/tokenizers/other\.model or \.json"
     ):
         tokenizer.find("other", never, "k")
 
 
-def test_of_a_directory_the_tokenizer_in_it_is_read(trained, cache, tmp_path):
+def test_directory_stands_for_the_tokenizer_in_it(trained, cache, tmp_path):
     for name in ("spiece.model", "tokenizer.model"):
         (tmp_path / name).write_bytes(trained.path.read_bytes())
         assert tokenizer.find(str(tmp_path), list, "k").path == tmp_path / name
@@ -141,19 +141,19 @@ def test_of_a_directory_the_tokenizer_in_it_is_read(trained, cache, tmp_path):
     assert tokenizer.find("named", list, "k").path == cache / "named.json"
 
 
-def test_given_ids_stand_for_its_own(tmp_path):
+def test_configured_ids_replace_the_files_own(tmp_path):
     path = model_file(tmp_path / "endless.model", eos_id=-1)
-    given = tokenizer.find(str(path), list, "k", eos_id=7, pad_id=109)
-    assert (given.eos, given.pad) == (7, 109)
+    configured = tokenizer.find(str(path), list, "k", eos_id=7, pad_id=109)
+    assert (configured.eos, configured.pad) == (7, 109)
     assert tokenizer.find(str(path), list, "k", eos_id=0).pad == 0  # no pad: eos
-    (word,) = given.encode_documents(["people"])
-    assert given.decode([7, *word, 109, 7]) == "people"
+    (word,) = configured.encode_documents(["people"])
+    assert configured.decode([7, *word, 109, 7]) == "people"
     ours = tokenizer.find("bpe(380)", lambda: texts(30), "key", eos_id=5)
     assert (ours.eos, ours.pad) == (5, 0)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "t.model"])
-def test_pickled_tokenizer_is_its_path_and_ids_read_again_without_threads(
+def test_unpickled_tokenizer_is_read_again_from_its_path_without_threads(
     trained, name, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
@@ -172,7 +172,7 @@ def test_pickled_tokenizer_is_its_path_and_ids_read_again_without_threads(
     else:
         assert (first.model._threads, second.model._threads) == (-1, 1)
     path.write_bytes(path.read_bytes() + b"\n")
-    with pytest.raises(ValueError, match=r"changed meanwhile|is no"):
+    with pytest.raises(ValueError, match=r"changed while it was in use|is not a"):
         pickle.loads(pickled)
 
 
@@ -182,7 +182,7 @@ def test_model_without_pad_pads_with_eos(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("bpe()", "write a number of pieces"),
         ("bpe(many)", "write a number of pieces"),
@@ -192,14 +192,14 @@ def test_model_without_pad_pads_with_eos(tmp_path):
         ("unigram(5", "write a number of pieces"),
         ("bpe(100)", "smaller than required_chars. 100 vs"),
         ("unigram(100000)", "Please set it to a value <="),
-        ("missing.model", "is no file"),
-        ("garbage", "is no SentencePiece model"),
-        ("empty", "is no SentencePiece model"),
-        ("endless", "has no eos to end documents with: give its id as data.eos_id"),
+        ("missing.model", "not found"),
+        ("garbage", "is not a SentencePiece model"),
+        ("empty", "is not a SentencePiece model"),
+        ("endless", "has no eos to end documents with: set data.eos_id"),
         ("folder", "'folder' is a directory without tokenizer.json, tokenizer.model, spiece.model"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(spec, said, cache, monkeypatch):
+def test_bad_tokenizer_is_reported_in_one_line(spec, message, cache, monkeypatch):
     model_file(cache / "endless.model", eos_id=-1)
     (cache / "garbage.model").write_bytes(b"\x07garbage" * 9)
     (cache / "empty.model").write_bytes(b"")
@@ -207,43 +207,41 @@ def test_what_is_wrong_is_said_in_one_line(spec, said, cache, monkeypatch):
     (cache / "folder").mkdir()
     with pytest.raises(ValueError) as raised:
         tokenizer.find(spec, lambda: texts(30), "key")
-    assert said in str(raised.value) and "\n" not in str(raised.value)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_bos_is_what_transformers_puts_before_a_text(tmp_path):
-    assert tokenizer.begins(model_file(tmp_path / "tokenizer.model")) == 1  # SentencePiece's own
-    for told, expected in (({"add_bos_token": True}, 1), ({"add_bos_token": False}, None)):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
-        assert tokenizer.begins(tmp_path / "tokenizer.model") == expected
+def test_default_bos_is_what_transformers_adds_before_a_text(tmp_path):
+    assert tokenizer.default_bos(model_file(tmp_path / "tokenizer.model")) == 1  # SentencePiece's own
+    for config, expected in (({"add_bos_token": True}, 1), ({"add_bos_token": False}, None)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        assert tokenizer.default_bos(tmp_path / "tokenizer.model") == expected
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="is no JSON object"):
-        tokenizer.begins(tmp_path / "tokenizer.model")
+    with pytest.raises(ValueError, match="is not a JSON object"):
+        tokenizer.default_bos(tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").unlink()
-    assert tokenizer.begins(model_file(tmp_path / "none.model", bos_id=-1)) is None
+    assert tokenizer.default_bos(model_file(tmp_path / "none.model", bos_id=-1)) is None
     path = json_file(tmp_path / "json")
-    assert tokenizer.begins(path) == hugging_face.begins(path, path.read_bytes()) == 2
+    assert tokenizer.default_bos(path) == hugging_face.default_bos(path, path.read_bytes()) == 2
 
 
-def test_control_pieces_at_the_end_are_in_no_row_but_as_the_ids_of_the_run(tmp_path):
+def test_trailing_control_pieces_count_only_as_special_ids(tmp_path):
     path = model_file(tmp_path / "m.model")
     model = sentencepiece_json.parse(path.read_bytes())
     model.pieces.add(piece="<pad>", type=sentencepiece_json.CONTROL)
     path.write_bytes(model.SerializeToString())
-    made = tokenizer.load(path, pad_id=2)
-    assert (made.vocab_size, made.highest, tokenizer.load(path, pad_id=110).highest) == (111, 109, 110)
-    assert made.model.name(110) == "<pad>" and made.encode_documents(["a<pad>"])[0].max() < 110
+    loaded = tokenizer.load(path, pad_id=2)
+    assert (loaded.vocab_size, loaded.highest, tokenizer.load(path, pad_id=110).highest) == (111, 109, 110)
+    assert loaded.model.piece(110) == "<pad>" and loaded.encode_documents(["a<pad>"])[0].max() < 110
 
 
-@pytest.mark.parametrize(
-    ("name", "given"), [("eos_id", 110), ("pad_id", 110), ("eos_id", -2), ("bos_id", 110)]
-)
-def test_given_id_outside_the_vocabulary_is_named(name, given, tmp_path):
+@pytest.mark.parametrize(("name", "i"), [("eos_id", 110), ("pad_id", 110), ("eos_id", -2), ("bos_id", 110)])
+def test_special_id_outside_the_vocabulary_is_named(name, i, tmp_path):
     path = model_file(tmp_path / "m.model")
-    with pytest.raises(ValueError, match=rf"data\.{name} {given} is no id of .*m\.model: .* 0 to 109"):
-        tokenizer.load(path, **{name: given})
+    with pytest.raises(ValueError, match=rf"data\.{name} {i} is not an id of .*m\.model: .* 0 to 109"):
+        tokenizer.load(path, **{name: i})
 
 
-def test_error_of_the_documents_is_raised_as_it_is():
+def test_error_of_the_documents_is_raised_unchanged():
     def documents():
         yield "fine"
         raise ValueError("document 1 is not UTF-8")
@@ -252,7 +250,7 @@ def test_error_of_the_documents_is_raised_as_it_is():
         tokenizer.find("bpe(380)", documents, "key")
 
 
-def test_no_text_at_all_is_an_error():
+def test_training_without_text_is_an_error():
     with pytest.raises(ValueError, match="there is no text"):
         tokenizer.find("bpe(380)", lambda: [], "key")
 

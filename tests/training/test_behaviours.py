@@ -1,4 +1,4 @@
-"""A choice of one's own is one class: a prune and a base type from outside of the package, trained with."""
+"""A custom choice is a single class: trains with a prune and a base type defined outside of the package."""
 
 import pathlib
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from tests.support import small
 
 
 class EveryNth(prune.Prune):
-    """Every nth entry survives, whatever it is."""
+    """Every nth entry survives."""
 
     kind: ClassVar[str] = "every_nth"
     n: float
@@ -30,7 +30,7 @@ class EveryNth(prune.Prune):
 
 
 class Int8(base.Base):
-    """W as int8 with a scale for each output channel, by plain rounding."""
+    """W as int8 with a scale per output channel, rounded to nearest."""
 
     kind: ClassVar[str] = "int8_toy"
 
@@ -51,33 +51,31 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize("form", ["separate", "fused"])
-def test_choices_of_ones_own_train_and_are_saved_and_read_like_ours(
-    tmp_path: pathlib.Path, form: str
-) -> None:
+def test_custom_choices_train_and_are_saved_and_restored(tmp_path: pathlib.Path, form: str) -> None:
     changes: dict[str, Any] = {"relora__base_dtype": "int8_toy", "relora__prune": EveryNth(3.0)}
-    made = small.config(relora__product=form, relora__peak_lr=3e-2, **changes)
-    validate(made, devices=1)
-    assert from_json(to_json(made)) == made and str(made.relora.prune) == "every_nth(3.0)"
+    config = small.config(relora__product=form, relora__peak_lr=3e-2, **changes)
+    validate(config, devices=1)
+    assert from_json(to_json(config)) == config and str(config.relora.prune) == "every_nth(3.0)"
 
-    program = Program(made, small.mesh())
-    state, before = small.run(made, program, stop=12)
-    held = flatten(state)
-    assert held["frozen/blocks/attention/q/kernel"].dtype == jnp.int8
-    assert held["frozen/blocks/attention/q/kernel_scale"].shape == (2, 1, 16)
+    program = Program(config, small.mesh())
+    state, before = small.run(config, program, stop=12)
+    arrays = flatten(state)
+    assert arrays["frozen/blocks/attention/q/kernel"].dtype == jnp.int8
+    assert arrays["frozen/blocks/attention/q/kernel_scale"].shape == (2, 1, 16)
     full, _ = small.run(small.config(), Program(small.config(), small.mesh()), stop=12)
-    eighth = sum(leaf.nbytes for path, leaf in held.items() if path.startswith("frozen/"))
-    assert eighth < 0.5 * sum(
+    quantized = sum(leaf.nbytes for path, leaf in arrays.items() if path.startswith("frozen/"))
+    assert quantized < 0.5 * sum(
         leaf.nbytes for path, leaf in flatten(full).items() if path.startswith("frozen/")
     )
 
-    with Checkpoints(tmp_path, made) as checkpoints:
+    with Checkpoints(tmp_path, config) as checkpoints:
         checkpoints.save(12, state)
-    restored = restore_newest(Writer(tmp_path), made, program.state_at)
+    restored = restore_newest(Writer(tmp_path), config, program.state_at)
     assert restored is not None and restored[0] == 12
-    for (path, leaf), saved in zip(flatten(restored[1]).items(), held.values(), strict=True):
+    for (path, leaf), saved in zip(flatten(restored[1]).items(), arrays.values(), strict=True):
         assert np.array_equal(np.asarray(leaf), np.asarray(saved)), path
     kernel = variables_of(tmp_path, 12)["blocks/attention/q/kernel"]
-    stored = {name: held[f"frozen/blocks/attention/q/{name}"] for name in ("kernel", "kernel_scale")}
+    stored = {name: arrays[f"frozen/blocks/attention/q/{name}"] for name in ("kernel", "kernel_scale")}
     assert np.array_equal(kernel, np.asarray(Int8().read(stored))) and kernel.dtype == np.float32
 
     state, _ = program.begin_update(12, restored[1])  # a restart
@@ -85,41 +83,43 @@ def test_choices_of_ones_own_train_and_are_saved_and_read_like_ours(
         if "/mu/" in path and "lora" in path:
             layers = np.asarray(leaf).reshape(leaf.shape[0], -1)
             assert np.count_nonzero(layers[:, 0::3]) > 0 and not np.any(layers[:, 1::3]), path
-    _, after = small.run(made, program, state=restored_copy(program, tmp_path, made), start=12)
+    _, after = small.run(config, program, state=restored_copy(program, tmp_path, config), start=12)
     assert np.isfinite([*before, *after]).all() and np.mean(after) < np.mean(before[:4])
 
 
-def restored_copy(program: Program, folder: pathlib.Path, made: Any) -> Any:
-    restored = restore_newest(Writer(folder), made, program.state_at)
+def restored_copy(program: Program, folder: pathlib.Path, config: Any) -> Any:
+    restored = restore_newest(Writer(folder), config, program.state_at)
     assert restored is not None
     return restored[1]
 
 
 @pytest.mark.usefixtures("tables")
-def test_a_restart_adds_what_the_factors_learnt_to_what_a_base_reads() -> None:
-    made = small.config(relora__base_dtype="int8_toy")
-    program = Program(made, small.mesh())
-    state, _ = small.run(made, program, stop=8)
-    held = {path: np.asarray(leaf) for path, leaf in flatten(state).items()}
+def test_restart_adds_the_factors_product_to_the_kernel_that_a_base_reads() -> None:
+    config = small.config(relora__base_dtype="int8_toy")
+    program = Program(config, small.mesh())
+    state, _ = small.run(config, program, stop=8)
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten(state).items()}
     after = flatten(program.restart(state, reset=False))
     layer = "blocks/mlp/up"
-    read = lambda at: np.asarray(  # noqa: E731
-        Int8().read({name: jnp.asarray(at[f"frozen/{layer}/{name}"]) for name in ("kernel", "kernel_scale")})
+    read = lambda arrays: np.asarray(  # noqa: E731
+        Int8().read(
+            {name: jnp.asarray(arrays[f"frozen/{layer}/{name}"]) for name in ("kernel", "kernel_scale")}
+        )
     )
-    a, b = (held[f"trained/{layer}/lora_{name}"] for name in "ab")
-    expected = read(held) + made.relora.alpha / made.relora.rank * a @ b
+    a, b = (arrays[f"trained/{layer}/lora_{name}"] for name in "ab")
+    expected = read(arrays) + config.relora.alpha / config.relora.rank * a @ b
     np.testing.assert_allclose(
         read(after), expected, atol=0.5 * np.asarray(after[f"frozen/{layer}/kernel_scale"]).max()
     )
-    assert not np.array_equal(read(after), read(held)) and not np.any(after[f"trained/{layer}/lora_b"])
+    assert not np.array_equal(read(after), read(arrays)) and not np.any(after[f"trained/{layer}/lora_b"])
 
 
-def test_a_kind_that_no_table_has_is_refused_with_those_that_are_there() -> None:
+def test_unknown_kind_is_rejected_listing_the_valid_ones() -> None:
     with pytest.raises(
-        ValueError, match=r"relora\.base_dtype 'int8_toy' cannot be read: write float32, bfloat16 or"
+        ValueError, match=r"relora\.base_dtype 'int8_toy' is not valid: use float32, bfloat16 or"
     ):
         validate(small.config(relora__base_dtype="int8_toy"), devices=1)
-    with pytest.raises(ValueError, match=r"relora\.restart 'rolling' cannot be read: write merge_and_reinit"):
+    with pytest.raises(ValueError, match=r"relora\.restart 'rolling' is not valid: use merge_and_reinit"):
         validate(small.config(relora__restart="rolling"), devices=1)
-    with pytest.raises(ValueError, match=r"'every_nth\(3\.0\)' cannot be read: write zero, magnitude"):
+    with pytest.raises(ValueError, match=r"'every_nth\(3\.0\)' is not valid: use zero, magnitude"):
         from_json(to_json(small.config(relora__prune=EveryNth(3.0))))

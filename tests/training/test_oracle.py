@@ -1,4 +1,4 @@
-"""Whole small runs agree with a float64 re-enactment that was written from the paper, not from our code."""
+"""Whole small runs agree with a float64 reference that was written from the paper, not from this code."""
 
 import dataclasses
 from typing import Any
@@ -14,10 +14,10 @@ from relora_jax.training import steps
 from relora_jax.training.program import Program
 from relora_jax.training.state import flatten
 from tests.support import oracle, small
-from tests.support.small import PLACES
+from tests.support.small import VARIABLE_PATHS
 
-# Without a warm-up Adam's first step divides entries that are mere rounding by themselves: float32 would be
-# compared on noise. An epsilon above that noise keeps the comparison about the method.
+# Without a warm-up, Adam's first step normalizes entries that are pure rounding noise, so a float32 run would
+# compare noise. An epsilon above the noise avoids that.
 EPS = 1e-4
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "zero, count reset": {"relora__prune": prune.zero(), "relora__reset_count": True},
     "random, two merges a cycle": {"relora__prune": prune.random(0.7), "relora__merges_per_cycle": 2},
     "none, not jagged": {"relora__prune": prune.none(), "relora__jagged": False},
-    "magnitude, count kept, b2 .95": {"relora__prune": prune.magnitude(0.5), "optimizer__b2": 0.95},
+    "magnitude, no count reset, b2 .95": {"relora__prune": prune.magnitude(0.5), "optimizer__b2": 0.95},
     "tied, clipped hard": {"model__tied_embeddings": True, "optimizer__clip_norm": 0.05},
     "not clipped, factors at twice the rate": {"optimizer__clip_norm": 0.0, "relora__factor_lr_ratio": 2.0},
     "attention alone": {"relora__targets": ("attention",)},
@@ -50,13 +50,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "arm lora_warm": {"arm": "lora_warm"},
 }
 FAST = ("magnitude",)
-# Where all kernels begin at 0, the gradients of q and k lie below what float32 resolves, and Adam makes full
-# steps of that noise. In float64 the run is compared like any other.
+# If all kernels start at 0, the gradients of q and k are below float32 resolution, and Adam takes full steps
+# along that noise. In float64 the run is compared like any other.
 FLOAT64_ONLY = ("no warm start, zero base",)
 
 
 def rows(fast: tuple[str, ...]) -> list[Any]:
-    """Every variant; those that are not `fast` only in the slow run."""
+    """Every variant; those not in `fast` are marked slow."""
     return [pytest.param(name, marks=() if name in fast else pytest.mark.slow, id=name) for name in VARIANTS]
 
 
@@ -78,30 +78,30 @@ def test_run_in_float32_stays_within_rounding_of_oracle(name: str) -> None:
         assert norm(mine - theirs) <= 1e-4 * norm(theirs), path
 
 
-def test_skipped_update_moves_counters_and_nothing_else_as_oracle_says() -> None:
+def test_skipped_update_advances_only_counters_like_the_oracle() -> None:
     with jax.enable_x64(True):
-        made = variant("magnitude", "float64")
-        ours, history = compare(made, tie=0.0, empty=(3, 9))
+        config = variant("magnitude", "float64")
+        ours, history = compare(config, tie=0.0, empty=(3, 9))
         assert history.skipped == 2 == int(ours.end.skipped)
         for path, (mine, theirs) in ours.pairs(history).items():
             assert norm(mine - theirs) <= 1e-8 * norm(theirs), path
 
 
 def variant(name: str, dtype: str) -> Config:
-    """The small run bent to that variant: three restarts, accumulation 2."""
+    """The config of the small run with the changes of a variant: three restarts, accumulation 2."""
     changes = dict(VARIANTS[name])
-    made = small.config(changes.pop("arm", "relora"), model__attention="einsum", train__updates=18, **{})
-    made = dataclasses.replace(made, model=dataclasses.replace(made.model, compute_dtype=dtype))
-    made.relora.base_dtype = dtype
+    config = small.config(changes.pop("arm", "relora"), model__attention="einsum", train__updates=18)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+    config.relora.base_dtype = dtype
     for key, value in changes.items():
         group, field = key.split("__")
-        setattr(getattr(made, group), field, value)
-    return made
+        setattr(getattr(config, group), field, value)
+    return config
 
 
 @dataclasses.dataclass
 class Ours:
-    """Our run, and what the oracle takes from it: draws and kept places, by update and name."""
+    """Our run, and what the oracle takes from it: drawn factors and prune masks, by (update, name)."""
 
     initial: oracle.Params
     losses: list[float]
@@ -110,35 +110,35 @@ class Ours:
     end: Any = None
 
     def pairs(self, history: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """(ours, the oracle's) for weights, moments and counts at the end."""
+        """{path: (ours, the oracle's)} for weights, moments and counts at the end."""
         flat = flatten(self.end)
         weights, moments = named(flat), {m: named(flat, m) for m in ("mu", "nu")}
         assert weights.keys() == history.params.keys()
-        found = {path: (weights[path], theirs) for path, theirs in history.params.items()}
+        pairs = {path: (weights[path], theirs) for path, theirs in history.params.items()}
         for m, theirs in (("mu", history.mu), ("nu", history.nu)):
             assert moments[m].keys() == theirs.keys()
-            found |= {f"{m} of {path}": (moments[m][path], value) for path, value in theirs.items()}
+            pairs |= {f"{m} of {path}": (moments[m][path], value) for path, value in theirs.items()}
         counts = {"rest": history.count_rest}
         if any(path.endswith(".a") for path in weights):
             counts["factors"] = history.count_factors
         for group, count in counts.items():
             [mine] = [v for k, v in flat.items() if f"inner_states/{group}/" in k and k.endswith("/count")]
-            found[f"count of {group}"] = (np.float64(mine), np.float64(count))
+            pairs[f"count of {group}"] = (np.float64(mine), np.float64(count))
         tokens = int(self.end.tokens_seen[0]) + 2**32 * int(self.end.tokens_seen[1])
-        return found | {"tokens_seen": (np.float64(tokens), np.float64(history.tokens_seen))}
+        return pairs | {"tokens_seen": (np.float64(tokens), np.float64(history.tokens_seen))}
 
 
-def compare(made: Config, *, tie: float, empty: tuple[int, ...] = ()) -> tuple[Ours, Any]:
+def compare(config: Config, *, tie: float, empty: tuple[int, ...] = ()) -> tuple[Ours, Any]:
     """(our run, the oracle's run from our initial values, draws and random masks).
 
-    Where masks by magnitude differ, only entries within `tie` of the threshold may; ours is then taken.
+    Magnitude masks may differ only for entries within `tie` of the threshold; the oracle then uses ours.
     """
 
     def batches(u: int) -> tuple[np.ndarray, np.ndarray]:
-        ids, lengths = small.rows(made, u)
+        ids, lengths = small.rows(config, u)
         return ids, lengths * (u not in empty)
 
-    ours = our_run(made, batches)
+    ours = our_run(config, batches)
 
     def adjust(u: int, name: str, mask: np.ndarray, moment: np.ndarray) -> np.ndarray:
         mine = ours.masks[u, name]
@@ -149,8 +149,8 @@ def compare(made: Config, *, tie: float, empty: tuple[int, ...] = ()) -> tuple[O
         return mine
 
     history = oracle.run(
-        oracle_model(made),
-        oracle_settings(made),
+        oracle_model(config),
+        oracle_settings(config),
         ours.initial,
         batches,
         lambda u, name: ours.draws[u, f"{name}.a"],
@@ -161,36 +161,36 @@ def compare(made: Config, *, tie: float, empty: tuple[int, ...] = ()) -> tuple[O
     return ours, history
 
 
-def our_run(made: Config, batches: Any) -> Ours:
-    program = Program(made, small.mesh())
+def our_run(config: Config, batches: Any) -> Ours:
+    program = Program(config, small.mesh())
     state = program.init()
     ours = Ours(named(flatten(state)), [], {}, {})
-    for u in range(made.train.updates):
+    for u in range(config.train.updates):
         state, _ = program.begin_update(u, state)
-        if any(steps.due(made, u)):
+        if any(steps.due(config, u)):
             flat = flatten(state)
             ours.draws |= {(u, name): value for name, value in named(flat).items() if "." in name}
             ours.masks |= {(u, name): value != 0 for name, value in named(flat, "mu").items() if "." in name}
         parts = (jax.device_put(part, program.rows) for part in batches(u))
-        state, values = program.train_step(state, small.Batch(*parts), steps.learning_rate(made, u))
+        state, values = program.train_step(state, small.Batch(*parts), steps.learning_rate(config, u))
         ours.losses.append(float(values["loss"]) if int(values["skipped_in_row"]) == 0 else float("nan"))
     ours.end = state
     return ours
 
 
 def named(flat: dict[str, Any], moment: str = "") -> oracle.Params:
-    """Weights, or a moment of them, by the oracle's names, in float64."""
-    found = {}
-    for name, place in PLACES.items():
+    """Weights, or one of their moments, by the oracle's names, in float64."""
+    arrays = {}
+    for name, suffix in VARIABLE_PATHS.items():
         for path, value in flat.items():
             inside = f"/{moment}/" in path if moment else path.startswith(("trained/", "frozen/"))
-            if inside and path.endswith(f"/{place}"):
-                found[name] = np.asarray(value, np.float64)
-    return found
+            if inside and path.endswith(f"/{suffix}"):
+                arrays[name] = np.asarray(value, np.float64)
+    return arrays
 
 
-def oracle_model(made: Config) -> oracle.Model:
-    m = made.model
+def oracle_model(config: Config) -> oracle.Model:
+    m = config.model
     return oracle.Model(
         m.vocab_size,
         *(m.hidden, m.mlp, m.layers, m.heads, m.kv_heads, m.head_dim, m.rope_theta, m.rms_eps),
@@ -198,15 +198,15 @@ def oracle_model(made: Config) -> oracle.Model:
     )
 
 
-def oracle_settings(made: Config) -> oracle.Settings:
-    r, o = made.relora, made.optimizer
+def oracle_settings(config: Config) -> oracle.Settings:
+    r, o = config.relora, config.optimizer
     return oracle.Settings(
-        updates=made.train.updates,
+        updates=config.train.updates,
         warm_start=r.warm_start_updates,
-        arm={"lora_warm": "lora", "control": "full"}.get(made.arm, made.arm),
+        arm={"lora_warm": "lora", "control": "full"}.get(config.arm, config.arm),
         rank=r.rank,
         alpha=r.alpha,
-        targets=tuple(target_kernels(made)),
+        targets=tuple(target_kernels(config)),
         cycle=r.cycle_updates,
         merges_per_cycle=r.merges_per_cycle,
         restart_warm_up=r.restart_warm_up_updates,

@@ -1,4 +1,4 @@
-"""One rule from names of axes to a PartitionSpec: layers, rank, norms and what does not divide are whole."""
+"""Axis names determine the PartitionSpec: layers, rank, norms and indivisible axes are not sharded."""
 
 import pathlib
 from typing import Any
@@ -11,16 +11,17 @@ from relora_jax import cli, errors, evaluate, generate, train
 from relora_jax.config import to_json
 from relora_jax.training.program import Program
 from relora_jax.training.sharding import make_mesh, spec
+from relora_jax.training.state import flatten
 from tests.support import small
-from tests.support.commands import asked_for
+from tests.support.commands import jax_platforms
 
 
 @pytest.mark.parametrize(
     ("axes", "shape", "expected"),
     [
         (("layers", "in", "out"), (4, 8, 6), P(None, "fsdp")),
-        (("layers", "in", "out"), (4, 6, 8), P(None, None, "fsdp")),  # the next that divides
-        (("layers", "in", "out"), (4, 6, 6), P()),  # none divides
+        (("layers", "in", "out"), (4, 6, 8), P(None, None, "fsdp")),  # the next divisible axis
+        (("layers", "in", "out"), (4, 6, 6), P()),  # none is divisible
         (("layers", "in", "rank"), (4, 6, 8), P()),
         (("layers", "rank", "out"), (4, 8, 12), P(None, None, "fsdp")),
         (("vocab", "embed"), (32100, 512), P("fsdp")),
@@ -30,27 +31,27 @@ from tests.support.commands import asked_for
         ((), (), P()),
     ],
 )
-def test_names_of_axes_decide_the_sharding(
+def test_axis_names_determine_the_sharding(
     axes: tuple[str, ...], shape: tuple[int, ...], expected: P
 ) -> None:
     assert spec(axes, shape, fsdp=4) == expected
 
 
-def test_mesh_takes_the_devices_that_are_left_or_refuses() -> None:
+def test_mesh_uses_the_remaining_devices_or_raises() -> None:
     devices = jax.devices()
     assert dict(make_mesh(data=-1, fsdp=2, tensor=1, devices=devices).shape) == {
         "data": 4,
         "fsdp": 2,
         "tensor": 1,
     }
-    for wrong in ({"data": -1, "fsdp": 3}, {"data": 4, "fsdp": 1}, {"data": 3, "fsdp": 3}):
+    for sizes in ({"data": -1, "fsdp": 3}, {"data": 4, "fsdp": 1}, {"data": 3, "fsdp": 3}):
         with pytest.raises(ValueError, match=r"mesh.data=-1, or values whose product is 8"):
-            make_mesh(**wrong, tensor=1, devices=devices)
+            make_mesh(**sizes, tensor=1, devices=devices)
 
 
 @pytest.mark.parametrize("command", [train, evaluate, generate])
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "reason"),
     [
         (
             RuntimeError("Unable to initialize backend 'cuda': no driver (set JAX_PLATFORMS='' to choose)"),
@@ -59,8 +60,8 @@ def test_mesh_takes_the_devices_that_are_left_or_refuses() -> None:
         (AssertionError(), "the platform cuda (it is not installed)"),
     ],
 )
-def test_a_platform_that_cannot_start_is_told_in_one_line(
-    tmp_path: pathlib.Path, command: Any, error: Exception, told: str, capsys: Any, monkeypatch: Any
+def test_platform_that_cannot_start_is_reported_in_one_line(
+    tmp_path: pathlib.Path, command: Any, error: Exception, reason: str, capsys: Any, monkeypatch: Any
 ) -> None:
     def fails(*_: Any, **__: Any) -> Any:
         raise error
@@ -68,29 +69,23 @@ def test_a_platform_that_cannot_start_is_told_in_one_line(
     for name in ("devices", "device_count", "local_devices", "default_backend"):
         monkeypatch.setattr(jax, name, fails)
     (tmp_path / "config.json").write_text(to_json(small.config()))
-    words = ["--config=configs/quickstart.py"] if command is train else [f"--workdir={tmp_path}"]
-    with pytest.raises(SystemExit) as stop, asked_for("cuda"):
-        cli.main(command.main, command.__doc__, ["a command", *words])
+    args = ["--config=configs/quickstart.py"] if command is train else [f"--workdir={tmp_path}"]
+    with pytest.raises(SystemExit) as stop, jax_platforms("cuda"):
+        cli.main(command.main, command.__doc__, ["a command", *args])
     assert stop.value.code == errors.BAD_SETTING
     assert capsys.readouterr().err == (
-        f"error: jax cannot start {told}: set JAX_PLATFORMS=cpu, or mend its driver\n"
+        f"error: jax cannot start {reason}: set JAX_PLATFORMS=cpu, or fix its driver\n"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_moments_lie_where_their_variables_lie() -> None:
+def test_moments_are_sharded_like_their_variables() -> None:
     state = Program(small.config(), small.mesh(1, 4)).low_rank
-    places = {path: leaf.sharding.spec for path, leaf in _flat(state).items()}
-    for path, place in places.items():
+    specs = {path: leaf.sharding.spec for path, leaf in flatten(state).items()}
+    for path, partition in specs.items():
         if "/mu/" in path or "/nu/" in path:
             variable = path.split("/mu/" if "/mu/" in path else "/nu/")[1]
-            assert place == places[f"trained/{variable}"], path
-    assert places["frozen/blocks/mlp/gate/kernel"] == P(None, "fsdp")
-    assert places["trained/blocks/mlp/gate/lora_b"] == P(None, None, "fsdp")
-    assert places["update"] == places["tokens_seen"] == P()
-
-
-def _flat(state: object) -> dict[str, jax.ShapeDtypeStruct]:
-    from relora_jax.training.state import flatten
-
-    return flatten(state)  # pyright: ignore
+            assert partition == specs[f"trained/{variable}"], path
+    assert specs["frozen/blocks/mlp/gate/kernel"] == P(None, "fsdp")
+    assert specs["trained/blocks/mlp/gate/lora_b"] == P(None, None, "fsdp")
+    assert specs["update"] == specs["tokens_seen"] == P()

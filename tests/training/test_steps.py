@@ -1,4 +1,4 @@
-"""The laws of an update, of the start of the low-rank phase and of a restart."""
+"""Properties of an update, of the start of the low-rank phase and of a restart."""
 
 import contextlib
 import dataclasses
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from relora_jax.config import SKIPS_IN_ROW, Config
+from relora_jax.config import MAX_CONSECUTIVE_SKIPS, Config
 from relora_jax.core import prune
 from relora_jax.data.batches import Batch, number_documents
 from relora_jax.training import steps
@@ -24,10 +24,10 @@ MESHES = [(1, 4), (4, 1), (2, 2)]
 @pytest.fixture(scope="module")
 def plain() -> tuple[Config, Program, Any]:
     """A program on one device and the state at u = 7, in the low-rank phase."""
-    made = small.config()
-    program = Program(made, small.mesh())
-    state, _ = small.run(made, program, stop=7)
-    return made, program, state
+    config = small.config()
+    program = Program(config, small.mesh())
+    state, _ = small.run(config, program, stop=7)
+    return config, program, state
 
 
 def copied(state: Any) -> Any:
@@ -44,19 +44,19 @@ def same(a: Any, b: Any) -> bool:
     return np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_what_is_due_is_done_inside_what_is_put_around_it_and_nothing_is_where_nothing_is(plain: Any) -> None:
+def test_due_work_runs_inside_the_context_and_an_update_without_it_does_not_enter_it(plain: Any) -> None:
     _, program, state = plain
     inside: list[Any] = []
 
     @contextlib.contextmanager
-    def around(update: Any) -> Iterator[None]:
+    def context(update: Any) -> Iterator[None]:
         inside.append(int(update))
         yield
         inside.append(all(leaf.is_deleted() for leaf in jax.tree.leaves(donated.trained)))
 
     donated = copied(state)
-    assert program.begin_update(7, donated, around=around) == (donated, steps.Due()) and not inside
-    _, due = program.begin_update(8, donated, around=around)
+    assert program.begin_update(7, donated, context=context) == (donated, steps.Due()) and not inside
+    _, due = program.begin_update(8, donated, context=context)
     assert due == steps.Due(merge=True, reset=True) and inside == [7, True]
 
 
@@ -73,11 +73,11 @@ def runs_on_devices() -> dict[Any, Any]:
 def test_devices_share_a_run_without_changing_it(
     shape: tuple[int, int], choice: prune.Prune, runs_on_devices: dict[Any, Any]
 ) -> None:
-    made = small.config(relora__prune=choice, relora__merges_per_cycle=2)
+    config = small.config(relora__prune=choice, relora__merges_per_cycle=2)
     for mesh in ((1, 1), shape):
         if (choice, mesh) not in runs_on_devices:
-            program = Program(made, small.mesh(*mesh))
-            runs_on_devices[choice, mesh] = (made, program, *small.run(made, program))
+            program = Program(config, small.mesh(*mesh))
+            runs_on_devices[choice, mesh] = (config, program, *small.run(config, program))
     _, _, one, losses_of_one = runs_on_devices[choice, (1, 1)]
     _, _, many, losses = runs_on_devices[choice, shape]
     np.testing.assert_allclose(losses, losses_of_one, rtol=1e-5)
@@ -92,18 +92,18 @@ def test_devices_share_a_run_without_changing_it(
 
 def test_train_step_compiles_once_per_phase(runs_on_devices: dict[Any, Any]) -> None:
     if not runs_on_devices:  # this test alone
-        made = small.config(relora__merges_per_cycle=2)
-        program = Program(made, small.mesh(2, 2))
-        runs_on_devices["alone"] = (made, program, *small.run(made, program))
+        config = small.config(relora__merges_per_cycle=2)
+        program = Program(config, small.mesh(2, 2))
+        runs_on_devices["alone"] = (config, program, *small.run(config, program))
     for _, program, _, _ in runs_on_devices.values():
         assert program._train._cache_size() == program._low_train._cache_size() == 1
         assert program._restart._cache_size() == 2  # with and without a reset
 
 
 def test_start_of_the_low_rank_phase_leaves_logits_and_the_rest_unchanged() -> None:
-    made = small.config()
-    program = Program(made, small.mesh())
-    state, _ = small.run(made, program, stop=4)
+    config = small.config()
+    program = Program(config, small.mesh())
+    state, _ = small.run(config, program, stop=4)
     before, old = logits(program, state), {k: np.asarray(v) for k, v in flatten(state).items()}
     state = program.start_low_rank(state)
     np.testing.assert_allclose(logits(program, state), before, atol=1e-6)
@@ -124,7 +124,7 @@ def test_start_of_the_low_rank_phase_leaves_logits_and_the_rest_unchanged() -> N
 
 
 @pytest.mark.parametrize("reset", [True, False])
-def test_restart_leaves_logits_unchanged_and_touches_only_what_it_should(
+def test_restart_leaves_logits_unchanged_and_changes_only_factors_kernels_and_their_moments(
     plain: tuple[Config, Program, Any], reset: bool
 ) -> None:
     _, program, state = plain
@@ -143,8 +143,10 @@ def test_restart_leaves_logits_unchanged_and_touches_only_what_it_should(
             assert same(value, old[path]), path
 
 
-def test_restarts_draw_other_factors_by_update_kernel_and_layer(plain: tuple[Config, Program, Any]) -> None:
-    made, program, state = plain
+def test_restarts_draw_different_factors_for_each_update_kernel_and_layer(
+    plain: tuple[Config, Program, Any],
+) -> None:
+    config, program, state = plain
     again = dataclasses.replace(copied(state), update=jnp.array(11, jnp.int32))
     draws = [flatten(program.restart(s, reset=True)) for s in (copied(state), copied(state), again)]
     first, repeated, later = ({k: np.asarray(v) for k, v in d.items() if k.endswith("lora_a")} for d in draws)
@@ -156,14 +158,14 @@ def test_restarts_draw_other_factors_by_update_kernel_and_layer(plain: tuple[Con
         if k.startswith("trained")
         for layer in v
     ]
-    assert len(set(rows)) == len(rows) == 2 * 7 * made.model.layers
+    assert len(set(rows)) == len(rows) == 2 * 7 * config.model.layers
 
 
-@pytest.mark.parametrize("wrong", ["not finite", "no target"])
-def test_skipped_update_changes_counters_alone(plain: tuple[Config, Program, Any], wrong: str) -> None:
-    made, program, state = plain
-    batch = small.batch(made, program, 7)
-    if wrong == "no target":
+@pytest.mark.parametrize("reason", ["not finite", "no target"])
+def test_skipped_update_changes_only_counters(plain: tuple[Config, Program, Any], reason: str) -> None:
+    config, program, state = plain
+    batch = small.batch(config, program, 7)
+    if reason == "no target":
         batch = batch._replace(lengths=jnp.zeros_like(batch.lengths))
     else:
         bad = jax.tree.map(lambda v: v.at[0].set(jnp.nan), state.trained["norm"])
@@ -179,33 +181,33 @@ def test_skipped_update_changes_counters_alone(plain: tuple[Config, Program, Any
     assert int(values["skipped"]) == 1
 
 
-def test_skips_in_a_row_are_forgotten_by_a_good_update(plain: tuple[Config, Program, Any]) -> None:
-    made, program, state = plain
+def test_good_update_resets_skips_in_a_row(plain: tuple[Config, Program, Any]) -> None:
+    config, program, state = plain
     state = dataclasses.replace(copied(state), skipped_in_row=jnp.array(5, jnp.int32))
-    _, values = program.train_step(state, small.batch(made, program, 7), 1e-2)
+    _, values = program.train_step(state, small.batch(config, program, 7), 1e-2)
     assert (int(values["skipped_in_row"]), int(values["skipped"])) == (0, 0)
 
 
-def test_a_streak_that_stops_a_run_is_not_forgotten(plain: tuple[Config, Program, Any]) -> None:
-    made, program, state = plain
-    state = dataclasses.replace(copied(state), skipped_in_row=jnp.array(SKIPS_IN_ROW, jnp.int32))
-    _, values = program.train_step(state, small.batch(made, program, 7), 1e-2)
-    assert int(values["skipped_in_row"]) == SKIPS_IN_ROW
+def test_skips_in_a_row_that_stop_a_run_are_not_reset(plain: tuple[Config, Program, Any]) -> None:
+    config, program, state = plain
+    state = dataclasses.replace(copied(state), skipped_in_row=jnp.array(MAX_CONSECUTIVE_SKIPS, jnp.int32))
+    _, values = program.train_step(state, small.batch(config, program, 7), 1e-2)
+    assert int(values["skipped_in_row"]) == MAX_CONSECUTIVE_SKIPS
 
 
 def test_tokens_seen_is_exact_beyond_32_bits(plain: tuple[Config, Program, Any]) -> None:
-    made, program, state = plain
+    config, program, state = plain
     state = dataclasses.replace(copied(state), tokens_seen=jnp.array([2**32 - 1, 3], jnp.uint32))
-    batch = small.batch(made, program, 7)
+    batch = small.batch(config, program, 7)
     _, values = program.train_step(state, batch, 1e-2)
     low, high = (int(word) for word in values["tokens_seen"])
     assert low + (high << 32) == (3 << 32) + 2**32 - 1 + int((np.asarray(batch.lengths) - 1).sum())
 
 
 def test_accumulation_does_not_change_an_update(plain: tuple[Config, Program, Any]) -> None:
-    made, program, state = plain
+    config, program, state = plain
     whole = small.config(train__microbatch=8)
-    batch = small.batch(made, program, 7)
+    batch = small.batch(config, program, 7)
     joined = jax.tree.map(lambda x: x.reshape(1, 8, *x.shape[2:]), batch)
     one, first = program.train_step(copied(state), batch, 1e-2)
     other, second = Program(whole, small.mesh()).train_step(copied(state), joined, 1e-2)
@@ -214,36 +216,36 @@ def test_accumulation_does_not_change_an_update(plain: tuple[Config, Program, An
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
 
 
-def test_documents_apart_train_as_each_alone_whatever_the_microbatches_and_devices(
+def test_separate_documents_train_like_each_one_alone_on_any_microbatches_and_devices(
     plain: tuple[Config, Program, Any],
 ) -> None:
-    made, program, state = plain
-    ids, lengths = small.rows(made, 7)
+    config, program, state = plain
+    ids, lengths = small.rows(config, 7)
     ids[ids % 5 == 0] = 0  # 0 ends a document
     numbers = number_documents(ids, 0)
-    apart = [
+    packed = [
         np.concatenate([part, np.zeros((3, *part.shape[1:]), np.int32)]) for part in (ids, lengths, numbers)
     ]
-    alone = [np.zeros_like(part) for part in apart]  # a document a row, and of one shape: compiled once
-    found = [
+    unpacked = [np.zeros_like(part) for part in packed]  # one document per row, same shape: compiled once
+    documents = [
         row[:length][number[:length] == n]
-        for row, length, number in zip(*(part.reshape(20, *part.shape[2:]) for part in apart), strict=True)
+        for row, length, number in zip(*(part.reshape(20, *part.shape[2:]) for part in packed), strict=True)
         for n in range(number[length - 1] + 1)
         if length
     ]
-    assert 16 <= len(found) <= 20
-    for n, document in enumerate(found):  # dealt to the microbatches in turn
-        alone[0][n % 5, n // 5, : len(document)] = document
-        alone[1][n % 5, n // 5] = len(document)
-    one, values = program.train_step(copied(state), Batch(*map(jnp.asarray, apart)), 1e-2)
-    _, expected = program.train_step(copied(state), Batch(*map(jnp.asarray, alone)), 1e-2)
+    assert 16 <= len(documents) <= 20
+    for n, document in enumerate(documents):  # distributed over the microbatches round-robin
+        unpacked[0][n % 5, n // 5, : len(document)] = document
+        unpacked[1][n % 5, n // 5] = len(document)
+    one, values = program.train_step(copied(state), Batch(*map(jnp.asarray, packed)), 1e-2)
+    _, expected = program.train_step(copied(state), Batch(*map(jnp.asarray, unpacked)), 1e-2)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(float(values[name]), float(expected[name]), rtol=1e-6, err_msg=name)
     assert same(values["tokens_seen"], expected["tokens_seen"])
 
-    shared = Program(made, small.mesh(2, 2))
+    shared = Program(config, small.mesh(2, 2))
     state = jax.device_put(copied(state), jax.tree.map(lambda leaf: leaf.sharding, shared.low_rank))
-    batch = Batch(*(jax.device_put(part, shared.rows) for part in apart))
+    batch = Batch(*(jax.device_put(part, shared.rows) for part in packed))
     many, others = shared.train_step(state, batch, 1e-2)
     assert len(many.frozen["blocks"]["mlp"]["up"]["kernel"].sharding.device_set) == 4
     np.testing.assert_allclose(float(others["loss"]), float(values["loss"]), rtol=1e-5)
@@ -251,17 +253,17 @@ def test_documents_apart_train_as_each_alone_whatever_the_microbatches_and_devic
         assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= 1e-5 * np.linalg.norm(b)
 
 
-def test_base_kernels_never_change_but_by_merges(plain: tuple[Config, Program, Any]) -> None:
-    made, program, state = plain
+def test_base_kernels_change_only_by_merges(plain: tuple[Config, Program, Any]) -> None:
+    config, program, state = plain
     old = {k: np.asarray(v) for k, v in flatten(state).items() if k.startswith("frozen/")}
-    after, _ = small.run(made, program, state=copied(state), start=7, stop=8)
+    after, _ = small.run(config, program, state=copied(state), start=7, stop=8)
     assert all(same(v, old[k]) for k, v in flatten(after).items() if k in old) and len(old) == 7
 
 
 def test_zero_base_gives_every_factor_a_gradient_from_the_first_update() -> None:
-    made = small.config(relora__warm_start_updates=0, relora__base_init="zero", relora__warm_up_updates=0)
-    program = Program(made, small.mesh())
-    state, _ = small.run(made, program, stop=1)
+    config = small.config(relora__warm_start_updates=0, relora__base_init="zero", relora__warm_up_updates=0)
+    program = Program(config, small.mesh())
+    state, _ = small.run(config, program, stop=1)
     factors = {k: np.asarray(v) for k, v in flatten(state).items() if "/mu/" in k and "lora_" in k}
     assert len(factors) == 14
     assert all(np.any(layer) for value in factors.values() for layer in value)
@@ -269,10 +271,10 @@ def test_zero_base_gives_every_factor_a_gradient_from_the_first_update() -> None
 
 @pytest.mark.slow
 def test_dropout_changes_with_update_and_seed_and_is_off_in_evaluation() -> None:
-    made = small.config("lora", relora__dropout=0.4, relora__warm_up_updates=0)
-    program = Program(made, small.mesh())
-    state, _ = small.run(made, program, stop=1)
-    batch = small.batch(made, program, 7)
+    config = small.config("lora", relora__dropout=0.4, relora__warm_up_updates=0)
+    program = Program(config, small.mesh())
+    state, _ = small.run(config, program, stop=1)
+    batch = small.batch(config, program, 7)
     losses = []
     for u in (7, 7, 8):
         moved = dataclasses.replace(copied(state), update=jnp.array(u, jnp.int32))
@@ -282,48 +284,48 @@ def test_dropout_changes_with_update_and_seed_and_is_off_in_evaluation() -> None
     assert float(program.eval_step(state, flat)[0]) == float(program.eval_step(state, flat)[0])
 
 
-def test_loss_that_is_finite_with_a_gradient_that_is_not_is_skipped_too(
+def test_finite_loss_with_a_non_finite_gradient_is_skipped(
     plain: tuple[Config, Program, Any],
 ) -> None:
-    made, program, _ = plain
+    config, program, _ = plain
     state = program.init()
     huge = jax.tree.map(lambda v: jnp.full_like(v, 1e30), state.trained["norm"]["scale"])
     state.trained["norm"]["scale"] = huge
     state.trained["head"] = jax.tree.map(jnp.zeros_like, state.trained["head"])  # so the logits are 0
-    _, values = program.train_step(state, small.batch(made, program, 0), 1e-2)
+    _, values = program.train_step(state, small.batch(config, program, 0), 1e-2)
     assert np.isfinite(float(values["loss"])) and not np.isfinite(float(values["grad_norm"]))
     assert int(values["skipped"]) == 1
 
 
 @pytest.mark.slow
-def test_microbatches_of_an_update_draw_masks_of_their_own() -> None:
-    made = small.config("lora", relora__dropout=0.4, relora__warm_up_updates=0)
-    program = Program(made, small.mesh())
-    state, _ = small.run(made, program, stop=1)
-    one = jax.tree.map(lambda part: part[:1], small.batch(made, program, 7))
+def test_microbatches_of_an_update_draw_different_dropout_masks() -> None:
+    config = small.config("lora", relora__dropout=0.4, relora__warm_up_updates=0)
+    program = Program(config, small.mesh())
+    state, _ = small.run(config, program, stop=1)
+    one = jax.tree.map(lambda part: part[:1], small.batch(config, program, 7))
     twice = jax.tree.map(lambda part: jnp.concatenate([part, part]), one)
     losses = [float(program.train_step(copied(state), batch, 1e-2)[1]["loss"]) for batch in (one, twice)]
     assert losses[0] != losses[1]
 
 
 def test_keys_differ_by_seed_purpose_and_update() -> None:
-    made = [small.config(train__seed=seed) for seed in (0, 1)]
-    keys = [steps.key(c, purpose, u) for c in made for purpose in range(5) for u in (0, 1, 7)]
+    configs = [small.config(train__seed=seed) for seed in (0, 1)]
+    keys = [steps.key(c, purpose, u) for c in configs for purpose in range(5) for u in (0, 1, 7)]
     assert len({jax.random.key_data(key).tobytes() for key in keys}) == len(keys) == 30
 
 
-def test_restarts_done_counts_the_resets_of_updates_done() -> None:
+def test_restarts_done_counts_resets() -> None:
     for arm in ("relora", "full", "lora", "lora_warm"):
-        made = small.config(arm)
+        config = small.config(arm)
         for u in range(17):
-            assert steps.restarts_done(made, u) == sum(steps.due(made, done).reset for done in range(u))
+            assert steps.restarts_done(config, u) == sum(steps.due(config, v).reset for v in range(u))
 
 
-def test_state_is_donated_where_it_is_returned(plain: tuple[Config, Program, Any]) -> None:
-    made, program, state = plain
+def test_steps_that_return_a_state_donate_their_input(plain: tuple[Config, Program, Any]) -> None:
+    config, program, state = plain
     first = copied(state)
     second = program.restart(first, reset=True)
-    third, _ = program.train_step(second, small.batch(made, program, 7), 1e-2)
+    third, _ = program.train_step(second, small.batch(config, program, 7), 1e-2)
     kernels = [s.frozen["blocks"]["mlp"]["up"]["kernel"][...] for s in (first, second, third)]
     assert [kernel.is_deleted() for kernel in kernels] == [True, True, False]
 
@@ -341,9 +343,9 @@ def test_rate_dips_at_restarts_only_in_relora() -> None:
     assert [steps.learning_rate(ablation, u) for u in range(16)] == rates["lora_warm"]
 
 
-def test_due_restarts_are_the_first_act_of_their_update_and_none_is_at_the_end() -> None:
-    made = small.config(relora__merges_per_cycle=2)
-    due = {u: steps.due(made, u) for u in range(16)}
+def test_restarts_are_due_at_the_start_of_an_update_and_never_at_the_end_of_a_run() -> None:
+    config = small.config(relora__merges_per_cycle=2)
+    due = {u: steps.due(config, u) for u in range(16)}
     assert [u for u in due if due[u].start_low_rank] == [4]
     assert [u for u in due if due[u].merge] == [6, 8, 10, 12, 14]
     assert [u for u in due if due[u].reset] == [8, 12]
@@ -352,9 +354,9 @@ def test_due_restarts_are_the_first_act_of_their_update_and_none_is_at_the_end()
         assert [u for u in due if any(due[u])] == start == [u for u in due if due[u].start_low_rank], arm
 
 
-def test_variables_and_moments_are_float32_where_computing_is_bfloat16() -> None:
-    made = small.config(model__compute_dtype="bfloat16", relora__base_dtype="bfloat16")
-    low = Program(made, small.mesh()).low_rank
+def test_variables_and_moments_are_float32_with_bfloat16_compute() -> None:
+    config = small.config(model__compute_dtype="bfloat16", relora__base_dtype="bfloat16")
+    low = Program(config, small.mesh()).low_rank
     kinds = {path: leaf.dtype for path, leaf in flatten(low).items()}
     wide = {path for path in kinds if path.startswith("trained/") or "/mu/" in path or "/nu/" in path}
     assert len(wide) > 40 and {kinds[path] for path in wide} == {jnp.dtype("float32")}

@@ -1,4 +1,4 @@
-"""The method itself, on a linear teacher: one low-rank update stops where its rank ends, restarts go on."""
+"""The method on a linear teacher: a single low-rank update is limited by its rank, restarts are not."""
 
 from functools import cache
 from typing import Any
@@ -29,7 +29,7 @@ OPTIMUM = float(np.sum(SINGULAR_VALUES[RANK:] ** 2))  # of rank r (Eckart and Yo
 
 
 def loss(student: LowRankDense) -> jax.Array:
-    """|W + delta - teacher|^2: the squared error over inputs that are white."""
+    """|W + delta - teacher|^2, the expected squared error for white inputs."""
     return jnp.sum((student(jnp.eye(IN)) - jnp.asarray(TEACHER, jnp.float32)) ** 2)
 
 
@@ -70,7 +70,7 @@ def trained(*, restarts: bool) -> tuple[float, list[np.ndarray]]:
     return float(end), summed
 
 
-def test_lora_stops_at_the_best_rank_r_solution_and_relora_goes_below_it() -> None:
+def test_lora_reaches_the_best_rank_r_solution_and_relora_goes_below_it() -> None:
     lora, _ = trained(restarts=False)
     relora, _ = trained(restarts=True)
     assert OPTIMUM * (1 - 1e-5) <= lora <= 1.01 * OPTIMUM
