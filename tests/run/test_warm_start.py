@@ -82,16 +82,14 @@ def test_checkpoint_without_moments_provides_only_weights(
     monkeypatch.setattr(Checkpoint, "read", reading)
     gc.collect()
     before = live_bytes()
-    _, program, state_from_weights = begin(
-        imported, relora__warm_start_updates=0, optimizer__warm_up_updates=0
-    )
+    _, program, loaded = begin(imported, relora__warm_start_updates=0, optimizer__warm_up_updates=0)
     weights = sum(leaf.nbytes for leaf in arrays.values())
     [(before_read, read_bytes)] = measured
     assert before_read - before < weights / 4 and read_bytes == weights  # no weights were drawn
-    assert jax.tree.structure(state_from_weights) == jax.tree.structure(program.full_rank)
+    assert jax.tree.structure(loaded) == jax.tree.structure(program.full_rank)
     expected = flatten(program.init()) | arrays
-    assert all(np.array_equal(leaf, expected[path]) for path, leaf in flatten(state_from_weights).items())
-    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(state_from_weights.opt_state))
+    assert all(np.array_equal(leaf, expected[path]) for path, leaf in flatten(loaded).items())
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(loaded.opt_state))
     with pytest.raises(ValueError, match=r"warm_start_updates is 4 and train.init_from .* at u = 0: set it"):
         begin(imported)
 
