@@ -118,7 +118,7 @@ def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | N
         code = BAD_SETTING
     except OSError as error:
         too_many = os.strerror(errno.EMFILE) in str(error)
-        remedy = "raise the limit of open files (ulimit -n)" if too_many else "fix the disk or the data"
+        remedy = "raise the limit on open files (ulimit -n)" if too_many else "fix the disk or the data"
         print(f"error: {_one_line(error)}: {remedy}, then run the same command again", file=sys.stderr)
         code = NO_DATA
     except KeyboardInterrupt:

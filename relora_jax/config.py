@@ -2,7 +2,7 @@
 
 Fields marked RUN decide only how a run executes (speed, memory, cadence): a resumed run may change them. All
 others decide the result: a run is not resumed under another value. Fields marked CONTENT are paths or names,
-which may change as long as their content is the same. A field without a default is set by every config.
+which may change as long as their content is the same. A field without a default must be set by every config.
 `validate` (validate.py) checks the values.
 """
 
@@ -100,7 +100,7 @@ class OptimizerConfig:
 class DataConfig:
     """The text (a TFDS dataset with a `text` feature, or your own files), the tokenizer and the packing.
 
-    `text`, a glob pattern, replaces `dataset` if set: .jsonl, .txt or .parquet files, the first two also as
+    `text`, a glob pattern, replaces `dataset` if set: .jsonl, .json, .txt or .parquet, all but the last also
     .gz or .zst; `text_field` is the JSON field or the column with the text. `validation_text` matches the
     held-out files; if empty, `validation_fraction` of the documents is held out. `tokenizer`: the path of a
     SentencePiece model, of a tokenizer.json or of a directory with one, the name of a model under the cache's

@@ -1,9 +1,11 @@
 """Tokenizes text once into a cache of rows of sequence_length + 1 ids, stored as ArrayRecord shards.
 
     python -m relora_jax.prepare --config=configs/350m.py [--workers=N] [--text='data/*.jsonl.gz']
+                                 [--text_field=text] [--validation_text='held-out/*.jsonl.gz']
 
 N processes (0, the default: one per CPU) turn blocks of documents into shards; if stopped or killed, the
 same command continues with the missing blocks. `train` prepares small text itself.
+Exit codes: 0 done, 2 invalid setting or missing text, 74 data or disk failed.
 """
 
 import math

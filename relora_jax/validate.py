@@ -98,7 +98,7 @@ def _counts(config: Config) -> None:
         if name != "data" or mesh.data != -1:
             _positive(f"mesh.{name}", getattr(mesh, name))
     if mesh.tensor != 1:
-        raise UserError(f"mesh.tensor {mesh.tensor}: tensor parallelism is not implemented yet, set it to 1")
+        raise UserError(f"mesh.tensor {mesh.tensor}: tensor parallelism is not implemented yet: set it to 1")
     if train.batch % train.microbatch:
         raise UserError(f"train.microbatch {train.microbatch} must divide train.batch {train.batch}")
 
@@ -136,11 +136,13 @@ def _phases(config: Config) -> None:
     why = f": the run has {updates} updates"
     _between("relora.warm_start_updates", start, 0, updates, below=True, why=why)
     if config.arm == "lora" and start:
-        raise UserError(f"the arm lora has no warm start (relora.warm_start_updates {start}): use lora_warm")
+        raise UserError(
+            f"relora.warm_start_updates {start}: the arm lora has no warm start: set it to 0 or use lora_warm"
+        )
     if config.optimizer.warm_up_updates > start > 0:
         raise UserError(
             f"optimizer.warm_up_updates {config.optimizer.warm_up_updates} is longer than the warm start of "
-            f"{start} updates (relora.warm_start_updates)"
+            f"{start} updates (relora.warm_start_updates): shorten it"
         )
     phase = updates - start
     why = f": the low-rank phase has {phase} updates"

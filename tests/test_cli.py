@@ -48,8 +48,8 @@ def test_command_for_another_module_has_only_the_settings(file, form):
     ("error", "remedy"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "fix the disk or the data"),
-        (OSError(errno.EMFILE, "Too many open files"), "raise the limit of open files (ulimit -n)"),
-        (OSError("a: open() failed: Too many open files"), "raise the limit of open files"),
+        (OSError(errno.EMFILE, "Too many open files"), "raise the limit on open files (ulimit -n)"),
+        (OSError("a: open() failed: Too many open files"), "raise the limit on open files"),
     ],
 )
 def test_os_error_exits_with_74_and_a_remedy(error, remedy, capsys):

@@ -285,7 +285,7 @@ def test_moved_tokenizer_is_accepted_and_another_is_refused(
     assert result["loss"] == run.at[8].loss
     (tmp_path / "other.model").write_bytes(content + b"\x1a\x00")  # the same pieces
     line = output_line(capsys, f"--workdir={run.workdir}", f"--tokenizer={tmp_path / 'other.model'}", code=2)
-    assert "was trained with another tokenizer than" in line and "--tokenizer=PATH" in line
+    assert "was trained with a tokenizer other than" in line and "--tokenizer=PATH" in line
 
 
 def test_non_finite_loss_is_valid_json(run: SavedRun, capsys: Any, monkeypatch: Any) -> None:

@@ -251,7 +251,7 @@ def test_run_that_cannot_be_sampled_from_is_explained(workdir: pathlib.Path, cap
     facts = json.loads((workdir / "run.json").read_text())
     facts["rows"]["train"]["tokenizer"] = "another"
     (workdir / "run.json").write_text(json.dumps(facts))
-    assert "was trained with another tokenizer than" in error_line(capsys, workdir)
+    assert "was trained with a tokenizer other than" in error_line(capsys, workdir)
     del facts["rows"]["train"]["tokenizer"]
     (workdir / "run.json").write_text(json.dumps(facts))
     assert "does not say which tokenizer the run has" in error_line(capsys, workdir)

@@ -137,7 +137,7 @@ def wrap(
     base_dtype: Any = jnp.float32,
     base_init: str = "keep",
 ) -> Any:
-    """The model with its targeted `nnx.Linear`s replaced by `LowRankDense`, in place; outputs are unchanged.
+    """The model with its targeted `nnx.Linear`s replaced by `LowRankDense`, in place; same output by default.
 
     `targets(path, linear)` selects layers; path is a tuple of attribute names and indices. Kernel and bias
     keep their values unless `base_init="zero"`; `base_dtype`, a dtype, its name or a `core.base.Base`, sets
@@ -174,7 +174,7 @@ def unwrap(model: Any) -> Any:
 
 
 def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
-    """W += scale * (A @ B), a new A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0, in place; outputs are unchanged.
+    """Sets W += scale * (A @ B), A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 in place; same outputs up to rounding.
 
     Computed layer by layer in at least float32 at highest precision. The base type decides how the sum is
     rounded: a bfloat16 kernel stochastically, so that merges smaller than its spacing survive in the mean.

@@ -1,9 +1,9 @@
 """Prune choices: which statistics of a factor survive a reset.
 
-    zero()          none                                         "zero"
+    zero()          nothing                                      "zero"
     magnitude(f)    the round((1 - f) n) largest first moments   "magnitude(0.9)"
     random(f)       round((1 - f) n) random entries              "random(0.99)"
-    none()          all                                          "none"
+    none()          everything                                   "none"
 
 n is the number of entries of one factor in one layer; `round` is Python's, applied to the float64 product.
 The text on the right is how configs and the command line write the choice. JAX is imported only where a mask

@@ -21,7 +21,7 @@ def multiplier(
     """Learning-rate multiplier of update s: a linear warm-up, then a cosine with a dip at each reset.
 
     s / w0 during the warm-up, then C(s), except (k / wr) C(n R + wr) in the first wr updates of each later
-    cycle n, k = s mod R. total, warm_up, cycle and restart_warm_up are T, w0, R and wr, in updates; cycle=0
+    cycle n (k = s mod R). total, warm_up, cycle and restart_warm_up are T, w0, R and wr, in updates; cycle=0
     disables the dips.
     """
     if s < warm_up:
@@ -42,5 +42,5 @@ def is_merge(s: int, *, cycle: int, merges_per_cycle: int = 1) -> bool:
 
 
 def is_reset(s: int, *, cycle: int) -> bool:
-    """Whether that merge also resets the factors' statistics: s > 0 and s mod R = 0."""
+    """Whether the merge of update s also resets the factors' statistics: s > 0 and s mod R = 0."""
     return s > 0 and s % cycle == 0

@@ -14,8 +14,8 @@ from relora_jax.storage import atomic
 from relora_jax.training import names
 
 ARMS = {
-    "full": "every kernel is trained in full, the baseline",
-    "control": "a full-rank model with as many parameters as the low-rank run trains",
+    "full": "the baseline: every kernel is trained in full",
+    "control": "a smaller full-rank model with about as many parameters as the low-rank run trains",
     "lora": "one low-rank update for the whole run, never merged",
     "lora_warm": "a full-rank warm start, then one low-rank update that is never merged",
     "relora": "low-rank updates, merged into the frozen kernels at every restart",
@@ -120,7 +120,7 @@ def _curves(run: Run, folder: Path) -> list[str]:
     sections = []
     if train or evaluations:
         pictures.loss(folder / "loss.png", train, evaluations, timeline)
-        text = "Next-piece cross-entropy on training batches and on held-out text."
+        text = "Next-token cross-entropy on training batches and on held-out text."
         sections.append(_section("Loss", "loss", text + _marks(timeline)))
     if rates := run.points("train", "lr"):
         pictures.learning_rate(folder / "learning_rate.png", rates, timeline)
@@ -169,9 +169,9 @@ def _summed_update(run: Run, folder: Path) -> str:
         "how far the kernel moved along one direction."
     )
     if rank := max(ranks.values()):
-        text += f" One low-rank update has rank at most r = {rank}; together with {merges} merged before it, "
-        bound = f"{merges + 1} x {rank} = {rank * (merges + 1)}"
-        text += f"the sum has rank at most {bound}, or the kernel's smaller side if that is less."
+        text += f" One low-rank update has rank at most r = {rank}"
+        bound = f"{merges + 1} x {rank} = {rank * (merges + 1)}, or the kernel's smaller side if that is less"
+        text += f"; with the {merges} merged before it, the sum has rank at most {bound}." if merges else "."
     return _section("Summed update", "spectrum", text) + "\n" + _counts(spectra, ranks, rounding)
 
 

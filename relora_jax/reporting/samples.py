@@ -8,7 +8,7 @@ from relora_jax.run.record import Run
 # Characters special to Markdown or HTML; an underscore inside a word is not.
 SPECIAL = r"[\\`*~\[\]<>&|$]|(?<![^\W_])_|_(?![^\W_])"
 NOTE = f"""\
-How the model continues prompts from held-out text, which are in bold. Every evaluation uses the same prompts
+How the model continues prompts (in bold) from held-out text. Every evaluation uses the same prompts
 and the same random keys, with temperature {SAMPLE_TEMPERATURE:g} and top-p {SAMPLE_TOP_P:g}.
 """
 

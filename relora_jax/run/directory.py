@@ -88,7 +88,7 @@ def check(workdir: Path, config: Config) -> None:
     changed = changed_results(read_config(workdir), config)
     if changed and updates_saved(workdir):
         raise UserError(
-            f"{workdir} holds a run with another config, which would change its result "
+            f"{workdir} holds a run with another config; this one would change its result "
             f"({'; '.join(changed)}): restore these settings, or use another --workdir"
         )
     _check_dataset(workdir, config)
@@ -107,7 +107,7 @@ def _check_dataset(workdir: Path, config: Config) -> None:
         now = dataset_version(config.data)
     if before and now and before != now:
         raise UserError(
-            f"{workdir} was trained on another dataset, which would change its result ({before} -> {now}): "
+            f"{workdir} was trained on another dataset; this would change its result ({before} -> {now}): "
             f"set --config.data.dataset={before}, or use another --workdir"
         )
 
@@ -132,7 +132,7 @@ def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
         for name, before in saved_key.items():
             if before != (now := rows[split].get(name)):
                 raise UserError(
-                    f"{workdir} was trained on other rows, which would change its result ({split} {name}: "
+                    f"{workdir} was trained on other rows; these would change its result ({split} {name}: "
                     f"{before} -> {now}): restore them, or use another --workdir"
                 )
 

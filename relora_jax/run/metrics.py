@@ -166,7 +166,7 @@ class Metrics:
                 raise Diverged(
                     f"{int(skipped_in_row)} updates in a row up to update {row['update']} were skipped "
                     "(loss or gradient not finite, or no target): lower the learning rate, lengthen its "
-                    "warm-up, or clip harder, in a new --workdir"
+                    "warm-up, or lower optimizer.clip_norm, in a new --workdir"
                 )
 
     def _write(self, row: Row) -> None:

@@ -116,7 +116,7 @@ def tokenizer_of(workdir: Path, config: Config, spec: str) -> Tokenizer:
     tokenizer = prepared.tokenizer_of(data, rows)
     if tokenizer.sha256 != rows["tokenizer"]:
         raise UserError(
-            f"{workdir} was trained with another tokenizer than {tokenizer.path} (sha256 {rows['tokenizer']} "
+            f"{workdir} was trained with a tokenizer other than {tokenizer.path} (sha256 {rows['tokenizer']} "
             f"-> {tokenizer.sha256}): restore it, or pass its path as --tokenizer=PATH"
         )
     return tokenizer

@@ -69,7 +69,7 @@ class WeightsAndBiases:
         except Exception as error:  # of any type: an external service must not end weeks of training
             self._run = None
             reason = " ".join(str(error).split()) or type(error).__name__
-            message = f"warning: Weights & Biases failed, training continues without it: {reason}"
+            message = f"warning: Weights & Biases failed; training continues without it: {reason}"
             print(message, file=sys.stderr, flush=True)
 
 

@@ -200,7 +200,7 @@ def test_moved_run_finds_its_tokenizer_inside_or_by_flag(
 
     for command in (evaluate, generate, export):
         assert "'runs/before/tokenizer' not found: pass its path as --tokenizer=PATH" in stderr_of(command)
-        assert "was trained with another tokenizer than other" in stderr_of(command, "--tokenizer=other")
+        assert "was trained with a tokenizer other than other" in stderr_of(command, "--tokenizer=other")
         assert "tokenizer 'gone' not found" in stderr_of(command, "--tokenizer=gone")
     assert stderr_of(export, "--tokenizer=moved") == ""
     assert (tmp_path / "out" / "tokenizer.json").is_file()

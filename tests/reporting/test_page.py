@@ -114,7 +114,7 @@ def test_only_merges_in_the_checkpoint_count_towards_the_rank_bound(tmp_path, mo
     fake_checkpoints(monkeypatch, workdir, saved)
     text = text_of(workdir)
     assert (
-        "with 2 merged before it, the sum has rank at most 3 x 3 = 9" in text
+        "with the 2 merged before it, the sum has rank at most 3 x 3 = 9" in text
         and table_of(text)["q"][2] == "9"
     )
     assert vertical_lines(figures["spectrum.png"].axes[0]) == [RANK, 3 * RANK]

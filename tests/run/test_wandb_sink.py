@@ -106,7 +106,7 @@ def test_failure_is_one_line_of_warning_and_the_last_call(
         sink.write(row)
     sink.close()
     sink.close()
-    warning = "warning: Weights & Biases failed, training continues without it: no route to host\n"
+    warning = "warning: Weights & Biases failed; training continues without it: no route to host\n"
     assert (capsys.readouterr().err, len(fake.calls)) == (warning if fails else "", calls)
 
 
