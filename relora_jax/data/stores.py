@@ -200,7 +200,10 @@ def _too_little_text(job: Job, part: str, documents: int) -> UserError:
         return UserError(f"{job.source.name} {ONE_DOCUMENT}")
     problem = f"{job.source.name}: the {part} part has too little text for one row"
     if len(job.parts) > 1 and part == "validation":
-        return UserError(f"{problem}, so nothing is held out: raise data.validation_fraction or add text")
+        return UserError(
+            f"{problem} of data.sequence_length={job.sequence_length}, so nothing is held out: raise "
+            "data.validation_fraction, or add text"
+        )
     return UserError(
         f"{problem} of data.sequence_length={job.sequence_length}: choose a smaller length or another split"
     )

@@ -187,15 +187,11 @@ def _counts(spectra: dict[str, np.ndarray], ranks: dict[str, int], rounding: dic
         relative = f"{mean / ranks[kind]:.1f} r" if ranks[kind] else "trained in full"
         lines.append(f"| {kind} | {values.shape[1]} | {count} | {spread} | {relative} |")
     note = (
-        "Counts are summed over the layers; ranks are the mean and range over the layers. The numerical rank "
-        "counts the values that rounding of the stored kernels cannot explain"
+        "Values below 0.1, the paper's threshold, are counted over all layers. The numerical rank is "
+        "that of one layer, as mean and range: it counts every value above the rounding error of the kernel"
     )
     largest = max(rounding.values())
-    note += (
-        f": those above a threshold of at most {largest:.2g}, which depends on the kernel."
-        if largest
-        else "."
-    )
+    note += f", at most {largest:.2g}." if largest else "."
     if largest > 0.1:
         note += " Here rounding alone can lift values above 0.1, so the counts below 0.1 are too low."
     return "\n".join(lines) + f"\n\n{note}\n"
