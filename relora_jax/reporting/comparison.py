@@ -154,18 +154,20 @@ def _row(run: Run) -> list[str]:
 
 
 def _differences(runs: dict[str, Run]) -> list[str]:
-    """A warning with a line for each setting that makes the runs incomparable, or nothing."""
+    """A warning if settings make the runs incomparable, with a line for each division of the runs."""
     facts = {name: _data_facts(run) for name, run in runs.items()}
-    lines = []
+    lines: dict[str, list[str]] = {}
     for key in dict.fromkeys(key for each in facts.values() for key in each):
         values: dict[str, list[str]] = {}
         for name, each in facts.items():
             values.setdefault(str(each.get(key, "-")), []).append(name)
         if len(values) > 1:
+            groups = " / ".join(escape(", ".join(names)) for names in values.values())
             # the first characters identify a hash
-            groups = [f"{escape(v[:24])} in {escape(', '.join(names))}" for v, names in values.items()]
-            lines.append(f"- {key}: {'; '.join(groups)}")
-    return [NOT_COMPARABLE, "\n".join(lines) + "\n"] if lines else []
+            values_text = " / ".join(escape(value[:24]) for value in values)
+            lines.setdefault(groups, []).append(f"{key} {values_text}")
+    text = "".join(f"- {groups}: {'; '.join(keys)}\n" for groups, keys in lines.items())
+    return [NOT_COMPARABLE, text] if lines else []
 
 
 def _data_facts(run: Run) -> dict[str, Any]:

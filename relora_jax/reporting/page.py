@@ -80,12 +80,14 @@ def _settings(run: Run) -> dict[str, str]:
         table["low-rank update"] = f"r = {relora.rank}, alpha = {relora.alpha:g}, targets: {targets}"
     if run.config.arm == "relora":
         merges = f", {relora.merges_per_cycle} merges per cycle" if relora.merges_per_cycle > 1 else ""
-        table["restarts"] = f"every {relora.cycle_updates:,} updates{merges}; prune = {relora.prune}"
+        table["restarts"] = f"every {relora.cycle_updates:,} updates{merges}"
+        table["reset of the factors' moments"] = f"prune = {relora.prune}"
+    reduction = facts.get("reduction_percent")
     return table | {
         "trained parameters": number(facts.get("trained"), ","),
         "frozen parameters": number(facts.get("frozen"), ","),
-        "full-rank parameters": number(facts.get("full_rank_total"), ","),
-        "reduction in trained parameters": number(facts.get("reduction_percent"), ".1f") + "%",
+        "parameters of the full-rank model": number(facts.get("full_rank_total"), ","),
+        "reduction in trained parameters": "-" if reduction is None else f"{reduction:.1f}%",
         "devices": _flat(facts.get("devices")),
         "versions": _flat(facts.get("versions")),
     }
@@ -127,7 +129,8 @@ def _curves(run: Run, folder: Path) -> list[str]:
         text = "The learning rate of each logged update."
         if timeline.restarts and relora.jagged:
             text += " At a restart it drops to 0 and warms up again over "
-            text += f"{relora.restart_warm_up_updates:,} updates while the new factors settle."
+            text += f"{relora.restart_warm_up_updates:,} updates while the new factors settle"
+            text += f", as at the start of the low-rank phase over {relora.warm_up_updates:,}."
         sections.append(_section("Learning rate", "learning_rate", text))
     if perplexities := run.points("eval", "perplexity"):
         unigram = run.facts.get("unigram_perplexity")

@@ -92,5 +92,5 @@ def _describe(config: Config) -> str:
     after = f" after {warm} full-rank updates" if count.frozen and warm else ""
     return (
         f"{config.name}, arm {config.arm}: trains {count.trained:,} parameters and freezes {count.frozen:,}"
-        f"{after}; full-rank total {count.full_rank_total:,}, reduction {count.reduction_percent:.1f}%"
+        f"{after}; full-rank model {count.full_rank_total:,}, reduction {count.reduction_percent:.1f}%"
     )

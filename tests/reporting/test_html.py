@@ -115,9 +115,8 @@ def test_comparison_is_one_file_too_and_run_names_are_escaped(tmp_path: Path) ->
     assert hostile.tags == parsed("2", "plain").tags
     assert hostile.pictures() == [(tmp_path / "1" / "all of them.png").read_bytes()]
     assert not LOADING & set(hostile.tags)
-    assert (
-        f"train text: {name[:20]} in {name}; other in other" in hostile.text and hostile.text.count(name) == 2
-    )
+    assert f"{name} / other: train text {name[:20]} / other" in hostile.text
+    assert hostile.text.count(name) == 2
 
 
 def test_report_html_is_complete_before_report_md_exists(
