@@ -80,17 +80,23 @@ def _settings(run: Run) -> dict[str, str]:
         table["low-rank update"] = f"r = {relora.rank}, alpha = {relora.alpha:g}, targets: {targets}"
     if run.config.arm == "relora":
         merges = f", {relora.merges_per_cycle} merges per cycle" if relora.merges_per_cycle > 1 else ""
-        table["restarts"] = f"every {relora.cycle_updates:,} updates{merges}"
+        table["restarts"] = f"every {relora.cycle_updates:,} updates of the low-rank phase{merges}"
         table["reset of the factors' moments"] = f"prune = {relora.prune}"
     reduction = facts.get("reduction_percent")
     return table | {
-        "trained parameters": number(facts.get("trained"), ","),
+        "trained parameters": number(facts.get("trained"), ",") + _factors(facts),
         "frozen parameters": number(facts.get("frozen"), ","),
         "parameters of the full-rank model": number(facts.get("full_rank_total"), ","),
         "reduction in trained parameters": "-" if reduction is None else f"{reduction:.1f}%",
         "devices": _flat(facts.get("devices")),
         "versions": _flat(facts.get("versions")),
     }
+
+
+def _factors(facts: dict[str, Any]) -> str:
+    """How many of the trained parameters are factors, which the full-rank model does not have."""
+    factors = facts.get("trained", 0) + facts.get("frozen", 0) - facts.get("full_rank_total", 0)
+    return f", of which {factors:,} are factors" if factors > 0 else ""
 
 
 def _outcome(run: Run) -> dict[str, str]:
@@ -124,9 +130,13 @@ def _curves(run: Run, folder: Path) -> list[str]:
         pictures.loss(folder / "loss.png", train, evaluations, timeline)
         text = "Next-token cross-entropy on training batches and on held-out text."
         sections.append(_section("Loss", "loss", text + _marks(timeline)))
-    if rates := run.points("train", "lr"):
+    if updates := run.rows[-1]["update"]:
+        from relora_jax.training import steps  # here: JAX is slow to import
+
+        # from the config: a dip may fall between two logged updates
+        rates = [steps.learning_rate(run.config, u) for u in range(updates)]
         pictures.learning_rate(folder / "learning_rate.png", rates, timeline)
-        text = "The learning rate of each logged update."
+        text = "The learning rate of each update."
         if timeline.restarts and relora.jagged:
             text += " At a restart it drops to 0 and warms up again over "
             text += f"{relora.restart_warm_up_updates:,} updates while the new factors settle"
@@ -190,8 +200,9 @@ def _counts(spectra: dict[str, np.ndarray], ranks: dict[str, int], rounding: dic
         relative = f"{mean / ranks[kind]:.1f} r" if ranks[kind] else "trained in full"
         lines.append(f"| {kind} | {values.shape[1]} | {count} | {spread} | {relative} |")
     note = (
-        "Values below 0.1, the paper's threshold, are counted over all layers. The numerical rank is "
-        "that of one layer, as mean and range: it counts every value above the rounding error of the kernel"
+        "Values below 0.1, the paper's threshold, are counted over all layers: the fewer, the "
+        "more directions moved far. The numerical rank, the mean over the layers (and the range if they "
+        "differ), counts every value above the rounding error of the kernel"
     )
     largest = max(rounding.values())
     note += f", at most {largest:.2g}." if largest else "."

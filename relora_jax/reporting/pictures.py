@@ -56,9 +56,9 @@ def loss(file: Path, train: Points, evaluations: Points, timeline: Timeline) -> 
     _finish(figure, axes, file, timeline)
 
 
-def learning_rate(file: Path, train: Points, timeline: Timeline) -> None:
-    """Draws the learning rate of each logged update."""
-    updates, values = _arrays(train)
+def learning_rate(file: Path, rates: Sequence[float], timeline: Timeline) -> None:
+    """Draws the learning rate of updates 0, 1, 2, ..."""
+    updates, values = np.arange(len(rates)), np.asarray(rates)
     power = int(np.floor(np.log10(values.max() * 1.05))) if values.max() > 0 else 0
     figure, axes = _curve(rf"learning rate ($\times\,10^{{{power}}}$)", height=2.9)
     scaled = values / 10.0**power

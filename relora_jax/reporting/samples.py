@@ -7,6 +7,7 @@ from relora_jax.run.record import Run
 
 # Characters special to Markdown or HTML; an underscore inside a word is not.
 SPECIAL = r"[\\`*~\[\]<>&|$]|(?<![^\W_])_|_(?![^\W_])"
+ENDED = " <i>(the text ends here)</i>"  # the model's first piece was eos
 NOTE = f"""\
 How the model continues prompts (in bold) from held-out text. Every evaluation uses the same prompts
 and the same random keys, with temperature {SAMPLE_TEMPERATURE:g} and top-p {SAMPLE_TOP_P:g}.
@@ -17,7 +18,7 @@ def section(run: Run) -> list[str]:
     """The section as a one-item list; empty if the run has no samples yet."""
     cells: dict[int, list[str]] = {}
     for row in run.of("sample"):
-        cell = f"<b>{escape(row['prompt'])}</b>{escape(row['text'])}"
+        cell = f"<b>{escape(row['prompt'])}</b>{escape(row['text']) or ENDED}"
         cells.setdefault(row["update"], []).append(cell)
     if not cells:
         return []

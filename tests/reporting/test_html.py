@@ -85,7 +85,7 @@ def test_tables_samples_and_config_are_shown(tmp_path: Path) -> None:
     report = report_of(make(tmp_path, lines=[*rows(), *samples]))
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<td><b>To be,<br></b>or not<br>to be</td>" in source
-    assert "<td>trained parameters</td>\n<td>1,234,567</td>" in source
+    assert "<td>frozen parameters</td>\n<td>7,654,321</td>" in source
     folded = report.tags[report.tags.index("details") : report.tags.index("/details")]
     assert folded == ["details", "summary", "/summary", "pre", "code", "/code", "/pre"]
     assert (tmp_path / "config.json").read_text().strip() in report.text

@@ -72,7 +72,9 @@ def test_report_has_the_numbers_of_the_run_and_every_picture(tmp_path: Path, mon
     text = text_of(workdir)
     assert page.write(workdir) == workdir / "report.md"
     facts = facts_of(text)
-    assert facts["trained parameters"] == "1,234,567" and facts["frozen parameters"] == "7,654,321"
+    factors = 1_234_567 + 7_654_321 - 8_000_000
+    assert facts["trained parameters"] == f"1,234,567, of which {factors:,} are factors"
+    assert facts["frozen parameters"] == "7,654,321"
     assert (
         facts["reduction in trained parameters"] == "84.6%"
         and facts["tokens seen"] == "102,400"
@@ -134,6 +136,15 @@ def test_pictures_mark_restarts_warm_start_and_rank(tmp_path: Path, monkeypatch,
     assert [axes.get_title(loc="left") for axes in panels[:7]] == list(KINDS)
     for axes in panels[:7]:
         assert vertical_lines(axes) == [RANK, 5 * RANK] and axes.get_yscale() == "log"
+
+
+def test_learning_rate_picture_has_every_dip_however_rarely_a_run_logs(tmp_path: Path, figures) -> None:
+    workdir = make(tmp_path, lines=rows(every=50))
+    page.write(workdir)
+    (curve,) = (line for line in figures["learning_rate.png"].axes[0].lines if len(line.get_xdata()) > 2)
+    updates, rates = curve.get_xdata(), np.asarray(curve.get_ydata())
+    assert np.array_equal(updates, np.arange(UPDATES))
+    assert list(np.flatnonzero(rates == 0)) == [0, START, *(START + CYCLE * n for n in (1, 2, 3, 4))]
 
 
 def test_loss_picture_has_every_row(tmp_path: Path, figures) -> None:

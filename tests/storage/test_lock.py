@@ -27,10 +27,10 @@ def test_lock_is_exclusive_and_released_at_the_end(tmp_path: Path) -> None:
 def test_waiters_exclude_each_other_after_the_holder_removed_the_file(tmp_path: Path) -> None:
     """They must lock the same new file one after the other, not the removed file and a new one."""
     file, inside, most = tmp_path / "lock", [0], [0]
-    waiting = threading.Barrier(3)
+    waiting = threading.Semaphore(0)  # a waiter may find the new file locked, too
 
     def wait() -> None:
-        with locked(file, busy=lambda _: waiting.wait() and None):
+        with locked(file, busy=lambda _: waiting.release()):
             inside[0] += 1
             most[0] = max(most[0], inside[0])
             with pytest.raises(BlockingIOError), locked(file, busy=refuse):
@@ -41,7 +41,8 @@ def test_waiters_exclude_each_other_after_the_holder_removed_the_file(tmp_path: 
     with locked(file, busy=refuse):
         for thread in threads:
             thread.start()
-        waiting.wait()
+        for _ in threads:
+            waiting.acquire()
         file.unlink()
     for thread in threads:
         thread.join()
