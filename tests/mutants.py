@@ -271,6 +271,20 @@ MUTANTS = [
         "tests/checkpoint/test_manager.py::test_arrays_are_not_compressed",
     ),
     Mutant(
+        "the last save is not read back",
+        "checkpoint/manager.py",
+        "                    self._opened(self._last).verify()",
+        "                    self._opened(self._last)",
+        "tests/checkpoint/test_manager.py::test_last_save_is_read_back_when_saving_ends",
+    ),
+    Mutant(
+        "a save begins without a look at the one before",
+        "checkpoint/manager.py",
+        "                self._opened(self._last).check_arrays()",
+        "                pass",
+        "tests/checkpoint/test_manager.py::test_save_that_did_not_become_whole_is_an_error_at_the_next_save",
+    ),
+    Mutant(
         "a resumed run restored into the wrong phase at W",
         "training/program.py",
         "self.low_rank if u > self.config",

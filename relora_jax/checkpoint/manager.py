@@ -4,6 +4,7 @@ If update u begins with a restart, the checkpoint at u is from before it: a resu
 """
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,24 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from relora_jax.checkpoint import saved
-from relora_jax.checkpoint.saved import META, STATE, checkpoints_dir, os_error_code
+from relora_jax.checkpoint.saved import (
+    META,
+    STATE,
+    Checkpoint,
+    DamagedError,
+    checkpoints_dir,
+    os_error_code,
+)
 from relora_jax.config import Config
+from relora_jax.errors import UserError
 from relora_jax.training.state import TrainState, flatten
 
 
 class Checkpoints:
-    """Saves the checkpoints of one run asynchronously and deletes those that it need not keep."""
+    """Saves the checkpoints of one run asynchronously and deletes those that it need not keep.
+
+    Leaving the `with` without an error reads the last one back: OSError if it is not as it was saved.
+    """
 
     def __init__(self, workdir: Path, config: Config) -> None:
         saved.quiet_orbax()
@@ -28,8 +40,10 @@ class Checkpoints:
         if train.keep_every:
             keep.append(policies.EveryNSteps(train.keep_every))
         self._config = config
+        self._folder = checkpoints_dir(workdir)
+        self._last: int | None = None  # update of the last save, complete or not
         self._manager = ocp.CheckpointManager(
-            checkpoints_dir(workdir),
+            self._folder,
             item_handlers={
                 STATE: ocp.PyTreeCheckpointHandler(use_compression=False),  # it saves only 8%
                 META: ocp.JsonCheckpointHandler(),
@@ -49,37 +63,52 @@ class Checkpoints:
 
     def save(self, u: int, state: TrainState) -> None:
         """Starts a save; the state may be donated once this returns. OSError if it or the last one fails."""
+        self.wait()
         if u not in self._manager.all_steps():
             self._write(u, flatten(state))
 
     def _write(self, u: int, arrays: dict[str, jax.Array]) -> None:
         meta = saved.make_meta(u, self._config, arrays)
         args = ocp.args.Composite(**{STATE: ocp.args.PyTreeSave(arrays), META: ocp.args.JsonSave(meta)})
-        with _as_os_error(self._manager.directory):
-            self._manager.save(u, args=args)
+        with _as_os_error(self._folder):
+            if not self._manager.save(u, args=args):
+                raise OSError(
+                    errno.EEXIST, "not saved, because of another checkpoint", str(self._folder / str(u))
+                )
+        self._last = u
 
     def wait(self) -> None:
-        """Waits until the last save is complete. OSError if it failed."""
-        with _as_os_error(self._manager.directory):
+        """Waits until the last save is complete. OSError if it failed or lacks arrays."""
+        with _as_os_error(self._folder):
             self._manager.wait_until_finished()
+            if self._last is not None:
+                self._opened(self._last).check_arrays()
+
+    def _opened(self, u: int) -> Checkpoint:
+        return Checkpoint.open(self._folder / str(u))
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self.wait()
+            if kind is None and self._last is not None:
+                with _as_os_error(self._folder):
+                    self._opened(self._last).verify()
         finally:
             self._manager.close()
 
 
 @contextlib.contextmanager
 def _as_os_error(folder: Any) -> Iterator[None]:
-    """Turns tensorstore's error for a full or broken disk into an OSError."""
+    """Turns tensorstore's error for a full or broken disk, and damage of what was saved, into an OSError."""
     try:
         yield
     except OSError:
         raise
+    except (DamagedError, UserError) as error:
+        raise OSError(f"the save failed: {error}") from error
     except Exception as error:
         code = os_error_code(error)
         if not code:

@@ -8,11 +8,14 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from relora_jax.checkpoint.checksum import checksums
+from relora_jax.checkpoint.checksum import checksum_on_host, checksums
 from relora_jax.config import Config, from_json, to_json
 from relora_jax.errors import UserError
 
@@ -29,6 +32,11 @@ STATE, META = "state", "meta"
 _ORBAX_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # next to the items
 _REPEATED_ERRORS = ("Event loop is closed", "Encountered error while reading array index")
 _DAMAGE_CODES = (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)  # not a failing disk or memory
+_BATCH_BYTES = 2**26  # of arrays that `verify` reads at once, or one larger array
+# Orbax would take these for a pattern (so that a save becomes a checkpoint without arrays, without an error),
+# TensorStore for a separator (so that it writes elsewhere), and both for a bucket; neither takes other bytes
+# than UTF-8, which Python keeps as surrogates.
+_IMPOSSIBLE = re.compile(r"[*?\[\\]|^/(?:gs|s3|az|hf)/|\w+:/|[\udc80-\udcff]")
 _META_TYPES = {"format": int, "update": int, "config": str, "checksums": dict}
 
 
@@ -105,22 +113,51 @@ class Checkpoint:
                     f"{self.path} is from another model: {name} is {_format(saved.get(name))}, but "
                     f"{_format(expected.get(name))} in this model"
                 )
+        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+        args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
+        arrays = self._restore(args)
+        for name, value in jax.device_get(checksums(arrays)).items():
+            self._check_sum(name, int(value))
+        return arrays
+
+    def check_arrays(self) -> None:
+        """DamagedError if the arrays on disk have other names than the saved ones; reads none of them."""
+        if different := self.specs().keys() ^ self.checksums.keys():
+            raise DamagedError(f"{self.path} is not as it was saved: {min(different)} is missing or new")
+
+    def verify(self) -> None:
+        """Reads all arrays, a few at a time, on the host. DamagedError if one is not as it was saved."""
+        self.check_arrays()
+        for names in _batches(self.specs()):
+            on_host = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
+            item = dict.fromkeys(names, 0)
+            args = ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True)
+            for name, array in self._restore(args).items():
+                self._check_sum(name, checksum_on_host(array))
+
+    def _restore(self, args: ocp.args.PyTreeRestore) -> dict[str, Any]:
         try:
             with ocp.PyTreeCheckpointer() as reader:
-                restore_args = ocp.checkpoint_utils.construct_restore_args(like)
-                args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
-                arrays = reader.restore(self.path / STATE, args=args)
+                return reader.restore(self.path / STATE, args=args)
         except Exception as error:
             raise _damaged(self.path, error) from error
-        for name, value in jax.device_get(checksums(arrays)).items():
-            if self.checksums.get(name) != int(value):
-                raise DamagedError(f"{self.path} was altered: {name} does not match its checksum")
-        return arrays
+
+    def _check_sum(self, name: str, value: int) -> None:
+        if self.checksums.get(name) != value:
+            raise DamagedError(f"{self.path} was altered: {name} does not match its checksum")
 
 
 def checkpoints_dir(workdir: Path) -> Path:
-    """The directory of a run's checkpoints."""
-    return (Path(workdir) / "checkpoints").absolute()
+    """The directory of a run's checkpoints. UserError if Orbax cannot write them there, or read them."""
+    folder = (Path(workdir) / "checkpoints").absolute()
+    if ".." in folder.parts:
+        folder = folder.resolve()  # Orbax would drop "link/.."
+    if impossible := _IMPOSSIBLE.search(str(folder)):
+        raise UserError(
+            f"{str(folder.parent)!r} cannot hold checkpoints: they cannot be read back from a path with "
+            f"{impossible[0]!r}: rename that directory, or choose another path"
+        )
+    return folder
 
 
 def updates_saved(workdir: Path) -> list[int]:
@@ -132,6 +169,15 @@ def updates_saved(workdir: Path) -> list[int]:
 
 def _specs(arrays: Any) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return {path: (tuple(array.shape), np.dtype(array.dtype)) for path, array in arrays.items()}
+
+
+def _batches(specs: dict[str, tuple[tuple[int, ...], np.dtype]]) -> Iterator[list[str]]:
+    """The arrays' names in groups of about _BATCH_BYTES, or of one larger array."""
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in specs.values()]
+    starts = [end - size for end, size in zip(itertools.accumulate(sizes), sizes, strict=True)]
+    number = {name: start // _BATCH_BYTES for name, start in zip(specs, starts, strict=True)}
+    for _, names in itertools.groupby(specs, number.__getitem__):
+        yield list(names)
 
 
 def _check_entries(path: Path) -> None:

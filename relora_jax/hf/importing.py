@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from relora_jax.checkpoint.manager import Checkpoints
+from relora_jax.checkpoint.saved import checkpoints_dir
 from relora_jax.config import Config, ModelConfig
 from relora_jax.errors import UserError
 from relora_jax.hf import json_file, llama, starting_config, tokenizer_files
@@ -50,6 +51,7 @@ def import_model(source: Path, workdir: Path, *, overwrite: bool) -> ModelConfig
     """
     if ":" in str(workdir):
         raise UserError(f"--output={workdir} has a colon, which ends FILE in --config=FILE:ARM: rename it")
+    checkpoints_dir(workdir)  # refuses a path that they cannot be read from
     atomic.check_output(workdir, OUTPUT_FILES, overwrite=overwrite)
     model, files, tokenizer = load(source)
     with atomic.directory(workdir, OUTPUT_FILES, overwrite=overwrite) as staging:

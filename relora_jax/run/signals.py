@@ -60,7 +60,7 @@ class Signals:
         reason = "immediately"
         while not self.exit_immediately:
             left_s = requested_at + GRACE_S - time.monotonic()
-            reason = f"after {GRACE_S:.0f} s, before the update was finished and saved"
+            reason = f"after {GRACE_S:.0f} s, before the update was finished, saved and read back"
             if left_s <= 0:
                 break
             again = self._wait(left_s)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from relora_jax.checkpoint.checksum import checksums
+from relora_jax.checkpoint import checksum as module
+from relora_jax.checkpoint.checksum import checksum_on_host, checksums
 from tests.support import small
 
 TYPES = ("float32", "bfloat16", "int32", "uint32", "bool", "int8")
@@ -60,6 +61,18 @@ def test_checksum_does_not_depend_on_the_sharding() -> None:
         PartitionSpec("data", "fsdp"),
     ):
         assert checksum(jax.device_put(array, NamedSharding(mesh, spec))) == checksum(array)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("shape", [(), (0,), (16, 24), (3, 5, 7)], ids=str)
+def test_checksum_on_the_host_is_the_same(
+    dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = random_array(dtype, shape)
+    for block_words in (module.BLOCK_WORDS, 100):
+        monkeypatch.setattr(module, "BLOCK_WORDS", block_words)
+        assert checksum_on_host(array) == checksum(array)
+        assert checksum_on_host(array.T) == checksum(array.T)
 
 
 def test_checksum_is_the_documented_function() -> None:

@@ -1,5 +1,9 @@
-"""A restored state equals the saved one bit for bit, on any mesh; another run's checkpoint is refused."""
+"""A restored state equals the saved one bit for bit, on any mesh; another run's checkpoint is refused.
 
+A save that cannot be read back is an error, at the latest when saving ends.
+"""
+
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -9,10 +13,12 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from relora_jax.checkpoint import saved as saved_module
 from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.checkpoint.restore import restore_newest
 from relora_jax.checkpoint.saved import checkpoints_dir, updates_saved
 from relora_jax.checkpoint.variables import variables_of
+from relora_jax.errors import UserError
 from relora_jax.storage.writer import Writer
 from relora_jax.training.program import Program
 from relora_jax.training.state import flatten
@@ -87,3 +93,130 @@ def test_arrays_are_not_compressed(tmp_path: pathlib.Path) -> None:
     headers = [store.read(key).result().value for key in store.list().result() if key.endswith(b".zarray")]
     assert len(headers) == len(flatten(state))
     assert {json.loads(header)["compressor"] for header in headers} == {None}
+
+
+@pytest.fixture(scope="module")
+def state() -> Any:
+    return Program(small.config(), small.mesh()).init()
+
+
+EMBEDDING = "trained/embed/embedding"
+# {name of the directory: what the error names}
+IMPOSSIBLE = {
+    "run[1]": "'['",
+    "[!a]": "'['",
+    "a*b": "'*'",
+    "a?b": "'?'",
+    "a\\b": r"'\\'",
+    "a\udcffb": r"'\udcff'",
+    "gs:/bucket/run": "'gs:/'",
+    "s3:/bucket/run": "'s3:/'",
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE, ids=ascii)
+def test_path_from_which_checkpoints_cannot_be_read_is_refused(tmp_path: pathlib.Path, name: str) -> None:
+    for use in (updates_saved, lambda workdir: Checkpoints(workdir, small.config())):
+        with pytest.raises(UserError, match="rename that directory, or choose another path") as refused:
+            use(tmp_path / name / "run")
+        assert f"with {IMPOSSIBLE[name]}:" in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["/gs/run", "/s3/bucket/run"])
+def test_path_that_orbax_takes_for_a_bucket_is_refused(path: str) -> None:
+    with pytest.raises(UserError, match="cannot hold checkpoints"):
+        checkpoints_dir(pathlib.Path(path))
+
+
+NAMES = (
+    *(" a b ", "\u00fc\u65e5", "%41%2F", "a#b", "{a,b}", "~a", "a]b", "a\nb", "-a", "a:b", "'\"$;&|", "gs"),
+    *("a.orbax-checkpoint-tmp", "x" * 255, "/".join(["y" * 200] * 10)),
+)
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[:20])
+def test_checkpoint_in_any_other_path_can_be_read_back(tmp_path: pathlib.Path, state: Any, name: str) -> None:
+    with Checkpoints(tmp_path / name, small.config()) as checkpoints:
+        checkpoints.save(0, state)
+    variables = variables_of(tmp_path / name, 0)
+    assert np.array_equal(variables["norm/scale"], np.asarray(flatten(state)["trained/norm/scale"]))
+
+
+def test_dots_after_a_link_lead_where_the_system_goes(tmp_path: pathlib.Path, state: Any) -> None:
+    (tmp_path / "disk" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("disk/folder")
+    with Checkpoints(tmp_path / "link" / ".." / "run", small.config()) as checkpoints:
+        checkpoints.save(0, state)
+    assert updates_saved(tmp_path / "disk" / "run") == [0] and not (tmp_path / "run").exists()
+    dict(variables_of(tmp_path / "link" / ".." / "run", 0))
+
+
+def flip(checkpoint: pathlib.Path, array: np.ndarray) -> None:
+    """Changes the first bit of an array on disk, where it may lie more than once."""
+    old = array.tobytes()
+    for file in checkpoint.glob("state/**/d/*"):
+        file.write_bytes(file.read_bytes().replace(old, bytes([old[0] ^ 1]) + old[1:]))
+
+
+def test_save_that_did_not_become_whole_is_an_error_at_the_next_save(
+    tmp_path: pathlib.Path, state: Any
+) -> None:
+    for number, damage in enumerate(
+        (
+            lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),  # as after a merge of no files
+            lambda folder: folder.rename(folder.with_name("3.orbax-checkpoint-tmp")),  # not committed
+            lambda folder: (folder / "meta" / "metadata").write_text("{"),
+        )
+    ):
+        checkpoints = Checkpoints(tmp_path / str(number), small.config())
+        checkpoints.save(3, state)
+        checkpoints.wait()
+        damage(checkpoints_dir(tmp_path / str(number)) / "3")
+        with pytest.raises(OSError, match=rf"the save failed: .*{number}/checkpoints/3 "):
+            checkpoints.save(8, state)
+        assert 8 not in updates_saved(tmp_path / str(number))
+        with pytest.raises(OSError, match="the save failed"):
+            checkpoints.__exit__(None)
+
+
+def test_save_that_orbax_leaves_out_is_an_error(tmp_path: pathlib.Path, state: Any) -> None:
+    with Checkpoints(tmp_path, small.config()) as checkpoints:
+        checkpoints.save(8, state)
+        with pytest.raises(OSError, match="not saved"):
+            checkpoints.save(3, state)
+
+
+@pytest.mark.parametrize("at_once", [1, 2**26])
+def test_last_save_is_read_back_when_saving_ends(
+    tmp_path: pathlib.Path, state: Any, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("relora_jax.checkpoint.saved._BATCH_BYTES", at_once)
+    with Checkpoints(tmp_path / "intact", small.config()) as checkpoints:
+        checkpoints.save(0, state)
+    with (
+        pytest.raises(OSError, match=f"the save failed: .* {EMBEDDING} does not match"),
+        Checkpoints(tmp_path / "run", small.config()) as checkpoints,
+    ):
+        checkpoints.save(0, state)
+        checkpoints.wait()
+        flip(checkpoints_dir(tmp_path / "run") / "0", np.asarray(flatten(state)[EMBEDDING]))
+
+
+def test_error_in_the_with_is_not_replaced_by_a_verification(
+    tmp_path: pathlib.Path, state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saved_module.Checkpoint, "verify", lambda self: pytest.fail("verified"))
+    with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path, small.config()) as checkpoints:
+        checkpoints.save(0, state)
+        raise ZeroDivisionError
+
+
+def test_every_array_is_verified(tmp_path: pathlib.Path, state: Any) -> None:
+    with Checkpoints(tmp_path, small.config()) as checkpoints:
+        checkpoints.save(0, state)
+    checkpoint = saved_module.Checkpoint.open(checkpoints_dir(tmp_path) / "0")
+    for name in checkpoint.checksums:
+        sums = {**checkpoint.checksums, name: checkpoint.checksums[name] ^ 1}
+        with pytest.raises(saved_module.DamagedError, match=f"{name} does not match"):
+            dataclasses.replace(checkpoint, checksums=sums).verify()

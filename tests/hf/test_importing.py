@@ -18,6 +18,7 @@ import pytest
 import tokenizers
 
 from relora_jax import cli, errors, evaluate, export, generate, import_hf
+from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.checkpoint.saved import updates_saved
 from relora_jax.checkpoint.variables import variables_of
 from relora_jax.config import ModelConfig, to_json
@@ -549,12 +550,29 @@ def test_import_replaces_only_an_older_import_and_only_with_overwrite(
     assert "is not empty and holds 'metrics.jsonl'" in error_line(capsys, source, workdir, "--overwrite")
     for args, message in (
         ([f"--output={tmp_path / 'a:b'}"], "has a colon"),
+        ([f"--output={tmp_path / 'a[1]' / 'run'}"], "cannot be read back from a path with '['"),
         (["--output=x", "more"], "unrecognized arguments: more"),
         ([], "--output"),
     ):
         with pytest.raises(SystemExit):
             cli.main(import_hf.main, None, ["import_hf", f"--input={source}", *args])
         assert message in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "run"}
+
+
+def test_import_that_cannot_be_read_back_leaves_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def wait(self: Checkpoints) -> None:
+        original(self)
+        for file in tmp_path.glob(".run.partial/checkpoints/0/state/**/d/*"):
+            file.write_bytes(bytes(file.stat().st_size))
+
+    original = Checkpoints.wait
+    monkeypatch.setattr(Checkpoints, "wait", wait)
+    assert import_command(write(tmp_path / "model"), tmp_path / "run") == errors.NO_DATA
+    assert "the save failed" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_no_run_trains_in_the_workdir_of_an_import(imported: pathlib.Path) -> None:

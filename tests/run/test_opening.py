@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from relora_jax import loop
+from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.checkpoint.saved import updates_saved
 from relora_jax.checkpoint.variables import variables_of
 from relora_jax.config import Config
@@ -15,6 +16,7 @@ from relora_jax.errors import UserError
 from relora_jax.run import directory, opening
 from relora_jax.run.signals import Signals
 from relora_jax.storage.writer import Writer
+from relora_jax.training import steps
 from tests.support import small
 from tests.support.documents import texts, write_dataset
 
@@ -80,6 +82,42 @@ def test_refused_run_leaves_no_directory(config: Config, tmp_path: pathlib.Path)
     with pytest.raises(UserError, match="nothing"):
         run(config, tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
+
+
+def test_path_from_which_checkpoints_cannot_be_read_is_refused_before_anything_is_computed(
+    config: Config, tmp_path: pathlib.Path
+) -> None:
+    before = list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=r"cannot be read back from a path with '\['"):
+        run(config, tmp_path / "run[1]")
+    config.train.init_from = str(tmp_path / "a\\b")
+    with pytest.raises(UserError, match="cannot be read back from a path with"):
+        run(config, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == before  # no rows, no tokenizer
+
+
+@pytest.mark.parametrize("last", [11, pytest.param(7, id="stopped")])
+def test_run_does_not_end_well_if_its_last_checkpoint_cannot_be_read_back(
+    config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    def wait(self: Checkpoints) -> None:
+        original(self)
+        for file in (tmp_path / "run" / "checkpoints" / str(last) / "state").rglob("d/*"):
+            file.write_bytes(file.read_bytes()[:-100])
+
+    def stopping(config: Config, u: int) -> steps.Due:
+        signals.stop_requested = u + 1 == last < config.train.updates
+        return due(config, u)
+
+    original, due, signals = Checkpoints.wait, steps.due, Signals()
+    with signals, monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "wait", wait)
+        patch.setattr(steps, "due", stopping)
+        with pytest.raises(OSError, match=f"the save failed: .*checkpoints/{last} "):
+            loop.run(config, tmp_path / "run", PrepareOptions(), signals)
+    assert not (tmp_path / "run" / "report.md").exists()
+    assert run(config, tmp_path / "run") == 0  # from the one before
+    assert (tmp_path / "run" / "damaged" / str(last)).is_dir() and updates_saved(tmp_path / "run")[-1] == 11
 
 
 def test_directory_that_is_not_a_run_is_refused_and_not_touched(
