@@ -65,6 +65,12 @@ def test_padding_rows_of_a_short_batch_have_no_weight(program: Program) -> None:
     assert whole.tokens == same.tokens and math.isclose(whole.loss, same.loss, rel_tol=1e-6)
 
 
+def test_evaluation_without_a_target_has_no_loss(program: Program) -> None:
+    ids, _ = rows()
+    none = evaluate(program, program.init(), [Batch(jnp.asarray(ids[:4]), jnp.ones(4, jnp.int32))])
+    assert math.isnan(none.loss) and math.isnan(none.perplexity) and none.tokens == 0
+
+
 def test_evaluation_of_separate_documents_equals_that_of_each_alone(program: Program) -> None:
     state, (ids, lengths) = program.init(), rows()
     ids[:, 2] = 0

@@ -27,14 +27,14 @@ class Evaluation(NamedTuple):
 def evaluate(program: Program, state: TrainState, batches: Iterable[Batch]) -> Evaluation:
     """Summed nats / counted targets over all batches, so that short or padded batches weigh less.
 
-    Uses only the model of the state.
+    Uses only the model of the state. Without any counted target, loss and perplexity are NaN.
     """
     sums = []
     for batch in batches:
         sums.append(program.eval_step(state, batch))
         jax.block_until_ready(sums[-_MAX_QUEUED:][0])
     tokens = sum(int(count) for _, count in sums)
-    loss = math.fsum(float(nats) for nats, _ in sums) / tokens
+    loss = math.fsum(float(nats) for nats, _ in sums) / tokens if tokens else math.nan
     return Evaluation(loss, math.exp(min(loss, 700.0)) if loss == loss else math.nan, tokens)
 
 

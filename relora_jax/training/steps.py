@@ -148,12 +148,12 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """(state after one update, metrics): loss (mean nats per counted target), gradient norm, counters.
 
-    If the loss or gradient norm is not finite, or there are no targets, the update is skipped: counters
-    advance; weights, moments and optimizer counts are unchanged.
+    If the loss or gradient norm is not finite, or there is no target, and so no loss, the update is skipped:
+    counters advance; weights, moments and optimizer counts are unchanged.
     """
     loss, grads, targets = _gradients(config, phase, state, batch)
     norm = optax.tree.norm(grads)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm) & (targets > 0)
+    good = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, opt_state = phase.tx.update(grads, state.opt_state, state.trained, learning_rate=learning_rate)
     trained, opt_state = jax.tree.map(
         lambda new, old: jnp.where(good, new, old),
@@ -187,7 +187,10 @@ def _summed_nats(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
-    """(mean loss, gradient, number of targets), summed over microbatches and divided once by all targets."""
+    """(mean loss, gradient, number of targets), summed over microbatches and divided once by all targets.
+
+    Without a target, the loss is NaN, since it has no mean, and the gradient 0.
+    """
     dropout_key = key(config, DROPOUT, state.update)
 
     def summed_loss(trained: Any, index: Any, rows: Batch) -> tuple[Any, Any]:
@@ -208,7 +211,7 @@ def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) ->
     microbatches = (jnp.arange(batch.ids.shape[0]), batch)
     (loss, targets, grads), _ = lax.scan(accumulate, zeros, microbatches)
     count = jnp.maximum(targets, 1)
-    return loss / count, jax.tree.map(lambda g: g / count, grads), targets
+    return loss / targets, jax.tree.map(lambda g: g / count, grads), targets
 
 
 def _optimizer(config: Config, params: Any) -> Any:

@@ -179,6 +179,7 @@ def test_skipped_update_changes_only_counters(plain: tuple[Config, Program, Any]
         expected = old[path] + [targets, 0] if path == "tokens_seen" else old[path] + moved
         np.testing.assert_array_equal(np.asarray(value), expected.astype(old[path].dtype), err_msg=path)
     assert int(values["skipped"]) == 1
+    assert np.isnan(values["loss"])  # also without a target: there is nothing to take the mean of, not 0
 
 
 def test_good_update_resets_skips_in_a_row(plain: tuple[Config, Program, Any]) -> None:
