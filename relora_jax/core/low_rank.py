@@ -33,6 +33,13 @@ class BaseKernel(nnx.Variable):
     """
 
 
+class LowRankFactor(nnx.LoRAParam):
+    """A [*layers, in, r] or B [*layers, r, out] of a `LowRankDense`: trained, and merged at each restart.
+
+    A type of its own, because the factors of `nnx.LoRA` and `nnx.LoRALinear` are never merged.
+    """
+
+
 class BranchKey(nnx.Variable):
     """Dropout keys [*layers] of one layer, set by `with_dropout_keys` for a single forward pass."""
 
@@ -80,8 +87,8 @@ class LowRankDense(nnx.Module):
         b = jnp.zeros((*layers, rank, fan_out), linear.param_dtype)
         if not keep:
             b = _uniform_layers(jax.random.fold_in(key, 1), b.shape, bound, linear.param_dtype)
-        self.lora_a = nnx.LoRAParam(a, axes=(*axes[:-1], "rank"))
-        self.lora_b = nnx.LoRAParam(b, axes=(*axes[:-2], "rank", axes[-1]))
+        self.lora_a = LowRankFactor(a, axes=(*axes[:-1], "rank"))
+        self.lora_b = LowRankFactor(b, axes=(*axes[:-2], "rank", axes[-1]))
         self.bias = linear.bias
         self.dropout_key: Any = nnx.data(None)
         self.rank, self.alpha, self.dropout, self.product = rank, alpha, dropout, product

@@ -73,16 +73,22 @@ def check_states(tree: Any, *, factors: Collection[Path], params: Collection[Pat
     for path, leaf in leaves(tree, stop=is_known):
         fields = fields_of(leaf)
         if fields is None:
-            owner, inner_path = _owner(tree, path)
-            rejected = [owner] if any(_contains(inner_path, factor) for factor in factors if factor) else []
+            owner = owner_of_factor(tree, path, factors)
+            rejected = [owner] if owner else []
         else:  # statistics whose paths differ from those of the parameters would never be found
             entries = [(name, p) for name in fields.statistics for p, _ in leaves(getattr(leaf, name))]
             rejected = [_owner(tree, (*path, name))[0] for name, p in entries if p not in params]
         if factors and rejected:
             raise ValueError(
-                f"with_reset does not support {rejected[0]}, which stores something of a factor: "
-                "put with_reset inside that transformation, or use another one"
+                f"with_reset does not support {rejected[0]}, which stores something of a factor: use another "
+                "transformation (MultiSteps goes around with_reset)"
             )
+
+
+def owner_of_factor(tree: Any, path: Path, factors: Collection[Path]) -> str:
+    """'Outer > Inner.field', the state that holds the leaf at `path`, if it is of a factor; otherwise ''."""
+    owner, inner_path = _owner(tree, path)
+    return owner if any(_contains(inner_path, factor) for factor in factors if factor) else ""
 
 
 def check_count(tree: Any, *, factors: Collection[Path]) -> None:

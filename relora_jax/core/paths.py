@@ -18,8 +18,12 @@ def path_key(key: Key[Array, ""], path: Path) -> Key[Array, ""]:
 
 
 def is_variable(node: Any) -> bool:
-    """Whether the node is an `nnx.Variable`, which this module treats as a single leaf."""
-    return isinstance(node, nnx.Variable)
+    """Whether the node is an `nnx.Variable`, which this module treats as a single leaf.
+
+    Not if it holds no array: where labels are mapped over the arrays of an `nnx.State`, optax puts a
+    MaskedNode into the Variables of all other groups, and they are as absent as a MaskedNode on its own.
+    """
+    return isinstance(node, nnx.Variable) and bool(jax.tree.leaves(node))
 
 
 def value_of(leaf: Any) -> Any:

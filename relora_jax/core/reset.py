@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from relora_jax.core import moments
+from relora_jax.core.low_rank import LowRankFactor
 from relora_jax.core.paths import Path, is_variable, leaves, map_leaves, names, path_key, value_of, with_value
 from relora_jax.core.prune import Prune
 
@@ -33,8 +33,8 @@ class ResetState:
 
 
 def is_low_rank_factor(path: Path, leaf: Any) -> bool:
-    """Whether the leaf is an `nnx.LoRAParam`."""
-    return isinstance(leaf, nnx.LoRAParam)
+    """Whether the leaf is a `LowRankFactor`, a factor of a `LowRankDense`."""
+    return isinstance(leaf, LowRankFactor)
 
 
 def with_reset(
@@ -82,8 +82,9 @@ def reset(opt_state: Any, key: jax.Array) -> Any:
 
     Finds every `with_reset` state in the tree. Each factor gets one mask per layer, computed from its first
     moment (or else its first statistic) and applied to all statistics of the factor's shape; those of
-    another shape (rows and columns of a factored second moment) are zeroed. ValueError if there is nothing
-    to reset.
+    another shape (rows and columns of a factored second moment) are zeroed, and so are the gradients of the
+    old factors that an `optax.MultiSteps` around `with_reset` has accumulated. ValueError if there is nothing
+    to reset, or if a transformation around `with_reset` stores anything else of a factor.
     """
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_reset_state) if _is_reset_state(s)]
     if not states:
@@ -92,9 +93,25 @@ def reset(opt_state: Any, key: jax.Array) -> Any:
         raise ValueError(
             "no statistics of a factor found: is_factor selected nothing, or the optimizer keeps none"
         )
-    return jax.tree.map(
-        lambda s: _reset(s, key) if _is_reset_state(s) else s, opt_state, is_leaf=_is_reset_state
-    )
+    factors = {path for state in states for path, _ in state.factors}
+
+    def reset_node(path: Any, node: Any) -> Any:
+        if _is_reset_state(node):
+            return _reset(node, key)
+        owner = "" if moments.is_known(node) else moments.owner_of_factor(opt_state, names(path), factors)
+        if owner.endswith("MultiStepsState.acc_grads"):
+            return with_value(node, jnp.zeros_like(value_of(node)))
+        if owner:
+            raise ValueError(
+                f"reset does not support {owner}, which stores something of a factor around with_reset: use "
+                "another transformation"
+            )
+        return node
+
+    def is_node(node: Any) -> bool:
+        return _is_reset_state(node) or moments.is_known(node) or is_variable(node)
+
+    return jax.tree_util.tree_map_with_path(reset_node, opt_state, is_leaf=is_node)
 
 
 def group_labels(params: Any, is_factor: IsFactor = is_low_rank_factor) -> Any:

@@ -17,7 +17,7 @@ class TrainState:
     tokens_seen: Any  # uint32[2]: counted targets, low and high 32 bits
     skipped: Any  # int32: updates skipped so far
     skipped_in_row: Any  # int32
-    trained: Any  # nnx.State of Param and LoRAParam
+    trained: Any  # nnx.State of Param and LowRankFactor
     frozen: Any  # nnx.State of BaseKernel; empty before the low-rank phase
     opt_state: Any
 

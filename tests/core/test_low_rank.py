@@ -123,7 +123,7 @@ def test_wrap_freezes_kernels_and_keeps_biases(kind: str) -> None:
     for path, layer in layers.items():
         assert type(layer.kernel) is BaseKernel and layer.bias is linears[path].bias
         np.testing.assert_array_equal(layer.kernel[...], linears[path].kernel[...])
-        assert type(layer.lora_a) is type(layer.lora_b) is nnx.LoRAParam
+        assert type(layer.lora_a) is type(layer.lora_b) is low_rank.LowRankFactor
     assert not any(isinstance(node, nnx.Linear) for _, node in nnx.iter_graph(model))
     if kind == "lists and shared":
         assert model.shared is model.body[0] and len(layers) == 3

@@ -11,7 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
-from relora_jax.core.low_rank import merge_and_reinit, wrap
+from relora_jax.core.low_rank import LowRankFactor, merge_and_reinit, wrap
 from relora_jax.core.prune import Prune, magnitude, none, random, zero
 from relora_jax.core.reset import group_labels, reset, with_reset
 from relora_jax.training.optimizer import carry_over_rest, make_optimizer, scale_by_rate
@@ -268,7 +268,7 @@ def test_unsupported_statistics_are_rejected_by_name(name: str) -> None:
     make, owner = REJECTED[name]
     tx = with_reset(make(), prune=zero(), is_factor=is_factor)
     params = optax.LookaheadParams.init_synced(PARAMS) if name == "lookahead" else PARAMS
-    with pytest.raises(ValueError, match=f"does not support {re.escape(owner)}, .* put with_reset inside"):
+    with pytest.raises(ValueError, match=f"does not support {re.escape(owner)}, .* use another transf"):
         tx.init(params)
 
 
@@ -276,6 +276,21 @@ def test_nested_with_reset_is_rejected() -> None:
     inner = optax.chain(with_reset(optax.adam(1e-2), prune=zero(), is_factor=is_factor))
     with pytest.raises(ValueError, match="use only one"):
         with_reset(inner, prune=zero(), is_factor=is_factor).init(PARAMS)
+
+
+AROUND: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "schedule_free": (lambda tx: optax.contrib.schedule_free(tx, 1e-2), "ScheduleFreeState.z"),
+    "sam": (lambda tx: optax.contrib.sam(tx, optax.sgd(1e-2)), "SAMState.cache"),
+    "custom": (lambda tx: optax.chain(tx, pairs()), "Pairs.slots"),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_reset_rejects_what_an_outer_transformation_stores_of_a_factor(name: str) -> None:
+    make, owner = AROUND[name]
+    state = make(with_reset(optax.adam(1e-2), prune=zero(), is_factor=is_factor)).init(PARAMS)
+    with pytest.raises(ValueError, match=f"does not support {re.escape(owner)}, .* use another transf"):
+        reset(state, KEY)
 
 
 REST = jax.tree.map(lambda label: label == "rest", LABELS)
@@ -311,7 +326,10 @@ OUTSIDE: dict[str, Callable[[], Any]] = {
     "chain": lambda: optax.chain(optax.clip(1.0), inner(), optax.ema(0.9)),
     "partition": lambda: optax.partition({"factors": inner(), "rest": optax.adam(1e-2)}, LABELS),
     "masked": lambda: optax.masked(inner(), jax.tree.map(lambda rest: not rest, REST)),
-    "MultiSteps": lambda: optax.MultiSteps(inner(), 2).gradient_transformation(),
+    "MultiSteps": lambda: optax.MultiSteps(inner(), 3).gradient_transformation(),
+    "partitioned MultiSteps": lambda: optax.partition(
+        {"factors": OUTSIDE["MultiSteps"](), "rest": optax.adam(1e-2)}, LABELS
+    ),
     "apply_if_finite": lambda: optax.apply_if_finite(inner(), 3),
 }
 
@@ -320,15 +338,16 @@ OUTSIDE: dict[str, Callable[[], Any]] = {
 def test_reset_finds_its_state_at_any_nesting(name: str) -> None:
     tx = OUTSIDE[name]()
     state = tx.init(PARAMS)
-    for seed in (1, 2):
+    for seed in (1, 2, 3, 4):  # amid an accumulation
         state = tx.update(drawn(seed), state, PARAMS)[1]
     before, after = leaves(state), leaves(reset(state, KEY))
     cleared = {p for p in before if re.search(r"inner_state\[0\]\.[mn]u", p) and factor_of(p)}
     assert {factor_of(path) for path in cleared} == FACTORS and len(cleared) == 8
+    cleared |= {p for p in before if ".acc_grads" in p and factor_of(p)}
     for path, old in before.items():
         np.testing.assert_array_equal(after[path], 0 if path in cleared else old, err_msg=path)
         assert path not in cleared or np.any(old), path
-    tx.update(drawn(3), reset(state, KEY), PARAMS)
+    tx.update(drawn(5), reset(state, KEY), PARAMS)
 
 
 def test_wrapped_updates_are_bitwise_those_of_the_inner_transformation() -> None:
@@ -400,6 +419,81 @@ def test_nnx_optimizer_around_with_reset_updates_and_resets(grouping: str) -> No
     assert not any(map(np.any, adam_moments(optimizer)[True]))
 
 
+def by_name(params: Any) -> Any:
+    """Labels mapped over the arrays inside the Variables, as optax's own functions map theirs."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "factors" if "lora_" in jax.tree_util.keystr(path) else "rest", params
+    )
+
+
+def over_arrays() -> Any:
+    return optax.partition({"factors": optax.adam(1e-2), "rest": optax.adam(1e-2)}, by_name)
+
+
+def two_updates_around_a_reset(tx: Any, model: Any, optimizer: str) -> tuple[Tree, Tree]:
+    """The arrays of the optimizer's state before and after the reset."""
+    params = nnx.state(model, nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, params)
+    if optimizer == "nnx.Optimizer":
+        wrapped = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        wrapped.update(model, grads)
+        before = leaves(wrapped.opt_state)
+        wrapped.opt_state = reset(wrapped.opt_state, KEY)
+        after = leaves(wrapped.opt_state)
+        wrapped.update(model, grads)
+    else:
+        state = jax.jit(tx.update)(grads, tx.init(params), params)[1]
+        before, state = leaves(state), jax.jit(reset)(state, KEY)
+        after = leaves(state)
+        tx.update(grads, state, params)
+    return before, after
+
+
+OVER_ARRAYS: dict[str, Callable[[], Any]] = {
+    "muon": lambda: with_reset(optax.contrib.muon(1e-2), prune=zero()),
+    "partition": lambda: with_reset(over_arrays(), prune=magnitude(0.5)),
+    "partition with its count": lambda: with_reset(over_arrays(), prune=zero(), reset_count=True),
+    "partition around it": lambda: optax.partition(
+        {
+            "factors": with_reset(optax.adam(1e-2), prune=zero(), reset_count=True),
+            "rest": optax.adam(1e-2),
+        },
+        by_name,
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", ("plain", "nnx.Optimizer"))
+@pytest.mark.parametrize("name", OVER_ARRAYS)
+def test_labels_may_be_mapped_over_the_arrays_of_a_state(name: str, optimizer: str) -> None:
+    before, after = two_updates_around_a_reset(OVER_ARRAYS[name](), Net(), optimizer)
+    moments = {path for path in before if re.search(r"\.[mn]u\b.*lora_", path)}
+    counts = {path for path in before if path.endswith(("count", "count.value")) and "factors" in path}
+    assert len(moments) == (4 if name == "muon" else 8) and (len(counts) == 1 or name == "muon")
+    for path, old in before.items():
+        if path in moments:
+            survivors = old.size // 2 if name == "partition" else 0
+            assert np.count_nonzero(old) == old.size and np.count_nonzero(after[path]) == survivors, path
+        else:
+            cleared = path in counts and name not in ("muon", "partition")
+            np.testing.assert_array_equal(after[path], 0 if cleared else old, err_msg=path)
+
+
+def test_reset_leaves_the_factors_of_other_lora_layers_alone() -> None:
+    model = Net()
+    model.other = nnx.LoRA(5, 2, 3, base_module=nnx.Linear(5, 3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(4))
+    model.linear = nnx.LoRALinear(5, 3, lora_rank=2, rngs=nnx.Rngs(5))
+    labels = group_labels(nnx.state(model, nnx.Param))
+    owned = {path[0] for path, label in nnx.to_flat_state(labels) if label == "factors"}
+    assert owned == {"body"}
+    before, after = two_updates_around_a_reset(with_reset(optax.adam(1e-2), prune=zero()), model, "plain")
+    moments = {path for path in before if re.search(r"\.[mn]u\b.*lora_", path)}
+    ours = {path for path in moments if "body" in path}
+    assert len(ours) == len(moments - ours) == 8
+    for path in moments:
+        np.testing.assert_array_equal(after[path], 0 if path in ours else before[path], err_msg=path)
+
+
 # --- make_optimizer
 
 SETTINGS = {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.3}
@@ -409,7 +503,7 @@ VECTORS = ("norm", "scale")
 def variables(values: Tree) -> nnx.State:
     """The values as model variables: factors, matrices and vectors, stacked and not."""
     axes = {"lora_a": ("layers", "in", "rank"), "scale": ("layers", "norm"), "embed": ("vocab", "embed")}
-    kinds = {"lora_a": nnx.LoRAParam}
+    kinds = {"lora_a": LowRankFactor}
     return nnx.State(
         {n: kinds.get(n, nnx.Param)(v, **({"axes": axes[n]} if n in axes else {})) for n, v in values.items()}
     )
