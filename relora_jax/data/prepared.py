@@ -5,6 +5,7 @@ Nothing here needs JAX, so rows can be built on machines without accelerators, i
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -198,6 +199,9 @@ def _stores(
     def job(folder: Path) -> Job:
         source = text.open()
         check_size(source, key, options)
+        if "train" in text.parts:
+            for note in tokenizers.control_in_text(tokenizer):
+                print(note, file=sys.stderr)
         return Job(
             folder=folder,
             parts=text.parts,

@@ -21,7 +21,7 @@ from jaxtyping import Int32, Int64
 from relora_jax.errors import UserError
 from relora_jax.storage.array_record import RecordWriter
 
-FORMAT = 3  # of a row store: increment it when the records, the packing or the manifest change
+FORMAT = 4  # of a row store: increment it when the records, the packing or the manifest change
 MANIFEST, COUNTS = "manifest.json", "counts.npy"
 SPARE_FILES = 512  # open files for everything else
 

@@ -142,8 +142,7 @@ def find_tokenizer(source: Path) -> Tokenizer | None:
     if path is None:
         _warn(f"{source} has no tokenizer ({', '.join(tokenizers.FILES)}): set data.tokenizer to train it")
         return None
-    bos = tokenizers.default_bos(path)
-    bos_id = -1 if bos is None else bos
+    bos_id = _bos_id(path)
     try:
         tokenizer = tokenizers.load(path, bos_id=bos_id)
     except UserError:
@@ -155,6 +154,19 @@ def find_tokenizer(source: Path) -> Tokenizer | None:
     except tokenizer_files.NoFastFormError as error:  # warn before training rather than at export
         _warn(str(error))
     return tokenizer
+
+
+def _bos_id(path: Path) -> int:
+    """The id that documents start with, as transformers' texts do; -1 if they start with none, or several."""
+    before = tokenizers.prefix(path)
+    bos_id = before[0] if len(set(before)) == 1 else -1
+    if len(before) > 1:
+        documents = "documents start with one" if bos_id >= 0 else "documents start with none of them"
+        _warn(
+            f"the template in {path} adds {len(before)} ids before a text ({', '.join(map(str, before))}), "
+            f"{documents}: edit its post_processor, and import it again, if that is not what you want"
+        )
+    return bos_id
 
 
 def fit_tokenizer(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:

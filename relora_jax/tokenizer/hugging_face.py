@@ -1,12 +1,12 @@
 """The tokenizer.json (Hugging Face) backend of `tokenizer.Tokenizer`: encodes exactly the text.
 
 It ignores the file's settings for bos and eos around a text, truncation, padding and BPE dropout. A special
-token spelled out in a text is encoded as text.
+token spelled out in a text is encoded as text, and so are eos, pad and bos if they are added tokens.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ class HuggingFace:
     """A tokenizer.json: `vocab_size` is the highest id + 1; `eos` and `pad` are None if not defined.
 
     `highest` is the highest id that a text can contain: of the model's pieces and of added tokens that are
-    not special.
+    not special; `unknown` is what it cannot spell. `set_ids` are ids that the user set as eos, pad or bos.
     """
 
-    def __init__(self, path: Path, content: bytes, *, parallel: bool) -> None:
+    def __init__(
+        self, path: Path, content: bytes, *, set_ids: Collection[int] = (), parallel: bool = True
+    ) -> None:
         # the library warns at each fork unless the variable is set
         default = os.environ.get("TOKENIZERS_PARALLELISM", "true")
         os.environ["TOKENIZERS_PARALLELISM"] = default if parallel else "false"
@@ -41,13 +43,18 @@ class HuggingFace:
                 f"{path} is not a valid tokenizer (its highest id is {self.vocab_size - 1}): use another file"
             )
         added = self._model.get_added_tokens_decoder()
-        special = {_unhidden(token.content): i for i, token in sorted(added.items()) if token.special}
-        ordinary = {i for i, token in added.items() if not token.special}
-        pieces = self._model.get_vocab(with_added_tokens=False).values()
-        self.highest = max(ordinary.union(pieces), default=0)
+        special = {token.content: i for i, token in sorted(added.items()) if token.special}
         sidecars = [read_sidecar(path.parent / name) for name in _SIDECARS] if path.name == FILE else []
         self.eos = self._special_id("eos", EOS_NAMES, sidecars, special)
         self.pad = self._special_id("pad", PAD_NAMES, sidecars, special)
+        hidden = {*special.values(), *(added.keys() & {self.eos, self.pad, *set_ids})}
+        named = {_content(sidecar.get(f"{name}_token")) for sidecar in sidecars for name in ("eos", "pad")}
+        hidden |= {i for i in (self.eos, self.pad) if i is not None and self._model.id_to_token(i) in named}
+        self._model = _parse(path, content, hidden=hidden)
+        unknown = getattr(self._model.model, "unk_token", None)
+        self.unknown = None if unknown is None else self._model.token_to_id(unknown)
+        pieces = self._model.get_vocab(with_added_tokens=False).values()
+        self.highest = max((added.keys() - hidden).union(pieces), default=0)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -66,8 +73,7 @@ class HuggingFace:
     ) -> int | None:
         """The id of `name` from the sidecar files, else of one of the `defaults`; None if there is none."""
         for sidecar in sidecars:
-            token, number = sidecar.get(f"{name}_token"), sidecar.get(f"{name}_token_id")
-            token = token.get("content") if isinstance(token, dict) else token
+            token, number = _content(sidecar.get(f"{name}_token")), sidecar.get(f"{name}_token_id")
             number = number[0] if isinstance(number, list) and number else number
             if isinstance(token, str):
                 number = special.get(token, self._model.token_to_id(token))
@@ -76,24 +82,29 @@ class HuggingFace:
         return next((special[token] for token in defaults if token in special), None)
 
 
-def default_bos(path: Path, content: bytes) -> int | None:
-    """The id that a tokenizer.json adds before each text; None if it adds none, or several."""
+def prefix(path: Path, content: bytes) -> list[int]:
+    """The ids that a tokenizer.json adds before each text."""
     model = _parse(path, content, plain=False)
     plain, full = (model.encode("A", add_special_tokens=add).ids for add in (False, True))
-    first, rest = full[:1], full[1 : len(plain) + 1]
-    return first[0] if plain and rest == plain else None
+    starts = range(len(full) - len(plain) + 1) if plain else ()
+    return next((full[:start] for start in starts if full[start:][: len(plain)] == plain), [])
 
 
-def _parse(path: Path, content: bytes, *, plain: bool = True) -> tokenizers.Tokenizer:
-    """The library's tokenizer; `plain` adds nothing around a text. UserError if the file is invalid."""
+def _parse(
+    path: Path, content: bytes, *, plain: bool = True, hidden: Collection[int] = ()
+) -> tokenizers.Tokenizer:
+    """The library's tokenizer; `plain` adds nothing around a text. UserError if the file is invalid.
+
+    Added tokens with `hidden` ids are special, and no text contains them.
+    """
     try:
         settings = json.loads(content)
         model = settings["model"]
         settings |= {"truncation": None, "padding": None} | ({"post_processor": None} if plain else {})
         if "dropout" in model:
             model["dropout"] = None
-        if plain and isinstance(model["vocab"], list):
-            _hide_special_pieces(settings["added_tokens"], model["vocab"])
+        if hidden:
+            _hide_special_pieces(settings["added_tokens"], model, hidden)
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings))
         tokenizer.encode_special_tokens = True
         tokenizer.encode("A file may load and still fail at its first text.")
@@ -105,13 +116,45 @@ def _parse(path: Path, content: bytes, *, plain: bool = True) -> tokenizers.Toke
     return tokenizer
 
 
-def _hide_special_pieces(added: list[dict[str, Any]], vocab: list[list[Any]]) -> None:
-    """Renames special pieces so that no text contains them: unigram models would match them like others."""
-    index_of = {piece: index for index, (piece, _) in enumerate(vocab)}
+def _hide_special_pieces(added: list[dict[str, Any]], model: dict[str, Any], ids: Collection[int]) -> None:
+    """Makes the tokens with these ids special and hides those that are pieces: no text contains them.
+
+    A model looks up words, runs of characters or merges among its pieces, whether they are special or not. A
+    character of a BPE model keeps its name: without it, texts would lose the character.
+    """
+    vocab = model["vocab"]
+    id_of = {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    pieces = {i: piece for piece, i in id_of.items() if i in ids}
+    unlisted = sorted(pieces.keys() - {token["id"] for token in added})
+    added += [{"id": i, "content": pieces[i], **plain} for i in unlisted]
+    keeps_characters = "merges" in model and not model.get("byte_fallback")
+    hidden = {
+        piece: f"\0{piece}\0" for piece in pieces.values() if not (keeps_characters and len(piece) == 1)
+    }
     for token in added:
-        if token["special"] and token["content"] in index_of:
-            hidden = f"\0{token['content']}\0"
-            vocab[index_of[token["content"]]][0] = token["content"] = hidden
+        if token["id"] in ids:
+            token |= {"special": True, "content": hidden.get(token["content"], token["content"])}
+    if isinstance(vocab, list):
+        model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in vocab]
+    else:
+        model["vocab"] = {hidden.get(piece, piece): i for piece, i in vocab.items()}
+    if model.get("unk_token") in hidden:
+        model["unk_token"] = hidden[model["unk_token"]]
+    if hidden and "merges" in model:
+        cut = len(model.get("continuing_subword_prefix") or "")
+        model["merges"] = [pair for pair in model["merges"] if hidden.keys().isdisjoint(_formed(pair, cut))]
+
+
+def _formed(merge: str | list[str], cut: int) -> tuple[str, str, str]:
+    """The two parts of a merge, and the piece that it forms; `cut` characters mark a part inside a word."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right, left + right[cut:]
+
+
+def _content(token: Any) -> Any:
+    """The text of a special token in a settings file, where it may be an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _unhidden(content: str) -> str:

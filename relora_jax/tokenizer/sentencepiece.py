@@ -10,6 +10,7 @@ from relora_jax.errors import UserError
 class SentencePiece:
     """A SentencePiece model: `eos`, `pad` and `bos` are None if it has none.
 
+    `unknown` is the id of what it cannot spell.
     `highest` is the highest id that a text can contain, which excludes control pieces.
     """
 
@@ -24,6 +25,7 @@ class SentencePiece:
         self.vocab_size = self._model.get_piece_size()
         ids = self._model.eos_id(), self._model.pad_id(), self._model.bos_id()
         self.eos, self.pad, self.bos = (i if i >= 0 else None for i in ids)
+        self.unknown = self._model.unk_id()
         ordinary = (i for i in reversed(range(self.vocab_size)) if not self._model.is_control(i))  # pyright: ignore
         self.highest = next(ordinary)
 

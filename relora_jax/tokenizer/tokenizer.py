@@ -100,7 +100,11 @@ def load(
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from error
-    model = (HuggingFace if path.suffix == ".json" else SentencePiece)(path, content, parallel=parallel)
+    model = (
+        HuggingFace(path, content, set_ids=(eos_id, pad_id, bos_id), parallel=parallel)
+        if path.suffix == ".json"
+        else SentencePiece(path, content, parallel=parallel)
+    )
     for name, i in (("eos", eos_id), ("pad", pad_id), ("bos", bos_id)):
         if not -1 <= i < model.vocab_size:
             raise UserError(
@@ -122,14 +126,26 @@ def load(
     )
 
 
-def default_bos(path: Path) -> int | None:
-    """The id that transformers adds before each text with this tokenizer file; None if it adds none."""
-    content = path.read_bytes()
-    if path.suffix == ".json":
-        return hugging_face.default_bos(path, content)
-    config = hugging_face.read_sidecar(path.parent / "tokenizer_config.json")
-    bos = SentencePiece(path, content, parallel=False).bos
-    return None if config.get("add_bos_token") is False else bos
+def prefix(path: Path) -> list[int]:
+    """The ids that transformers puts before each text with this tokenizer file: none for a lone .model."""
+    return hugging_face.prefix(path, path.read_bytes()) if path.suffix == ".json" else []
+
+
+def control_in_text(tokenizer: Tokenizer) -> list[str]:
+    """A line for each of eos, pad and bos that a text can contain, or whose name a text loses."""
+    names: dict[int, str] = {}
+    for name, i in (("eos", tokenizer.eos), ("bos", tokenizer.bos), ("pad", tokenizer.pad)):
+        if i is not None:
+            names.setdefault(i, name)
+    lines = []
+    for i, name in names.items():
+        text = tokenizer.model.decode([i]) or tokenizer.model.piece(i)
+        ids = tokenizer.encode_documents([text])[0].tolist()
+        if i in ids:
+            lines.append(f"{text!r} in a text has the id of {name}, {i}, in the middle of a document")
+        elif all(j == tokenizer.model.unknown for j in ids):
+            lines.append(f"{text!r}, the {name}, cannot be spelled as text: in a text it is lost")
+    return [f"note: tokenizer {tokenizer.path}: {line}" for line in lines]
 
 
 def _unpickle(path: Path, sha256: str, eos: int, pad: int, bos: int | None) -> Tokenizer:

@@ -13,9 +13,11 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers as library
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relora_jax.config import DataConfig
 from relora_jax.data import file_source
 from relora_jax.data.packing import Packer
 from relora_jax.data.prepared import find_tokenizer, prepare, train_texts
@@ -411,3 +413,23 @@ def test_repeatedly_killed_command_builds_the_same_files(folder, tmp_path, monke
     data = config(folder, text=f"{tmp_path}/*.jsonl")
     alone = prepared_files(tmp_path / "alone", monkeypatch, data)
     assert alone == {str(f.relative_to(resumed.parent)): f.read_bytes() for f in resumed.parent.rglob("*.*")}
+
+
+def test_eos_that_a_text_can_spell_is_reported_when_rows_are_built(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a b c\n" * 9)
+    (tmp_path / "b.txt").write_text("d e\n" * 9)
+    raw = library.Tokenizer(library.models.BPE({c: i for i, c in enumerate("abcde \n")}, []))
+    raw.save(str(tmp_path / "tokenizer.json"))
+    data = DataConfig(
+        text=str(tmp_path / "a.txt"),
+        validation_text=str(tmp_path / "b.txt"),
+        tokenizer=str(tmp_path / "tokenizer.json"),
+        eos_id=6,
+        sequence_length=4,
+    )
+    prepare(data)
+    err = capsys.readouterr().err
+    assert r"'\n' in a text has the id of eos, 6, in the middle of a document" in err
+    assert err.count("note:") == 1
+    prepare(data)
+    assert capsys.readouterr().err == ""

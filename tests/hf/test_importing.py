@@ -159,7 +159,7 @@ def test_imported_run_is_the_model_in_float32(imported: pathlib.Path) -> None:
     config, facts = record.read_config(imported), record.read_facts(imported)
     assert (config.model, config.arm, config.train.init_from) == (MODEL, "full", "")
     own = tokenizer.load(imported / "tokenizer" / "tokenizer.json")
-    bos = tokenizer.default_bos(own.path)
+    [bos] = tokenizer.prefix(own.path)
     assert facts["rows"] == {"train": {"tokenizer": own.sha256, "eos": own.eos, "pad": own.pad, "bos": bos}}
     assert (config.data.eos_id, config.data.pad_id, config.data.bos_id) == (own.eos, own.pad, bos)
     assert facts["imported_from"] == str(imported.parent / "model") and "unigram_perplexity" not in facts
@@ -229,6 +229,29 @@ def test_redundant_tensors_are_accepted(tmp_path: pathlib.Path) -> None:
     assert np.array_equal(variable, embeddings.astype(np.float32), equal_nan=True)
     config = cli.parse(["train", f"--config={tmp_path / 'run' / 'config.py'}"])[0]
     assert config.model.compute_dtype == "bfloat16"  # as the model's own tensors
+
+
+@pytest.mark.parametrize(
+    ("first", "bos", "message"),
+    [
+        (["<s>", "<s>"], 2, "adds 2 ids before a text (2, 2), documents start with one: edit its post_"),
+        (["<pad>", "<s>"], None, "adds 2 ids before a text (1, 2), documents start with none of them: edit"),
+        (["<s>"], 2, ""),
+    ],
+)
+def test_template_that_adds_bos_twice_is_a_warning(
+    tmp_path: pathlib.Path, first: list[str], bos: int | None, message: str, capsys: Any
+) -> None:
+    source = write(tmp_path / "model")
+    path = json_file(source)
+    raw = tokenizers.Tokenizer.from_file(str(path))
+    raw.post_processor = tokenizers.processors.TemplateProcessing(
+        single=[*first, "$A"], special_tokens=[(token, raw.token_to_id(token)) for token in {*first}]
+    )
+    raw.save(str(path))
+    assert import_command(source, tmp_path / "run") == 0
+    assert message in (err := capsys.readouterr().err) and err.count("warning") == (1 if message else 0)
+    assert record.read_facts(tmp_path / "run")["rows"]["train"].get("bos") == bos
 
 
 UNUSABLE: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {

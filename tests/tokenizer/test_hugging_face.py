@@ -8,25 +8,100 @@ import sys
 
 import pytest
 import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from relora_jax.tokenizer import tokenizer
-from relora_jax.tokenizer.hugging_face import default_bos
+from relora_jax.tokenizer.hugging_face import prefix
 from tests.support.documents import texts
 from tests.support.tokenizers import SPECIAL, json_file
 
 
-def test_default_bos_is_what_the_file_adds_before_a_text(tmp_path):
+def test_prefix_is_what_the_file_adds_before_a_text(tmp_path):
     path = json_file(tmp_path)
-    assert default_bos(path, path.read_bytes()) == json.loads(path.read_bytes())["model"]["vocab"]["<s>"]
     settings = json.loads(path.read_bytes())
-    template = settings["post_processor"]
-    template["single"] = template["single"][1:]  # only </s> after a text
-    assert default_bos(path, json.dumps(settings).encode()) is None
+    bos, template = settings["model"]["vocab"]["<s>"], settings["post_processor"]
+    single = template["single"]
+    for first, expected in ((single, [bos]), ([single[0], *single], [bos, bos]), (single[1:], [])):
+        template["single"] = first  # </s> comes after a text
+        assert prefix(path, json.dumps(settings).encode()) == expected
     settings["post_processor"] = {"type": "Nothing"}
     with pytest.raises(ValueError, match=r"is not a valid tokenizer\.json"):
-        default_bos(path, json.dumps(settings).encode())
+        prefix(path, json.dumps(settings).encode())
     settings["post_processor"] = None
-    assert default_bos(path, json.dumps(settings).encode()) is None
+    assert prefix(path, json.dumps(settings).encode()) == []
+
+
+EOS_TEXT = "the people </s> of </s>the union"
+
+
+def written(path, model, special=("</s>",), **config):
+    """A tokenizer.json of a model that splits at spaces, with tokens added as special, and its config."""
+    built = tokenizers.Tokenizer(model)
+    built.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    built.add_special_tokens([*special])
+    path.mkdir(exist_ok=True)
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    built.save(str(path / "tokenizer.json"))
+    return path / "tokenizer.json"
+
+
+LETTERS = sorted(set(EOS_TEXT) - {" "})
+WORDS = {word: i for i, word in enumerate(["<unk>", "</s>", "the", "people", *LETTERS])}
+PARTS = WORDS | {f"##{letter}": len(WORDS) + i for i, letter in enumerate(LETTERS)}
+MERGED = {**WORDS, "</": 90, "s>": 91}
+MERGES = [("<", "/"), ("s", ">"), ("</", "s>")]
+MODELS = {
+    "WordLevel": lambda: models.WordLevel(WORDS, unk_token="<unk>"),
+    "WordPiece": lambda: models.WordPiece(PARTS, unk_token="<unk>"),
+    "BPE": lambda: models.BPE(WORDS, [], unk_token="<unk>", ignore_merges=True),
+    "BPE that merges eos": lambda: models.BPE(MERGED, MERGES, unk_token="<unk>"),
+    "Unigram": lambda: models.Unigram([(word, -1.0) for word in WORDS], 0),
+}
+
+
+@pytest.mark.parametrize("special", [("</s>",), ("</s>", "<unk>"), ()])
+@pytest.mark.parametrize("kind", MODELS)
+def test_text_never_contains_the_id_of_eos(kind, special, tmp_path):
+    path = written(tmp_path, MODELS[kind](), special, eos_token="</s>")
+    raw = tokenizers.Tokenizer.from_file(str(path))
+    raw.encode_special_tokens = True
+    assert raw.token_to_id("</s>") in raw.encode(EOS_TEXT).ids  # as the library reads the file
+    loaded = tokenizer.load(path)
+    (ids,) = loaded.encode_documents([EOS_TEXT])
+    plain = "the people of the union"
+    assert loaded.eos == raw.token_to_id("</s>") not in ids
+    assert loaded.encode_documents([plain])[0].tolist() == raw.encode(plain).ids
+    assert loaded.decode([*loaded.encode_documents(["the"])[0], loaded.eos]).replace(" ", "") == "the"
+    spelled = kind != "WordLevel"
+    assert (0 in ids) != spelled
+    notes = tokenizer.control_in_text(loaded)
+    assert [note.partition(".json: ")[2] for note in notes] == (
+        [] if spelled else ["'</s>', the eos, cannot be spelled as text: in a text it is lost"]
+    )
+
+
+@pytest.mark.parametrize("ids", [{}, {"eos_id": 7}, {"eos_id": 0, "pad_id": 7}, {"eos_id": 0, "bos_id": 7}])
+def test_added_token_that_is_not_special_is_plain_text_where_it_ends_or_pads(ids, tmp_path):
+    path = written(tmp_path, models.BPE(dict(zip("<end>a", range(6), strict=True)), []), special=("x",))
+    raw = tokenizers.Tokenizer.from_file(str(path))
+    raw.add_tokens(["<end>"])
+    raw.save(str(path))
+    if not ids:
+        path.with_name("tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    assert raw.encode("a<end>").ids == [5, 7]
+    assert tokenizer.load(path, **ids).encode_documents(["a<end>"])[0].tolist() == [5, 0, 1, 2, 3, 4]
+
+
+def test_ordinary_piece_as_eos_is_reported(tmp_path):
+    path = written(tmp_path, models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    for eos, text in ((0, "a"), (2, "ab")):
+        (note,) = tokenizer.control_in_text(tokenizer.load(path, eos_id=eos))
+        assert note.endswith(f"{text!r} in a text has the id of eos, {eos}, in the middle of a document")
+    assert tokenizer.control_in_text(tokenizer.load(json_file(tmp_path / "json"))) == []
+    # the character of a BPE model stays: texts would lose it
+    path = written(tmp_path, models.BPE({"a": 0, "b": 1}, []), special=["b"])
+    assert tokenizer.load(path, eos_id=1).encode_documents(["aba"])[0].tolist() == [0, 1, 0]
+    assert len(tokenizer.control_in_text(tokenizer.load(path, eos_id=1))) == 1
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

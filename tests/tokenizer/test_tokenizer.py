@@ -1,5 +1,4 @@
 import io
-import json
 import os
 import pickle
 import string
@@ -210,18 +209,10 @@ def test_bad_tokenizer_is_reported_in_one_line(spec, message, cache, monkeypatch
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_default_bos_is_what_transformers_adds_before_a_text(tmp_path):
-    assert tokenizer.default_bos(model_file(tmp_path / "tokenizer.model")) == 1  # SentencePiece's own
-    for config, expected in (({"add_bos_token": True}, 1), ({"add_bos_token": False}, None)):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        assert tokenizer.default_bos(tmp_path / "tokenizer.model") == expected
-    (tmp_path / "tokenizer_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="is not a JSON object"):
-        tokenizer.default_bos(tmp_path / "tokenizer.model")
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert tokenizer.default_bos(model_file(tmp_path / "none.model", bos_id=-1)) is None
+def test_prefix_is_what_transformers_adds_before_a_text(tmp_path):
+    assert tokenizer.prefix(model_file(tmp_path / "tokenizer.model")) == []  # though it has a bos
     path = json_file(tmp_path / "json")
-    assert tokenizer.default_bos(path) == hugging_face.default_bos(path, path.read_bytes()) == 2
+    assert tokenizer.prefix(path) == hugging_face.prefix(path, path.read_bytes()) == [2]
 
 
 def test_trailing_control_pieces_count_only_as_special_ids(tmp_path):
