@@ -2,7 +2,8 @@
 
     python -m relora_jax.generate --workdir=RUN [--prompt='My fellow citizens'] [--FLAG=VALUE ...]
 
-Nothing is written into RUN. A sample ends with its document or at the model's length.
+Nothing is written into RUN. A sample ends with its document (at any eos of an imported model that has
+several) or, which a note says, at the model's length.
 
 --prompt=TEXT       default: the beginning of a document
 --n=4               the number of samples; sample i does not depend on it
@@ -30,7 +31,7 @@ from relora_jax import cli
 from relora_jax.config import DataConfig
 from relora_jax.errors import UserError
 from relora_jax.model.sampling import Request, prompt_rows, split_text
-from relora_jax.run import restored
+from relora_jax.run import record, restored
 from relora_jax.tokenizer.tokenizer import Tokenizer
 from relora_jax.training.program import Program, enable_compilation_cache
 
@@ -50,9 +51,10 @@ def main(argv: Sequence[str]) -> int:
     if len(prompt) > length:
         raise UserError(f"--prompt has {len(prompt)} tokens and the model's length is {length}: shorten it")
     room = length + 1 - len(prompt)  # the last position still predicts one more id
+    is_cut = (args.max_tokens or MAX_TOKENS) > room
     if args.max_tokens is None:
         args.max_tokens = min(MAX_TOKENS, room)
-    elif args.max_tokens > room:
+    elif is_cut:
         print(
             f"note: --max_tokens={args.max_tokens} is reduced to {room}: the prompt has {len(prompt)} tokens "
             f"and the model's length is {length}",
@@ -62,18 +64,30 @@ def main(argv: Sequence[str]) -> int:
     program = Program(config, restored.mesh_of(config))
     state = restored.model_of(workdir, u, config, program)
     about = {"workdir": str(workdir), "arm": config.arm, "update": u, "seed": args.seed}
-    for request in requests(prompt, args, tokenizer, length=length):
+    ends, cut = ends_of(workdir, tokenizer), []
+    for request in requests(prompt, args, tokenizer, ends, length=length):
         rows = zip(request.numbers, *map(np.asarray, program.sample(state, request)), strict=True)
         for number, ids, end in [row for row in rows if row[0] < args.n]:
-            before, text = split_text(tokenizer.decode, ids[:end], prompt=len(prompt))
+            ended = int(ids[end - 1]) in ends
+            before, text = split_text(tokenizer.decode, ids[: end - ended], prompt=len(prompt))
+            if is_cut and end == length + 1 and not ended:
+                cut.append(str(number + 1))
             if args.json:
-                ended = bool(ids[end - 1] == tokenizer.eos)
                 sample = {"prompt": args.prompt, "text": text, "tokens": int(end) - len(prompt)}
                 print(json.dumps({**about, "sample": int(number), **sample, "document_ended": ended}))
             else:
                 print(f"--- {number + 1} of {args.n}, update {u} of {workdir}")
                 print(_printable(f"[{before}]{text}"), flush=True)
+    if cut:
+        print(f"note: sample {', '.join(cut)} ended at the model's length, {length}", file=sys.stderr)
     return 0
+
+
+def ends_of(workdir: Path, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a sample: the run's eos, and those of an imported model if it has several."""
+    imported = record.read_facts(workdir).get("special", {}).get("eos_token_id")
+    several = imported if isinstance(imported, list) else []
+    return list(dict.fromkeys([tokenizer.eos, *several]))
 
 
 def prompt_ids(prompt: str, tokenizer: Tokenizer, data: DataConfig) -> list[int]:
@@ -95,7 +109,9 @@ def prompt_ids(prompt: str, tokenizer: Tokenizer, data: DataConfig) -> list[int]
     )
 
 
-def requests(prompt: list[int], args: Any, tokenizer: Tokenizer, *, length: int) -> Iterator[Request]:
+def requests(
+    prompt: list[int], args: Any, tokenizer: Tokenizer, ends: list[int], *, length: int
+) -> Iterator[Request]:
     """The n samples in groups of equal size; the last group is padded with surplus samples."""
     size = min(args.n, AT_ONCE)
     ids, lengths = prompt_rows([prompt] * size, size=length + 1)
@@ -109,7 +125,7 @@ def requests(prompt: list[int], args: Any, tokenizer: Tokenizer, *, length: int)
             temperature=args.temperature,
             top_p=args.top_p,
             vocab_size=tokenizer.vocab_size,
-            eos=tokenizer.eos,
+            eos=np.array(ends, np.int32),
             pad=tokenizer.pad,
         )
 

@@ -148,7 +148,7 @@ def test_same_seed_gives_the_same_samples_for_any_n(run: SavedRun, capsys: Any) 
 
 @pytest.mark.slow
 def test_sharded_model_draws_the_same_samples(run: SavedRun) -> None:
-    [request] = generate.requests([5, 6, 7], Args(), run.tokenizer, length=LENGTH)
+    [request] = generate.requests([5, 6, 7], Args(), run.tokenizer, [run.tokenizer.eos], length=LENGTH)
     for u, state in run.states.items():
         shared = Program(CONFIG, small.mesh(2, 2))
         sharded = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, shared.state_at(u)))
@@ -165,7 +165,8 @@ def test_output_is_prompt_and_continuation_with_a_note_if_max_tokens_is_reduced(
     args = (f"--workdir={run.workdir}", f"--prompt={PROMPT}", "--seed=3")
     tokens = len(run.tokenizer.encode_documents([PROMPT])[0])
     one, two = samples(capsys, run.workdir, *args[1:], "--n=2")
-    assert output(capsys, *args, "--n=2")[1] == ""
+    ended = f"note: sample 1, 2 ended at the model's length, {LENGTH}\n"
+    assert output(capsys, *args, "--n=2")[1] == ended
     out, err = output(capsys, *args, "--n=2", "--max_tokens=128")
     head = "--- {} of 2, update 6 of " + f"{run.workdir}\n[{PROMPT}]"
     shown = [generate._printable(each["text"]) for each in (one, two)]
@@ -173,10 +174,26 @@ def test_output_is_prompt_and_continuation_with_a_note_if_max_tokens_is_reduced(
     room = LENGTH + 1 - tokens
     assert err == (
         f"note: --max_tokens=128 is reduced to {room}: the prompt has {tokens} tokens "
-        f"and the model's length is {LENGTH}\n"
+        f"and the model's length is {LENGTH}\n{ended}"
     )
     assert max(one["tokens"], two["tokens"]) <= room
     assert output(capsys, *args, "--n=2", f"--max_tokens={room}") == (out, "")
+
+
+def test_sample_ends_at_any_eos_of_an_imported_model(run: SavedRun, capsys: Any, monkeypatch: Any) -> None:
+    args = (f"--prompt={PROMPT}", "--temperature=0", "--n=1")
+    prompt = run.tokenizer.encode_documents([PROMPT])[0].tolist()
+    [request] = generate.requests(prompt, Args(n=1, temperature=0.0), run.tokenizer, [399], length=LENGTH)
+    [ids], [end] = map(np.asarray, run.program.sample(run.states[6], request))
+    third = int(ids[len(prompt) + 2])
+    before = ids[: 1 + [*ids[:end], third].index(third, len(prompt))]
+    facts = json.loads((run.workdir / "run.json").read_text())
+    special = {"special": {"eos_token_id": [third, 399]}}
+    monkeypatch.setattr(generate.record, "read_facts", lambda workdir: facts | special)
+    [sample] = samples(capsys, run.workdir, *args)
+    assert sample["document_ended"] and sample["tokens"] == len(before) - len(prompt) <= 3
+    assert PROMPT + sample["text"] == run.tokenizer.decode(before[:-1])
+    assert output(capsys, f"--workdir={run.workdir}", *args)[1] == ""
 
 
 def test_no_control_characters_are_printed() -> None:

@@ -169,12 +169,18 @@ def special_ids(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(special ids of config.json, extra pad of generation_config.json), from the tokenizer, else `imported`.
 
+    Several imported eos ids, as of a chat model, are kept next to the run's own.
     transformers does not train the embedding of config.json's pad, so a pad that equals eos is not in it.
     """
     own = {f"{name}_token_id": getattr(tokenizer, name, None) for name in ("bos", "eos", "pad")}
     own = llama.special_ids(own, config.model)
     pad = {"pad_token_id": own.pop("pad_token_id")} if "pad_token_id" in own else {}
-    ids = dict.fromkeys(llama.SPECIAL) | llama.special_ids(imported, config.model) | own
+    ids = dict.fromkeys(llama.SPECIAL) | llama.special_ids(imported, config.model)
+    several = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else []
+    ids |= own
+    if several and ids["eos_token_id"] not in (several, *several):
+        several = [ids["eos_token_id"], *several]
+    ids["eos_token_id"] = several or ids["eos_token_id"]
     if tokenizer and tokenizer.pad != tokenizer.eos:
         ids |= pad
     return ids, {} if ids["pad_token_id"] is not None else pad

@@ -66,7 +66,7 @@ def import_model(source: Path, workdir: Path, *, overwrite: bool) -> ModelConfig
         validate(config, devices=1)
         rows = {"train": keys} if keys else {}
         settings = json_file.read(source / "config.json", max_bytes=MAX_CONFIG_BYTES)
-        special = llama.special_ids(llama.SPECIAL | settings, model)
+        special = llama.special_ids(llama.SPECIAL | settings | _generation_eos(source, settings), model)
         directory.begin(writer, config, rows=rows, special=special, **facts)
         _copy_tokenizer(source, staging / TOKENIZER)
         with Checkpoints(staging, config) as checkpoints:
@@ -205,6 +205,15 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
         folder.mkdir()
         for name in files:
             shutil.copyfile(source / name, folder / name)  # follows links
+
+
+def _generation_eos(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """All eos ids of config.json and generation_config.json: a chat's answers have several ends."""
+    path = source / "generation_config.json"
+    files = (settings, json_file.read(path, max_bytes=MAX_CONFIG_BYTES) if path.is_file() else {})
+    values = [each.get("eos_token_id") for each in files if isinstance(each, dict)]
+    eos = [i for value in values for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+    return {"eos_token_id": list(dict.fromkeys(eos))} if eos else {}
 
 
 def state_of(config: Config, files: TensorFiles) -> TrainState:

@@ -147,7 +147,7 @@ def from_config(config: Any, *, source: Any) -> ModelConfig:
 
 
 def special_ids(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """The entries of SPECIAL that are valid ids of the model; eos may be a list of ids."""
+    """The entries of SPECIAL that are valid ids of the model; eos is a list if there are several."""
 
     def is_id(value: Any) -> bool:
         return type(value) is int and 0 <= value < model.vocab_size
@@ -155,7 +155,7 @@ def special_ids(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     ids: dict[str, Any] = {key: config.get(key) for key in SPECIAL}
     if isinstance(ids["eos_token_id"], list):
         eos = [i for i in ids.pop("eos_token_id") if is_id(i)]
-        return special_ids(ids, model) | ({"eos_token_id": eos} if eos else {})
+        return special_ids(ids, model) | ({"eos_token_id": eos if eos[1:] else eos[0]} if eos else {})
     return {key: value for key, value in ids.items() if is_id(value)}
 
 

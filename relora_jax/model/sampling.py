@@ -26,8 +26,8 @@ class Request(NamedTuple):
     temperature: float
     top_p: float
     vocab_size: int  # of the tokenizer: ids from here on are never drawn
-    eos: int
-    pad: int  # never drawn unless equal to eos
+    eos: Int[Any, " k"]  # each ends a sample
+    pad: int  # never drawn unless it is one of `eos`
 
 
 def sample(
@@ -43,7 +43,7 @@ def sample(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(request.seed), request.numbers)
 
     def is_active(ids: Array, lengths: Array) -> Array:
-        ended = (ids[rows, lengths - 1] == request.eos) & (lengths > request.lengths)
+        ended = jnp.isin(ids[rows, lengths - 1], request.eos) & (lengths > request.lengths)
         return (lengths < ends) & ~ended
 
     def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -77,7 +77,7 @@ def draw(key: Array, logits: Float[Array, " V"], *, temperature: Any, top_p: Any
 def _mask_invalid(logits: Float[Array, "n V"], request: Request) -> Float[Array, "n V"]:
     """Logits with -inf for pad and out-of-vocabulary ids; non-finite ones (diverged model) are replaced."""
     ids = jnp.arange(logits.shape[1])
-    valid = (ids < request.vocab_size) & ((ids != request.pad) | (ids == request.eos))
+    valid = (ids < request.vocab_size) & ((ids != request.pad) | jnp.isin(ids, request.eos))
     return jnp.where(valid, jnp.nan_to_num(logits), -jnp.inf)
 
 

@@ -37,7 +37,7 @@ class EvalPrompts:
             temperature=SAMPLE_TEMPERATURE,
             top_p=SAMPLE_TOP_P,
             vocab_size=tokenizer.vocab_size,
-            eos=tokenizer.eos,
+            eos=np.array([tokenizer.eos], np.int32),
             pad=tokenizer.pad,
         )
 

@@ -295,13 +295,14 @@ def test_special_ids_come_from_the_tokenizer_or_the_model_and_are_in_range(
         ids, pad = exporting.special_ids(config, loaded, model_ids | changes)
         return [*ids.values()], (ids | pad)["pad_token_id"]
 
-    assert exported_ids(own) == ([2, own.eos, own.pad], own.pad) and own.pad != own.eos
-    assert exported_ids(dataclasses.replace(own, bos=None))[0] == [7, own.eos, own.pad]
+    assert exported_ids(own, eos_token_id=5) == ([2, own.eos, own.pad], own.pad) and own.pad != own.eos
+    assert own.eos == 3 and exported_ids(dataclasses.replace(own, bos=None))[0] == [7, [3, 5], own.pad]
+    assert exported_ids(dataclasses.replace(own, eos=9))[0] == [2, [9, 3, 5], own.pad]
     assert exported_ids(None) == ([7, [3, 5], None], None)
     assert exported_ids(None, eos_token_id=[380], pad_token_id=-1) == ([7, None, None], None)
-    assert exported_ids(dataclasses.replace(own, pad=own.eos)) == ([2, own.eos, None], own.eos)
-    assert exported_ids(dataclasses.replace(own, pad=own.eos), pad_token_id=9) == ([2, own.eos, 9], 9)
-    assert exported_ids(dataclasses.replace(own, pad=380), bos_token_id=380) == ([2, own.eos, None], None)
+    assert exported_ids(dataclasses.replace(own, pad=own.eos)) == ([2, [3, 5], None], own.eos)
+    assert exported_ids(dataclasses.replace(own, pad=own.eos), pad_token_id=9) == ([2, [3, 5], 9], 9)
+    assert exported_ids(dataclasses.replace(own, pad=380), bos_token_id=380) == ([2, [3, 5], None], None)
     silent = {key: value for key, value in config_json().items() if not key.endswith("_token_id")}
     source = write(tmp_path / "model")
     (source / "config.json").write_text(json.dumps(silent))
@@ -317,6 +318,32 @@ def test_special_ids_come_from_the_tokenizer_or_the_model_and_are_in_range(
     assert directory.special(tmp_path / "begun", config) == special
     config.train.init_from = ""
     assert directory.special(tmp_path / "begun", config) == {}
+
+
+@pytest.mark.parametrize(
+    ("config_eos", "generation_eos", "expected"),
+    [
+        (3, [3, 40, 400, "a"], [3, 40]),
+        ([40, 50], 3, [40, 50, 3]),
+        (40, None, 3),
+        ([40, 50], None, [3, 40, 50]),
+    ],
+)
+def test_several_ends_survive_import_and_export_and_end_samples(
+    tmp_path: pathlib.Path, config_eos: Any, generation_eos: Any, expected: Any
+) -> None:
+    source, run, out = write(tmp_path / "model"), tmp_path / "run", tmp_path / "out"
+    json_file(source, tokenizer_config={"eos_token": "</s>"})
+    config_with(eos_token_id=config_eos)(source)
+    if generation_eos is not None:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_eos}))
+    assert import_command(source, run) == 0
+    assert export.main(["export", f"--workdir={run}", f"--output={out}"]) == 0
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((out / name).read_text())["eos_token_id"] == expected
+    own = tokenizer.load(run / "tokenizer" / "tokenizer.json")
+    ends = generate.ends_of(run, own)
+    assert ends[0] == own.eos == 3 and set(ends) == {*(expected if isinstance(expected, list) else [3])}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

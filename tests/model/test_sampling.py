@@ -24,7 +24,8 @@ def make_request(*lengths: int, **changes: Any) -> Request:
     """Four prompts of these lengths, filled with id 2, followed by ids to be ignored."""
     ids = np.where(np.arange(SIZE) < np.array(lengths)[:, None], 2, 7).astype(np.int32)
     fields = {"seed": 0, "max_tokens": SIZE, "temperature": 1.0, "top_p": 1.0}
-    fields |= {"vocab_size": VOCAB_SIZE, "eos": EOS, "pad": PAD, "numbers": np.arange(4, dtype=np.int32)}
+    fields |= {"vocab_size": VOCAB_SIZE, "eos": np.array([EOS]), "pad": PAD}
+    fields |= {"numbers": np.arange(4, dtype=np.int32)}
     return Request(ids=ids, lengths=np.array(lengths, np.int32), **(fields | changes))
 
 
@@ -85,22 +86,32 @@ COUNTING = jnp.float32(50.0 * jax.nn.one_hot(jnp.arange(SIZE) + 11, V))  # posit
 
 
 def test_samples_end_at_an_eos_max_tokens_or_the_end_of_the_row() -> None:
-    ids, lengths = run(COUNTING, make_request(2, 5, 9, SIZE - 1, eos=17))
+    ids, lengths = run(COUNTING, make_request(2, 5, 9, SIZE - 1, eos=np.array([17])))
     assert lengths.tolist() == [8, 8, SIZE, SIZE]
     assert ids[0].tolist() == [2, 2, 12, 13, 14, 15, 16, 17] + [7] * (SIZE - 8)
     assert ids[1].tolist() == [2] * 5 + [15, 16, 17] + [7] * (SIZE - 8)  # the first sample is still running
     assert ids[3].tolist() == [2] * (SIZE - 1) + [22]
-    _, lengths = run(COUNTING, make_request(2, 5, 9, SIZE - 1, eos=17, max_tokens=2))
+    _, lengths = run(COUNTING, make_request(2, 5, 9, SIZE - 1, eos=np.array([17]), max_tokens=2))
     assert lengths.tolist() == [4, 7, 11, SIZE]
     ids, lengths = run(
-        COUNTING, make_request(2, 3, 4, 5, eos=2, max_tokens=3)
+        COUNTING, make_request(2, 3, 4, 5, eos=np.array([2]), max_tokens=3)
     )  # an EOS in the prompt does not end the sample
     assert lengths.tolist() == [5, 6, 7, 8] and ids[0, :6].tolist() == [2, 2, 12, 13, 14, 7]
 
 
+def test_sample_ends_at_the_first_of_several_eos_ids_also_at_a_pad_among_them() -> None:
+    # compiled anew for each number of eos ids
+    several = jax.jit(lambda table, request: run.__wrapped__(table, request))
+    _, lengths = several(COUNTING, make_request(2, 5, 9, SIZE - 1, eos=np.array([EOS, 20, 17])))
+    assert lengths.tolist() == [8, 8, 11, SIZE]
+    table = jnp.zeros((SIZE, V)).at[:, PAD].set(9.0)
+    ids, lengths = several(table, make_request(1, 2, 3, 4, temperature=0.0, eos=np.array([EOS, PAD])))
+    assert lengths.tolist() == [2, 3, 4, 5] and ids[0, :2].tolist() == [2, PAD]
+
+
 def test_draws_depend_only_on_seed_number_and_position() -> None:
     def samples(*numbers: int, seed: int = 0) -> np.ndarray:
-        request = make_request(3, 3, 3, 3, numbers=np.array(numbers, np.int32), seed=seed, eos=-1)
+        request = make_request(3, 3, 3, 3, numbers=np.array(numbers, np.int32), seed=seed, eos=np.array([-1]))
         return np.asarray(run(jnp.zeros((SIZE, V)), request)[0])[:, 3:]
 
     ids = samples(0, 1, 2, 3)

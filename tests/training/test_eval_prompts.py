@@ -79,7 +79,7 @@ def test_prompts_and_continuations_fit_any_sequence_length(
     ]
     [request] = program.requests
     assert request.ids.shape == (3, size) and request.lengths.tolist() == [prompt] * 3
-    assert (request.vocab_size, request.eos, request.pad) == (380, trained.eos, trained.pad)
+    assert (request.vocab_size, [*request.eos], request.pad) == (380, [trained.eos], trained.pad)
     assert request.numbers.tolist() == [0, 1, 2]
 
 
