@@ -31,10 +31,12 @@ def run_field(default: Any = dataclasses.MISSING) -> Any:
 
 @dataclasses.dataclass(kw_only=True)
 class ModelConfig:
-    """The shape of the LLaMA decoder and how it is computed.
+    """The shape of the decoder and how it is computed.
 
-    `rope_scaling`: in the grammar of model/rope.py. `max_positions`: the longest row that an imported model
-    supports (0: the run's own sequence_length); written to exports, and otherwise only an upper bound.
+    `family`: a row of families.py. `rope_scaling`: in the grammar of model/rope.py. `max_positions`:
+    the longest row that an imported model supports (0: the run's own sequence_length); `sliding_window`: how
+    many positions each of its ids attends to (0: all before it). Both are written to exports, and otherwise
+    only upper bounds of the rows' length.
     """
 
     vocab_size: int
@@ -45,10 +47,12 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     compute_dtype: str
+    family: str = "llama"
     tied_embeddings: bool = False
     rope_theta: float = 1e4
     rope_scaling: str = "none"
     max_positions: int = run_field(0)
+    sliding_window: int = run_field(0)
     rms_eps: float = 1e-6
     init_std: float = 0.02
     remat: str = run_field("none")

@@ -1,4 +1,4 @@
-"""Exports a run's checkpoint to a directory that transformers loads: a LlamaForCausalLM and its tokenizer.
+"""Exports a run's checkpoint to a directory that transformers loads: the model and its tokenizer.
 
     python -m relora_jax.export --workdir=RUN --output=DIR [--FLAG=VALUE ...]
 
@@ -7,6 +7,7 @@ Any arm can be exported. DIR only appears once it is complete.
 --update=U          the checkpoint (default: the newest)
 --dtype=DTYPE       float32 (default), as in the checkpoint, or bfloat16, rounded to nearest
 --adapter           write the live factors to DIR/adapter, in PEFT's format, instead of merging them
+--base_name=NAME    what the adapter names as its base model (default: .., the directory above it)
 --tokenizer=PATH    the run's tokenizer, if it was moved
 --overwrite         replace an older export in DIR
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv[1:])
     jax.config.update("jax_platforms", "cpu")  # all work is on the host; accelerators may be busy
     workdir, output = args.workdir.expanduser(), args.output.expanduser().absolute()
-    options = {"dtype": args.dtype, "adapter": args.adapter, "overwrite": args.overwrite}
+    options = {"dtype": args.dtype, "adapter": args.adapter, "base_name": args.base_name}
+    options["overwrite"] = args.overwrite
     result = exporting.export(workdir, output, update=args.update, tokenizer=args.tokenizer, **options)
     factors = "its live factors in an adapter" if args.adapter else "its live factors merged"
     content = factors if result.low_rank else "full-rank"
@@ -45,6 +47,7 @@ def _parse(args: Sequence[str]) -> Any:
     parser.add_argument("--dtype", choices=exporting.DTYPES, default="float32")
     parser.add_argument("--tokenizer", default="")
     parser.add_argument("--adapter", action="store_true")
+    parser.add_argument("--base_name", default=exporting.BASE_NAME)
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args(args)
 

@@ -1,4 +1,4 @@
-"""Imports a LLaMA model from transformers as a full-rank checkpoint for train.init_from.
+"""Imports a LLaMA, Mistral, Qwen2 or Qwen3 from transformers as a full-rank checkpoint for train.init_from.
 
     python -m relora_jax.import_hf --input=DIR --output=RUN [--overwrite]
 

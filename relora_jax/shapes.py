@@ -17,6 +17,7 @@ from relora_jax.config import (
 )
 from relora_jax.core.prune import Prune
 from relora_jax.errors import UserError
+from relora_jax.families import FAMILIES
 
 #             hidden   mlp  layers heads
 SHAPES = {
@@ -141,8 +142,11 @@ class Counts:
 def parameters(model: ModelConfig) -> int:
     """The parameter count of the full-rank model."""
     tables = model.vocab_size * model.hidden * (1 if model.tied_embeddings else 2)
-    norms = model.hidden * (2 * model.layers + 1)
-    return tables + norms + model.layers * sum(m * n for m, n in kernels(model).values())
+    family, sizes = FAMILIES[model.family], kernels(model)
+    block = 2 * model.hidden + sum(m * n for m, n in sizes.values())
+    block += sum(sizes[name][1] for name in "qkv") if family.qkv_bias else 0
+    block += 2 * model.head_dim if family.qk_norm else 0
+    return tables + model.hidden + model.layers * block
 
 
 def count(config: Config) -> Counts:

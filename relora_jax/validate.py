@@ -14,6 +14,7 @@ from relora_jax import shapes
 from relora_jax.config import ARMS, LOW_RANK_ARMS, Config, check_types
 from relora_jax.core import base, low_rank, reset, restart
 from relora_jax.errors import UserError
+from relora_jax.families import FAMILIES
 from relora_jax.model import llama, rope
 from relora_jax.training.sharding import mesh_shape
 
@@ -38,6 +39,7 @@ def check_settings(config: Config) -> None:
 
 def _model(config: Config) -> None:
     model = config.model
+    _one_of("model.family", model.family, FAMILIES)
     for name in ("vocab_size", "hidden", "mlp", "layers", "heads", "kv_heads", "head_dim"):
         _positive(f"model.{name}", getattr(model, name))
     for name in ("rope_theta", "rms_eps", "init_std"):
@@ -47,14 +49,44 @@ def _model(config: Config) -> None:
     _dtype("model.compute_dtype", model.compute_dtype)
     with _prefixed("model.rope_scaling: "):
         rope.parse(model.rope_scaling)
-    _between("model.max_positions", model.max_positions, 0, 2**31 - 1)
-    length = config.data.sequence_length
-    if 0 < model.max_positions < length:
+    if model.sliding_window and not FAMILIES[model.family].has_window:
         raise UserError(
-            f"data.sequence_length {length} exceeds model.max_positions {model.max_positions}: shorten it"
+            f"model.sliding_window {model.sliding_window}: the family {model.family} has none: set it to 0"
         )
+    for name in ("max_positions", "sliding_window"):
+        _limits_rows(config, name)
     with _prefixed("model."):
         llama.check_heads(model.heads, model.kv_heads, model.head_dim)
+
+
+def _limits_rows(config: Config, name: str) -> None:
+    """UserError if rows are longer than a limit of the model; 0 is none."""
+    limit, length = getattr(config.model, name), config.data.sequence_length
+    _between(f"model.{name}", limit, 0, 2**31 - 1)
+    if 0 < limit < length:
+        raise UserError(f"data.sequence_length {length} exceeds model.{name} {limit}: shorten it")
+
+
+def _cudnn(config: Config) -> None:
+    """UserError without a GPU, or for a dtype or shape that cuDNN's attention does not support on any GPU."""
+    model, length = config.model, config.data.sequence_length
+    if model.compute_dtype != "bfloat16":
+        raise UserError(
+            f"model.attention cudnn computes in bfloat16, not in model.compute_dtype {model.compute_dtype}: "
+            "set that to bfloat16, or model.attention to xla"
+        )
+    if model.head_dim % 8 or model.head_dim > 256:
+        raise UserError(
+            f"model.attention cudnn needs a model.head_dim that is a multiple of 8 up to 256, not "
+            f"{model.head_dim}: set model.attention to xla"
+        )
+    if length % 2 and not config.data.attend_across_documents:
+        raise UserError(
+            f"model.attention cudnn needs an even data.sequence_length to separate documents, not {length}: "
+            "change it, or set model.attention to xla"
+        )
+    if jax.default_backend() != "gpu":
+        raise UserError(f"model.attention cudnn needs a GPU, not {jax.default_backend()}: use xla")
 
 
 def _optimizer(config: Config) -> None:
@@ -71,8 +103,8 @@ def _optimizer(config: Config) -> None:
 
 def _devices(config: Config, devices: int) -> None:
     train, mesh = config.train, config.mesh
-    if config.model.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise UserError(f"model.attention cudnn needs a GPU, not {jax.default_backend()}: use xla")
+    if config.model.attention == "cudnn":
+        _cudnn(config)
     mesh_shape(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
     if train.microbatch % devices:
         raise UserError(

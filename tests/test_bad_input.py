@@ -16,6 +16,7 @@ from tests.support.commands import TOY
 from tests.support.documents import texts, write_dataset
 from tests.support.tokenizers import json_file
 
+CUDNN = "--config.model.attention=cudnn --config.model.compute_dtype=bfloat16 --config.model.head_dim=8"
 # {flags after --config=toy.py: what the error line must contain}
 SETTINGS = {
     "--config.relora.rank=0": "relora.rank 0 does not fit a 16 x 16 kernel: choose 1 to 16",
@@ -58,6 +59,11 @@ SETTINGS = {
     "--config.model.rope_scaling=linear(0)": "its numbers must be finite and above 0",
     "--config.model.max_positions=11": "data.sequence_length 12 exceeds model.max_positions 11",
     "--config.model.max_positions=-1": "model.max_positions -1",
+    "--config.model.family=gemma": "'gemma' is unknown: choose one of llama, mistral, qwen2, qwen3",
+    "--config.model.family=qwen3 --config.model.sliding_window=11": (
+        "data.sequence_length 12 exceeds model.sliding_window 11: shorten it"
+    ),
+    "--config.model.sliding_window=64": "model.sliding_window 64: the family llama has none",
     "--config.data.bos_id=380": "data.bos_id 380 is not an id of tokenizer",
     "--config.relora.peak_lr=0": "relora.peak_lr 0",
     "--config.relora.peak_lr=-1e-3": "relora.peak_lr -0.001",
@@ -83,7 +89,12 @@ SETTINGS = {
     "--config.relora.alpha=0": "relora.alpha 0",
     "--config.model.kv_heads=3": "model.kv_heads 3 must divide",
     "--config.model.head_dim=5": "model.head_dim 5 must be even",
-    "--config.model.attention=cudnn": "needs a GPU",
+    "--config.model.attention=cudnn": "cudnn computes in bfloat16, not in model.compute_dtype float32: set",
+    f"{CUDNN} --config.model.head_dim=12": "multiple of 8 up to 256, not 12: set model.attention to xla",
+    f"{CUDNN} --config.data.attend_across_documents=false --config.data.sequence_length=11": (
+        "needs an even data.sequence_length to separate documents, not 11"
+    ),
+    CUDNN: "needs a GPU",
     "--config.model.attention=flash": "model.attention 'flash'",
     "--config.model.remat=all": "model.remat 'all'",
     "--config.model.compute_dtype=half": "model.compute_dtype 'half'",

@@ -14,7 +14,14 @@ from tests.support import small
 
 CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
 RUN = {
-    *("name", "model.remat", "model.attention", "model.max_positions", "relora.product"),
+    *(
+        "name",
+        "model.remat",
+        "model.attention",
+        "model.max_positions",
+        "model.sliding_window",
+        "relora.product",
+    ),
     *("train.microbatch", "train.log_every_updates", "train.evaluate_every_updates"),
     *("train.save_every_updates", "train.eval_tokens", "train.keep_last"),
     *("train.keep_every", "train.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"),

@@ -14,7 +14,7 @@ COMMANDS = {"train", "prepare", "evaluate", "generate", "export", "import_hf", "
 # Subpackages (rooms) and top-level modules from the bottom up; each imports only lower floors and itself.
 FLOORS = [
     {"core", "errors"},
-    {"storage", "config"},
+    {"storage", "config", "families"},
     {"tokenizer", "cli"},
     {"data", "model", "shapes"},
     {"training"},

@@ -1,4 +1,4 @@
-"""Exports a run's checkpoint as the directory of a LlamaForCausalLM, with its tokenizer."""
+"""Exports a run's checkpoint as the directory of a model of transformers, with its tokenizer."""
 
 import json
 import math
@@ -25,6 +25,7 @@ from relora_jax.training import names
 
 DTYPES: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(bfloat16)}
 ADAPTER = "adapter"  # the directory of the live factors
+BASE_NAME = ".."  # of an adapter: the directory above it
 OUTPUT_FILES = ("config.json", "generation_config.json", "model*.safetensors*", f"{ADAPTER}/adapter_*")
 OUTPUT_FILES += tokenizer_files.FILES
 
@@ -43,14 +44,17 @@ def export(
     update: int | None,
     dtype: str,
     adapter: bool,
+    base_name: str,
     tokenizer: str,
     overwrite: bool,
 ) -> Exported:
     """Exports the run's newest checkpoint, or that of `update`, to a directory that transformers loads.
 
-    `tokenizer`: the path of the run's tokenizer if it was moved, else "". UserError, before anything is
-    written, if the run cannot be exported.
+    `tokenizer`: the path of the run's tokenizer if it was moved, else "". `base_name`: what the adapter names
+    as its base model. UserError, before anything is written, if the run cannot be exported.
     """
+    if base_name != BASE_NAME and not adapter:
+        raise UserError(f"--base_name={base_name} names the base of an adapter: add --adapter")
     atomic.check_output(output, OUTPUT_FILES, overwrite=overwrite)
     if checkpoints_dir(workdir).resolve() in (output.resolve(), *output.resolve().parents):
         raise UserError(f"--output={output} is inside the run's checkpoints: choose another path")
@@ -67,7 +71,7 @@ def export(
             for name, content in files.items():
                 atomic.write(staging / name, content)
             if adapter:
-                write_adapter(variables, config, staging / ADAPTER, dtype=DTYPES[dtype], base=output)
+                write_adapter(variables, config, staging / ADAPTER, dtype=DTYPES[dtype], base_name=base_name)
     except DamagedError as error:
         restored.check_not_deleted(workdir, u)
         raise UserError(f"{error}: export another checkpoint with --update") from error
@@ -108,7 +112,9 @@ def write(variables: Variables, config: Config, folder: Path, *, dtype: np.dtype
         tensor_files.save(folder, [partial(shard, paths) for paths in tensor_files.group_by_size(sizes)])
 
 
-def write_adapter(variables: Variables, config: Config, folder: Path, *, dtype: np.dtype, base: Path) -> None:
+def write_adapter(
+    variables: Variables, config: Config, folder: Path, *, dtype: np.dtype, base_name: str
+) -> None:
     """Writes the live factors, as `peft.PeftModel.from_pretrained(model, folder)` loads them."""
     relora, specs = config.relora, llama.tensor_specs(config.model)
     specs = {name: spec for name, spec in specs.items() if variables.has_factors(spec.path)}
@@ -128,7 +134,7 @@ def write_adapter(variables: Variables, config: Config, folder: Path, *, dtype: 
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base),
+        "base_model_name_or_path": base_name,
         "r": relora.rank,
         "lora_alpha": int(relora.alpha) if relora.alpha == int(relora.alpha) else relora.alpha,
         "lora_dropout": relora.dropout,

@@ -1,4 +1,4 @@
-"""Imports a LLaMA of transformers as a run whose full-rank checkpoint train.init_from starts from."""
+"""Imports a model of transformers as a run whose full-rank checkpoint train.init_from starts from."""
 
 import dataclasses
 import re
@@ -15,6 +15,7 @@ from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.checkpoint.saved import checkpoints_dir
 from relora_jax.config import Config, ModelConfig
 from relora_jax.errors import UserError
+from relora_jax.families import FAMILIES
 from relora_jax.hf import json_file, llama, starting_config, tokenizer_files
 from relora_jax.hf.llama import TensorSpec
 from relora_jax.hf.tensor_files import TensorFiles
@@ -39,15 +40,15 @@ TOKENIZER_FILES = (
 )
 OUTPUT_FILES = ("checkpoints/*", record.CONFIG, STARTING_CONFIG, record.FACTS, f"{TOKENIZER}/*")
 HEAD = "lm_head.weight"
-# Buffers that older versions of transformers saved: they follow from config.json.
-_COMPUTED = re.compile(r"model\.layers\.[0-9]+\.self_attn\.rotary_emb\.inv_freq")
+# Buffers that older versions of transformers saved: they follow from config.json, and are ignored there too.
+_COMPUTED = re.compile(r"rotary_emb\.inv_freq")
 _MAX_LISTED = 5  # tensors in an error message
 
 
 def import_model(source: Path, workdir: Path, *, overwrite: bool) -> ModelConfig:
     """Writes the model in `source` to `workdir`, an absolute path, as a run with a starting config.
 
-    UserError, before anything is written, if it cannot be imported.
+    UserError, with nothing left behind, if it cannot be imported.
     """
     if ":" in str(workdir):
         raise UserError(f"--output={workdir} has a colon, which ends FILE in --config=FILE:ARM: rename it")
@@ -66,7 +67,8 @@ def import_model(source: Path, workdir: Path, *, overwrite: bool) -> ModelConfig
         validate(config, devices=1)
         rows = {"train": keys} if keys else {}
         settings = json_file.read(source / "config.json", max_bytes=MAX_CONFIG_BYTES)
-        special = llama.special_ids(llama.SPECIAL | settings | _generation_eos(source, settings), model)
+        defaults = FAMILIES[model.family].defaults
+        special = llama.special_ids(defaults | settings | _generation_eos(source, settings), model)
         directory.begin(writer, config, rows=rows, special=special, **facts)
         _copy_tokenizer(source, staging / TOKENIZER)
         with Checkpoints(staging, config) as checkpoints:
@@ -80,7 +82,9 @@ def load(source: Path) -> tuple[ModelConfig, TensorFiles, Tokenizer | None]:
     if not config.is_file():
         raise UserError(f"{str(source)!r} has no config.json: pass a directory written by transformers")
     model = llama.from_config(json_file.read(config, max_bytes=MAX_CONFIG_BYTES), source=config)
-    files = TensorFiles.open(source)
+    files = TensorFiles.open(
+        source, optional=lambda name: _is_computed(name) or (name == HEAD and model.tied_embeddings)
+    )
     check_tensors(model, files)
     check_rope(model, config)
     tokenizer = find_tokenizer(source)
@@ -91,7 +95,7 @@ def check_tensors(model: ModelConfig, files: TensorFiles) -> None:
     """UserError if tensors are missing, unexpected or of another shape, or a tied head differs."""
     specs, kinds = llama.tensor_specs(model), files.kinds
     _refuse(files, "missing", [name for name in specs if name not in kinds])
-    unexpected = [name for name in kinds if name not in specs and not _COMPUTED.fullmatch(name)]
+    unexpected = [name for name in kinds if name not in specs and not _is_computed(name)]
     if HEAD in unexpected:
         embeddings = next(iter(specs))
         if kinds[HEAD] != kinds[embeddings] or not _same_bits(files.read(HEAD), files.read(embeddings)):
@@ -107,6 +111,10 @@ def check_tensors(model: ModelConfig, files: TensorFiles) -> None:
                 f"{files.folder}: config.json does not match the tensors: {name!r} has shape "
                 f"{list(kinds[name][0])}, expected {list(spec.shape)}"
             )
+
+
+def _is_computed(name: str) -> bool:
+    return _COMPUTED.search(name) is not None
 
 
 def _refuse(files: TensorFiles, problem: str, names: list[str]) -> None:
@@ -195,7 +203,7 @@ def _warn(message: str) -> None:
 
 def _compute_dtype(files: TensorFiles) -> str:
     """bfloat16 if all tensors have 16 bits, else float32."""
-    wide = any(kind == np.float32 for name, (_, kind) in files.kinds.items() if not _COMPUTED.fullmatch(name))
+    wide = any(kind == np.float32 for name, (_, kind) in files.kinds.items() if not _is_computed(name))
     return "float32" if wide else "bfloat16"
 
 
@@ -216,6 +224,18 @@ def _generation_eos(source: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {"eos_token_id": list(dict.fromkeys(eos))} if eos else {}
 
 
+def _check_finite(folder: Path, name: str, tensor: np.ndarray) -> None:
+    """UserError if a weight is NaN or infinite: no update and no loss would be finite."""
+    finite = np.isfinite(tensor)
+    if not finite.all():
+        count = np.count_nonzero(~finite)
+        first = [int(i) for i in np.unravel_index(np.argmin(finite), tensor.shape)]
+        raise UserError(
+            f"{folder}: {count:,} of the {tensor.size:,} weights of {name!r} are NaN or infinite, the first "
+            f"at {first}: download the file again, or save a model whose weights are finite"
+        )
+
+
 def state_of(config: Config, files: TensorFiles) -> TrainState:
     """The full-rank state with the model alone, loaded leaf by leaf."""
     like = model_of(abstract_state(config, 0))
@@ -228,6 +248,7 @@ def state_of(config: Config, files: TensorFiles) -> TrainState:
             values = np.empty(shape.shape, shape.dtype)
             for name, spec in tensors[path]:
                 tensor = files.read(name)
+                _check_finite(files.folder, name, tensor)
                 target = values if spec.layer is None else values[spec.layer]
                 target[...] = tensor.T if spec.transposed else tensor
                 bar.update()

@@ -1,7 +1,7 @@
-"""LLaMA in transformers' terms: its config.json, and the names and shapes of its tensors, both ways.
+"""LLaMA's families in transformers' terms: config.json, and the names and shapes of the tensors, both ways.
 
-`LlamaForCausalLM` computes what model/llama.py does, with kernels [out, in] per layer and the same layout of
-rotary pairs. A config that model/llama.py cannot represent is rejected by the name of its setting.
+transformers' classes compute what model/llama.py does, with kernels [out, in] per layer and the same layout
+of rotary pairs. A config that model/llama.py cannot represent is rejected by the name of its setting.
 """
 
 import dataclasses
@@ -11,22 +11,20 @@ from typing import Any, NamedTuple
 from relora_jax import shapes
 from relora_jax.config import ModelConfig
 from relora_jax.errors import UserError
+from relora_jax.families import FAMILIES, Family
 from relora_jax.model import rope
 from relora_jax.model.llama import check_heads
 from relora_jax.model.rope import Scaling
 from relora_jax.training import names
 
-ARCHITECTURE, MODEL_TYPE = "LlamaForCausalLM", "llama"
 MODULES = {"attention": "self_attn", "mlp": "mlp"}  # of a block
 LIMITS = {"num_hidden_layers": 10_000}  # layers are enumerated
 _ORIGINAL = "original_max_position_embeddings"
-# transformers' defaults for keys that are missing in config.json
-_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "initializer_range": 0.02}
-SPECIAL: dict[str, int | None] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+# transformers' defaults, in all families, for keys that are missing in config.json
+_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
     "partial_rotary_factor": (1.0, None),
     "quantization_config": (None,),
 }
@@ -46,7 +44,7 @@ class TensorSpec(NamedTuple):
 
 def tensor_specs(model: ModelConfig) -> dict[str, TensorSpec]:
     """{name in transformers: spec} of the model's tensors, in transformers' order."""
-    hidden, sizes = model.hidden, shapes.kernels(model)
+    hidden, sizes, family = model.hidden, shapes.kernels(model), FAMILIES[model.family]
     embedding = TensorSpec(names.EMBEDDING, None, (model.vocab_size, hidden), False)
     specs = {"model.embed_tokens.weight": embedding}
     for layer in range(model.layers):
@@ -54,8 +52,15 @@ def tensor_specs(model: ModelConfig) -> dict[str, TensorSpec]:
         for group, kernels in shapes.KERNELS.items():
             for name in kernels:
                 path, (fan_in, fan_out) = names.kernel_of(names.LAYERS[name]), sizes[name]
-                spec = TensorSpec(path, layer, (fan_out, fan_in), True)
-                specs[f"{block}.{MODULES[group]}.{name}_proj.weight"] = spec
+                stem = f"{block}.{MODULES[group]}.{name}_proj"
+                specs[f"{stem}.weight"] = TensorSpec(path, layer, (fan_out, fan_in), True)
+                if family.qkv_bias and name in "qkv":
+                    path = names.bias_of(names.LAYERS[name])
+                    specs[f"{stem}.bias"] = TensorSpec(path, layer, (fan_out,), False)
+            if group == "attention" and family.qk_norm:
+                for name in ("q_norm", "k_norm"):
+                    spec = TensorSpec(names.norm(f"{group}/{name}"), layer, (model.head_dim,), False)
+                    specs[f"{block}.{MODULES[group]}.{name}.weight"] = spec
         for norm, ours in (("input_layernorm", "attention_norm"), ("post_attention_layernorm", "mlp_norm")):
             specs[f"{block}.{norm}.weight"] = TensorSpec(names.norm(ours), layer, (hidden,), False)
     specs["model.norm.weight"] = TensorSpec(names.FINAL_NORM, None, (hidden,), False)
@@ -69,15 +74,16 @@ def to_config(model: ModelConfig, *, length: int, dtype: str, special: dict[str,
 
     `special`: {key of SPECIAL: id}. UserError if transformers cannot represent the model.
     """
-    if model.hidden % model.heads:
+    family = FAMILIES[model.family]
+    if model.family == "llama" and model.hidden % model.heads:
         raise UserError(
             f"model.hidden {model.hidden} is not a multiple of model.heads {model.heads}, "
-            f"which {ARCHITECTURE} requires: the model cannot be exported"
+            f"which {family.architecture} requires: the model cannot be exported"
         )
     positions = model.max_positions or length
     return {
-        "architectures": [ARCHITECTURE],
-        "model_type": MODEL_TYPE,
+        "architectures": [family.architecture],
+        "model_type": model.family,
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden,
         "intermediate_size": model.mlp,
@@ -92,8 +98,8 @@ def to_config(model: ModelConfig, *, length: int, dtype: str, special: dict[str,
         "rope_theta": model.rope_theta,  # all versions of transformers read these two keys
         "rope_scaling": _rope_config(rope.parse(model.rope_scaling), positions),
         "tie_word_embeddings": model.tied_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
+        **family.fixed,
+        **_window_config(model, family),
         "attention_dropout": 0.0,
         "use_cache": True,
         "dtype": dtype,
@@ -106,19 +112,22 @@ def from_config(config: Any, *, source: Any) -> ModelConfig:
     """The model of a config.json, computed in float32. UserError, naming `source`, if it is not supported."""
     if not isinstance(config, dict):
         raise UserError(f"{source} is not a JSON object: pass the directory of a model")
-    kind, architectures = config.get("model_type"), config.get("architectures") or [ARCHITECTURE]
-    if kind != MODEL_TYPE or architectures != [ARCHITECTURE]:
-        unsupported = architectures if kind == MODEL_TYPE else kind
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None or architectures not in (None, [], [family.architecture]):
+        known = ", ".join(f"{name} ({row.architecture})" for name, row in FAMILIES.items())
         raise UserError(
-            f"{source} describes a model of type {unsupported!r}: "
-            f"only {MODEL_TYPE} ({ARCHITECTURE}) can be imported"
+            f"{source} describes a model of type {kind!r} with architectures {architectures!r}: "
+            f"only {known} can be imported"
         )
-    for key, supported in _SUPPORTED.items():
+    config = _DEFAULTS | family.defaults | config
+    for key, supported in (_SUPPORTED | {key: (value,) for key, value in family.fixed.items()}).items():
         if key in config and config[key] not in supported:
             raise UserError(f"{source}: {key} = {config[key]!r} is not supported, only {supported[0]!r}")
     integer = lambda key, *default: _integer(config, key, *default, source=source)  # noqa: E731
     hidden, heads = integer("hidden_size"), integer("num_attention_heads")
-    positions = integer("max_position_embeddings", _DEFAULTS["max_position_embeddings"])
+    layers = integer("num_hidden_layers")
+    positions = integer("max_position_embeddings", family.defaults["max_position_embeddings"])
     theta, scaling = _rope(config, positions, source)
     tied = config.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
@@ -127,15 +136,17 @@ def from_config(config: Any, *, source: Any) -> ModelConfig:
         vocab_size=integer("vocab_size"),
         hidden=hidden,
         mlp=integer("intermediate_size"),
-        layers=integer("num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=integer("num_key_value_heads", heads),
         head_dim=integer("head_dim", max(hidden // heads, 1)),
         compute_dtype="float32",
+        family=str(kind),
         tied_embeddings=tied,
         rope_theta=theta,
         rope_scaling=str(scaling),
         max_positions=positions,
+        sliding_window=_window(config, family, layers, source),
         rms_eps=_number(config, "rms_norm_eps", _DEFAULTS["rms_norm_eps"], source=source),
         init_std=_number(config, "initializer_range", _DEFAULTS["initializer_range"], source=source),
     )
@@ -157,6 +168,35 @@ def special_ids(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
         eos = [i for i in ids.pop("eos_token_id") if is_id(i)]
         return special_ids(ids, model) | ({"eos_token_id": eos if eos[1:] else eos[0]} if eos else {})
     return {key: value for key, value in ids.items() if is_id(value)}
+
+
+def _window(config: dict[str, Any], family: Family, layers: int, source: Any) -> int:
+    """The sliding window of all layers; 0 if they have none. UserError if only some layers have one."""
+    if not family.has_window or config["sliding_window"] is None:
+        return 0
+    if family.has_windowless_layers:
+        used, first = config["use_sliding_window"], config["max_window_layers"]
+        for key, value, kind in (("use_sliding_window", used, bool), ("max_window_layers", first, int)):
+            if not isinstance(value, kind):
+                raise UserError(f"{source}: {key} = {value!r} must be of type {kind.__name__}")
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
+        kinds = config.get("layer_types") or kinds
+        if not used or kinds == ["full_attention"] * layers:
+            return 0
+        if kinds != ["sliding_attention"] * layers:
+            raise UserError(f"{source}: a sliding_window of only some layers is not supported")
+    return _integer(config, "sliding_window", source=source)
+
+
+def _window_config(model: ModelConfig, family: Family) -> dict[str, Any]:
+    """The sliding window in config.json, the same in all layers."""
+    if not family.has_window:
+        return {}
+    window = {"sliding_window": model.sliding_window or None}
+    if not family.has_windowless_layers:
+        return window
+    layers = 0 if model.sliding_window else model.layers
+    return {"use_sliding_window": bool(model.sliding_window), **window, "max_window_layers": layers}
 
 
 def _rope(config: dict[str, Any], positions: int, source: Any) -> tuple[float, Scaling]:

@@ -16,7 +16,7 @@ from relora_jax.core.prune import magnitude
 from relora_jax.errors import UserError
 from relora_jax.run import record
 
-SEQUENCE_LENGTH = 1024  # or the model's max_positions if that is less
+SEQUENCE_LENGTH = 1024  # or the model's max_positions or sliding_window if that is less
 RANK = 128  # the paper's from 350m on
 REMAT_PARAMETERS = 10**9  # larger models recompute activations in the backward pass
 
@@ -54,6 +54,7 @@ def of_model(model: ModelConfig, run: str, arm: str, *, compute_dtype: str, ids:
         raise UserError("an imported model has no control arm: choose full, lora or relora")
     half = min(min(sides) for sides in shapes.kernels(model).values()) // 2
     rank = min(RANK, 2 ** (max(half, 1).bit_length() - 1))
+    limits = (SEQUENCE_LENGTH, model.max_positions, model.sliding_window)  # 0: none
     remat = "full" if shapes.parameters(model) > REMAT_PARAMETERS else "none"
     return Config(
         name=Path(run).name,
@@ -74,7 +75,7 @@ def of_model(model: ModelConfig, run: str, arm: str, *, compute_dtype: str, ids:
         optimizer=OptimizerConfig(peak_lr=1e-4, warm_up_updates=100 if arm == "full" else 0),
         data=DataConfig(  # --text sets `text`
             tokenizer=f"{run}/tokenizer",
-            sequence_length=min(SEQUENCE_LENGTH, model.max_positions or SEQUENCE_LENGTH),
+            sequence_length=min(filter(None, limits)),
             **ids,
         ),
         train=TrainConfig(

@@ -39,22 +39,24 @@ class TensorFiles:
     _files: dict[str, Any] = dataclasses.field(repr=False)
 
     @classmethod
-    def open(cls, folder: Path) -> "TensorFiles":
-        """UserError if a file is missing, does not match its header, or has an unsupported format.
+    def open(cls, folder: Path, *, optional: Callable[[str], bool] = lambda name: False) -> "TensorFiles":
+        """UserError if a file is missing, differs from its header or the index, or has an unsupported format.
 
         A file may be a link, as in the hub's cache, but the index may only list files of the directory.
+        Index and files need not agree on tensors whose names are `optional`.
         """
         folder = Path(folder)
         kinds: dict[str, Kind] = {}
         files: dict[str, Any] = {}
         for path, names in _tensors_by_file(folder).items():
             header, file = _open(path)
-            for name in sorted(header.keys() if names is None else header.keys() | names):
-                if name not in header:
-                    raise UserError(f"{path} has no tensor {name!r}, which {INDEX} expects in it")
-                if names is not None and name not in names:
-                    raise UserError(f"{path} has a tensor {name!r}, which {INDEX} does not expect in it")
-                kinds[name], files[name] = header[name], file
+            for name in sorted(set() if names is None else header.keys() ^ names):
+                if not optional(name):
+                    expects = "does not expect in it" if name in header else "expects in it"
+                    problem = f"a tensor {name!r}" if name in header else f"no tensor {name!r}"
+                    raise UserError(f"{path} has {problem}, which {INDEX} {expects}")
+            kinds |= header
+            files |= dict.fromkeys(header, file)
         return cls(folder, kinds, files)
 
     def read(self, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases.
+"""The LLaMA decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, and its families' additions.
 
 Plain `nnx.Linear`s, in blocks that are stacked on a leading axis and scanned; nothing here is low-rank.
 Shapes: B rows, L positions, D hidden, H query heads, K key-value heads, h head dimension, V vocabulary.
@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from relora_jax.config import ModelConfig
+from relora_jax.families import FAMILIES
 from relora_jax.model import rope
 
 REMAT = ("none", "dots", "full")
@@ -52,7 +53,7 @@ class Llama(nnx.Module):
         blocks = jax.vmap(lambda key: nnx.split(Block(config, rngs=nnx.Rngs(key)))[1])(keys)
         graph = nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
         self.blocks = nnx.merge(graph, blocks)
-        self.norm = _norm(config, axes=("norm",), rngs=rngs)
+        self.norm = _norm(config, config.hidden, axes=("norm",), rngs=rngs)
         head = (config.hidden, config.vocab_size, ("embed", "vocab"), rngs)
         self.head = None if config.tied_embeddings else _linear(config, *head)
         self.remat = config.remat
@@ -84,9 +85,9 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = _norm(config, axes=("layers", "norm"), rngs=rngs)
+        self.attention_norm = _norm(config, config.hidden, axes=("layers", "norm"), rngs=rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = _norm(config, axes=("layers", "norm"), rngs=rngs)
+        self.mlp_norm = _norm(config, config.hidden, axes=("layers", "norm"), rngs=rngs)
         self.mlp = Mlp(config, rngs=rngs)
 
     def __call__(
@@ -98,15 +99,21 @@ class Block(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal softmax(q k^T / sqrt(h)) v; each key-value head serves H / K query heads."""
+    """Causal softmax(q k^T / sqrt(h)) v; each key-value head serves H / K query heads.
+
+    In some families q, k and v have biases, or each head of q and k passes a norm before its rotation.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         query, value = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        axes = ("layers", "in", "out")
-        self.q = _linear(config, config.hidden, query, axes, rngs)
-        self.k = _linear(config, config.hidden, value, axes, rngs)
-        self.v = _linear(config, config.hidden, value, axes, rngs)
+        axes, family = ("layers", "in", "out"), FAMILIES[config.family]
+        self.q = _linear(config, config.hidden, query, axes, rngs, bias=family.qkv_bias)
+        self.k = _linear(config, config.hidden, value, axes, rngs, bias=family.qkv_bias)
+        self.v = _linear(config, config.hidden, value, axes, rngs, bias=family.qkv_bias)
         self.o = _linear(config, query, config.hidden, axes, rngs)
+        norm_axes, dim = ("layers", "norm"), config.head_dim
+        self.q_norm = _norm(config, dim, axes=norm_axes, rngs=rngs) if family.qk_norm else None
+        self.k_norm = _norm(config, dim, axes=norm_axes, rngs=rngs) if family.qk_norm else None
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.theta, self.scaling = config.rope_theta, rope.parse(config.rope_scaling)
         self.implementation = config.attention
@@ -119,6 +126,8 @@ class Attention(nnx.Module):
         q = self.q(x).reshape(rows, length, self.heads, self.head_dim)
         k = self.k(x).reshape(rows, length, self.kv_heads, self.head_dim)
         v = self.v(x).reshape(rows, length, self.kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         frequencies = self.scaling.frequencies(self.head_dim, theta=self.theta, length=length)
         rotation = frequencies, self.scaling.amplitude()
         y = attend(
@@ -206,25 +215,32 @@ def dtypes(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def _linear(
-    config: ModelConfig, fan_in: int, fan_out: int, axes: tuple[str, ...], rngs: nnx.Rngs
+    config: ModelConfig,
+    fan_in: int,
+    fan_out: int,
+    axes: tuple[str, ...],
+    rngs: nnx.Rngs,
+    *,
+    bias: bool = False,
 ) -> nnx.Linear:
     dtype, param_dtype = dtypes(config)
     return nnx.Linear(
         fan_in,
         fan_out,
-        use_bias=False,
+        use_bias=bias,
         kernel_init=nnx.initializers.normal(config.init_std),
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
         kernel_metadata={"axes": axes},
+        bias_metadata={"axes": (*axes[:-2], "bias")},
     )
 
 
-def _norm(config: ModelConfig, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.RMSNorm:
+def _norm(config: ModelConfig, width: int, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.RMSNorm:
     dtype, param_dtype = dtypes(config)
     return nnx.RMSNorm(
-        config.hidden,
+        width,
         epsilon=config.rms_eps,
         dtype=dtype,
         param_dtype=param_dtype,

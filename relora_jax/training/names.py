@@ -2,6 +2,7 @@
 
     embed/embedding  norm/scale  head/kernel                 outside of the blocks
     blocks/attention/q/kernel  blocks/mlp_norm/scale  ...    the blocks, stacked on the layers axis
+    blocks/attention/q/bias  blocks/attention/q_norm/scale   in some families
     .../lora_a  .../lora_b                                   the factors next to a frozen kernel
 
 A checkpoint holds trained/PATH, frozen/PATH and opt_state/...: the fields of `TrainState`.
@@ -18,6 +19,11 @@ LAYERS = {name: f"{BLOCKS}/{group}/{name}" for group, names in KERNELS.items() f
 def kernel_of(layer: str) -> str:
     """The path of a layer's kernel: blocks/attention/q -> blocks/attention/q/kernel."""
     return f"{layer}/kernel"
+
+
+def bias_of(layer: str) -> str:
+    """The path of a layer's bias: blocks/attention/q -> blocks/attention/q/bias."""
+    return f"{layer}/bias"
 
 
 def norm(name: str) -> str:

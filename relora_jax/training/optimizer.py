@@ -26,7 +26,7 @@ def make_optimizer(
     """AdamW for `params`, in the groups "factors" and "rest", clipped by the global norm over both.
 
     `update(grads, state, params, learning_rate=...)`; the factors' rate is factor_lr_ratio times that.
-    Weight decay is decoupled, scaled by the group's rate, and on matrices only. clip_norm=0: no clipping.
+    Weight decay is decoupled, scaled by the group's rate, and on all but the norms. clip_norm=0: no clipping.
     """
 
     def adamw(ratio: float) -> optax.GradientTransformation:
@@ -59,7 +59,5 @@ def carry_over_rest(new: Any, old: Any) -> Any:
 
 
 def _decays(params: Any) -> Any:
-    def is_matrix(leaf: Any) -> bool:
-        return leaf.ndim - getattr(leaf, "axes", ()).count("layers") >= 2
-
-    return jax.tree.map(is_matrix, params, is_leaf=is_variable)
+    """Whether a variable decays, from its named axes."""
+    return jax.tree.map(lambda leaf: "norm" not in getattr(leaf, "axes", ()), params, is_leaf=is_variable)

@@ -15,8 +15,8 @@ from relora_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-# Scans and merges iterate over layers, every device needs the full rank, and norms are small.
-UNSHARDED = ("layers", "rank", "norm")
+# Scans and merges iterate over layers, every device needs the full rank, and norms and biases are small.
+UNSHARDED = ("layers", "rank", "norm", "bias")
 
 
 def start_devices() -> list[Any]:

@@ -497,12 +497,13 @@ def test_reset_leaves_the_factors_of_other_lora_layers_alone() -> None:
 # --- make_optimizer
 
 SETTINGS = {"b1": 0.8, "b2": 0.95, "eps": 1e-3, "weight_decay": 0.3}
-VECTORS = ("norm", "scale")
+NORMS = ("norm", "scale")
 
 
 def variables(values: Tree) -> nnx.State:
-    """The values as model variables: factors, matrices and vectors, stacked and not."""
+    """The values as model variables: factors, matrices, norms and a bias, stacked and not."""
     axes = {"lora_a": ("layers", "in", "rank"), "scale": ("layers", "norm"), "embed": ("vocab", "embed")}
+    axes |= {"norm": ("norm",), "bias": ("layers", "bias")}
     kinds = {"lora_a": LowRankFactor}
     return nnx.State(
         {n: kinds.get(n, nnx.Param)(v, **({"axes": axes[n]} if n in axes else {})) for n, v in values.items()}
@@ -511,6 +512,7 @@ def variables(values: Tree) -> nnx.State:
 
 def values(seed: int) -> Tree:
     shapes = {"lora_a": (2, 3, 2), "scale": (2, 3), "embed": (5, 3), "norm": (3,), "plain": (3, 4)}
+    shapes["bias"] = (2, 3)
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape) for name, shape in shapes.items()}
 
@@ -537,7 +539,7 @@ def test_make_optimizer_matches_adamw_in_float64(clip_norm: float) -> None:
                 m[name] = b1 * m[name] + (1 - b1) * clipped
                 v[name] = b2 * v[name] + (1 - b2) * clipped**2
                 step = m[name] / (1 - b1**t) / (np.sqrt(v[name] / (1 - b2**t)) + eps)
-                step += 0 if name in VECTORS else decay * w[name]
+                step += 0 if name in NORMS else decay * w[name]
                 w[name] = w[name] - rate * (ratio if name == "lora_a" else 1) * step
         for name in w:
             np.testing.assert_allclose(params[name][...], w[name], rtol=1e-12, err_msg=name)

@@ -104,6 +104,18 @@ def test_adapter_has_every_factor_and_leaves_base_kernels_unmerged(
     np.testing.assert_array_equal(factors[f"{stem}.lora_B.weight"], q.lora_b[1].T)
 
 
+@pytest.mark.parametrize("name", ["", "meta-llama/Llama-3.2-1B", "/models/base"])
+def test_adapter_names_its_base_as_given_or_relative_to_itself(
+    saved_run: SavedRun, tmp_path: pathlib.Path, name: str, capsys: Any
+) -> None:
+    args = [f"--base_name={name}"] if name else []
+    folder = export_run(capsys, saved_run, tmp_path / "out", "--adapter", *args)
+    settings = (folder / "adapter" / "adapter_config.json").read_text()
+    assert json.loads(settings)["base_model_name_or_path"] == (name or "..")
+    assert str(tmp_path) not in settings
+    assert name or (folder / "adapter" / "..").resolve() == folder
+
+
 def test_configs_have_special_ids_and_max_positions(
     saved_run: SavedRun, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
@@ -130,6 +142,7 @@ def test_overwrite_replaces_an_older_export(saved_run: SavedRun, tmp_path: pathl
 BAD = {
     "--update=7": "no checkpoint at --update=7: choose one of 4, 6",
     "--update=4 --adapter": "has no live factors: export it without --adapter",
+    "--base_name=llama": "--base_name=llama names the base of an adapter: add --adapter",
     "--dtype=int8": "invalid choice: 'int8' (choose from",
     "--output=": "not empty",
     "--output=checkpoints/9": "is inside the run's checkpoints",

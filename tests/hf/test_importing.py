@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
+from safetensors import safe_open
 
 from relora_jax import cli, errors, evaluate, export, generate, import_hf
 from relora_jax.checkpoint.manager import Checkpoints
@@ -42,7 +43,8 @@ MODEL = dataclasses.replace(
     small.config().model, vocab_size=380, rope_scaling="llama3(8.0, 1.0, 4.0, 64.0)", max_positions=256
 )
 TIED = dataclasses.replace(MODEL, tied_embeddings=True)
-COMPUTED = "model.layers.0.self_attn.rotary_emb.inv_freq"
+HEAD = "lm_head.weight"
+COMPUTED = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
 def arrays(model: ModelConfig = MODEL, dtype: Any = np.float32) -> dict[str, np.ndarray]:
@@ -221,12 +223,11 @@ def test_run_starts_from_the_imported_weights(imported: pathlib.Path) -> None:
 def test_redundant_tensors_are_accepted(tmp_path: pathlib.Path) -> None:
     tensors = arrays(TIED, dtype=ml_dtypes.bfloat16)
     embeddings = tensors["model.embed_tokens.weight"]
-    embeddings[0, 0] = np.nan  # equals itself bit for bit
-    more = {"lm_head.weight": embeddings, COMPUTED: np.ones(2, np.float32)}
+    more = {HEAD: embeddings, **dict.fromkeys(COMPUTED, np.ones(2, np.float32))}
     write(tmp_path / "model", TIED, tensors | more)
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
     variable = variables_of(tmp_path / "run", 0)["embed/embedding"]
-    assert np.array_equal(variable, embeddings.astype(np.float32), equal_nan=True)
+    assert np.array_equal(variable, embeddings.astype(np.float32))
     config = cli.parse(["train", f"--config={tmp_path / 'run' / 'config.py'}"])[0]
     assert config.model.compute_dtype == "bfloat16"  # as the model's own tensors
 
@@ -252,6 +253,66 @@ def test_template_that_adds_bos_twice_is_a_warning(
     assert import_command(source, tmp_path / "run") == 0
     assert message in (err := capsys.readouterr().err) and err.count("warning") == (1 if message else 0)
     assert record.read_facts(tmp_path / "run")["rows"]["train"].get("bos") == bos
+
+
+def index_with(*names: str, without: tuple[str, ...] = ()) -> Callable[[pathlib.Path], Any]:
+    """Moves the tensors to a file with an index that lists `names` as well, and not those in `without`."""
+
+    def make(folder: pathlib.Path) -> None:
+        (folder / FILE).rename(folder / "a.safetensors")
+        listed = {*tensor_names(folder / "a.safetensors"), *names} - {*without}
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(listed, "a.safetensors")}))
+
+    return make
+
+
+def tensor_names(path: pathlib.Path) -> list[str]:
+    with safe_open(path, framework="np") as file:
+        return list(file.keys())
+
+
+def test_index_and_files_may_differ_in_redundant_tensors(tmp_path: pathlib.Path) -> None:
+    """As in transformers: the head of a tied model is never read, nor are computed buffers."""
+    for case, (more, make) in enumerate(
+        (
+            ({}, index_with(HEAD, *COMPUTED)),
+            ({HEAD: arrays(TIED)["model.embed_tokens.weight"]}, index_with(without=(HEAD,))),
+            (dict.fromkeys(COMPUTED, np.ones(2, np.float32)), index_with(without=COMPUTED)),
+        )
+    ):
+        source = write(tmp_path / f"model{case}", TIED, arrays(TIED) | more)
+        make(source)
+        assert import_command(source, tmp_path / f"run{case}") == 0
+        assert np.array_equal(
+            variables_of(tmp_path / f"run{case}", 0)["embed/embedding"],
+            arrays(TIED)["model.embed_tokens.weight"],
+        )
+
+
+FAMILY_MODELS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 64},
+    "qwen2": {"tied_embeddings": True},
+    "qwen3": {"head_dim": 6},
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_imported_family_is_exported_as_itself(tmp_path: pathlib.Path, family: str) -> None:
+    model = dataclasses.replace(MODEL, family=family, **FAMILY_MODELS[family])
+    write(tmp_path / "model", model)
+    assert import_command(tmp_path / "model", tmp_path / "run") == 0
+    for arm in ("full", "relora"):
+        config = cli.parse(["train", f"--config={tmp_path / 'run' / 'config.py'}:{arm}"])[0]
+        validate(config, devices=1)
+        assert config.model == model
+        assert config.data.sequence_length == (64 if family == "mistral" else 256)
+    assert export.main(["export", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]) == 0
+    files = TensorFiles.open(tmp_path / "out")
+    assert {name: files.read(name).tobytes() for name in files.kinds} == {
+        name: array.tobytes() for name, array in arrays(model).items()
+    }
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("model", "out"))
+    assert before == after and after["model_type"] == family
 
 
 UNUSABLE: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
@@ -443,7 +504,7 @@ def zeros(name: str, *shape: int) -> Callable[[dict[str, np.ndarray]], Any]:
     return lambda tensors: tensors.update({name: np.zeros(shape, np.float32)})
 
 
-Q, HEAD = "model.layers.1.self_attn.q_proj.weight", "lm_head.weight"
+Q = "model.layers.1.self_attn.q_proj.weight"
 UNSUPPORTED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
     "no directory": (shutil.rmtree, "has no config.json"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
@@ -525,6 +586,10 @@ UNSUPPORTED: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
         ),
         "missing 'model.embed_tokens.weight'",
     ),
+    "a head that only the index has": (
+        lambda folder: (tensors_with(lambda t: t.pop(HEAD))(folder), index_with(HEAD)(folder)),
+        "a.safetensors has no tensor 'lm_head.weight', which model.safetensors.index.json expects in it",
+    ),
     "a tied head of one number": (tensors_with(zeros(HEAD), TIED), "lm_head.weight differs"),
     "a tied head of another shape": (
         tensors_with(zeros(HEAD, 16, 380), TIED),
@@ -579,6 +644,41 @@ def test_unsupported_model_is_reported_in_one_line_and_nothing_is_written(
     assert message in error_line(capsys, source, tmp_path / "runs" / "run")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
     assert {path.name for path in tmp_path.iterdir()} <= {"model"}
+
+
+NOT_FINITE: dict[str, tuple[Callable[[pathlib.Path], Any], str]] = {
+    "a weight that is NaN": (
+        tensors_with(lambda t: t[Q].__setitem__((3, 5), np.nan)),
+        f"1 of the 256 weights of {Q!r} are NaN or infinite, the first at [3, 5]: download the file again",
+    ),
+    "weights that are infinite": (
+        tensors_with(lambda t: t["model.norm.weight"].__setitem__([1, 4], [np.inf, -np.inf])),
+        "2 of the 16 weights of 'model.norm.weight' are NaN or infinite, the first at [1]",
+    ),
+    "a tied embedding that is NaN": (
+        tensors_with(
+            lambda t: (
+                t["model.embed_tokens.weight"].__setitem__((379, 0), np.nan),
+                t.update({HEAD: t["model.embed_tokens.weight"]}),
+            ),
+            TIED,
+        ),
+        "1 of the 6,080 weights of 'model.embed_tokens.weight' are NaN or infinite, the first at [379, 0]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_weight_that_is_not_finite_is_named_and_nothing_is_written(
+    tmp_path: pathlib.Path, case: str, capsys: Any
+) -> None:
+    source = write(tmp_path / "model")
+    make, message = NOT_FINITE[case]
+    make(source)
+    assert import_command(source, tmp_path / "run") == errors.BAD_SETTING
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {source}: ") and message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_import_replaces_only_an_older_import_and_only_with_overwrite(

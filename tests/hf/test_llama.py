@@ -10,6 +10,7 @@ from flax import nnx
 
 from relora_jax.config import ModelConfig
 from relora_jax.core.paths import leaves, value_of
+from relora_jax.families import FAMILIES
 from relora_jax.hf import llama as llama_hf
 from relora_jax.model.llama import Llama
 from tests.support import small
@@ -25,6 +26,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_scaling": "dynamic(2.0, 4096.0)", "max_positions": 4096},
     "llama3": {"rope_scaling": "llama3(8.0, 1.0, 4.0, 8192.0)"},
     "yarn": {"rope_scaling": "yarn(4.0, 4096.0, 32.0, 1.0, 1.14)"},
+    "mistral": {"family": "mistral"},
+    "mistral with a window": {"family": "mistral", "sliding_window": 64, "head_dim": 6},
+    "qwen2": {"family": "qwen2", "hidden": 18},
+    "qwen2 with a window": {"family": "qwen2", "sliding_window": 4096},
+    "qwen3": {"family": "qwen3", "head_dim": 6},
 }
 SPECIAL = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
 
@@ -33,9 +39,9 @@ def model(**changes: Any) -> ModelConfig:
     return dataclasses.replace(small.config().model, **{"max_positions": 2048, **changes})
 
 
-def config(**changes: Any) -> dict[str, Any]:
+def config(family: str = "llama", **changes: Any) -> dict[str, Any]:
     """The config.json of the toy model; a value of `...` removes its key."""
-    facts = llama_hf.to_config(model(), length=12, dtype="float32", special=SPECIAL) | changes
+    facts = llama_hf.to_config(model(family=family), length=12, dtype="float32", special=SPECIAL) | changes
     return {key: value for key, value in facts.items() if value is not ...}
 
 
@@ -65,6 +71,37 @@ def test_missing_keys_have_transformers_defaults() -> None:
     assert (parsed.kv_heads, parsed.head_dim, parsed.tied_embeddings) == (4, 4, False)
     assert (parsed.rope_theta, parsed.rope_scaling, parsed.max_positions) == (1e4, "none", 2048)
     assert (parsed.rms_eps, parsed.init_std) == (1e-6, 0.02)
+    names += ("sliding_window", "use_sliding_window", "max_window_layers")
+    for family, defaults in {
+        "mistral": (8, 2, 131_072, 4096),
+        "qwen2": (32, 2, 32_768, 0),
+        "qwen3": (32, 128, 32_768, 0),
+    }.items():
+        facts = config(family, hidden_size=64, num_attention_heads=32, **dict.fromkeys(names, ...))
+        parsed = llama_hf.from_config(facts, source="config.json")
+        assert (parsed.kv_heads, parsed.head_dim, parsed.max_positions, parsed.sliding_window) == defaults
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 64}
+WINDOWS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "llama has none": ("llama", WINDOW, 0),
+    "of all layers": ("mistral", WINDOW, 64),
+    "null": ("mistral", {"sliding_window": None}, 0),
+    "a key that mistral lacks": ("mistral", {"use_sliding_window": False, "sliding_window": 64}, 64),
+    "unused": ("qwen2", {**WINDOW, "use_sliding_window": False}, 0),
+    "unused and no number": ("qwen2", {"use_sliding_window": False, "sliding_window": 0}, 0),
+    "used, but null": ("qwen3", {**WINDOW, "sliding_window": None}, 0),
+    "above the last layer": ("qwen2", {**WINDOW, "max_window_layers": 2}, 0),
+    "from the first layer on": ("qwen2", {**WINDOW, "max_window_layers": 0}, 64),
+    "full layers": ("qwen3", {**WINDOW, "max_window_layers": 0, "layer_types": ["full_attention"] * 2}, 0),
+    "sliding layers": ("qwen3", {**WINDOW, "layer_types": ["sliding_attention"] * 2}, 64),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_window_is_that_of_all_layers_in_transformers(name: str) -> None:
+    family, changes, window = WINDOWS[name]
+    assert llama_hf.from_config(config(family, **changes), source="").sliding_window == window
 
 
 def test_yarn_has_its_papers_default_attention_factor() -> None:
@@ -81,7 +118,35 @@ def test_rope_scaling_wins_over_rope_parameters() -> None:
 
 
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
-    "type": ({"model_type": "qwen2"}, "of type 'qwen2': only llama"),
+    "type": (
+        {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]},
+        "of type 'gemma2' with architectures ['Gemma2ForCausalLM']: only llama (LlamaForCausalLM), "
+        "mistral (MistralForCausalLM), qwen2 (Qwen2ForCausalLM), qwen3 (Qwen3ForCausalLM) can be imported",
+    ),
+    "a type that is a list": ({"model_type": ["llama"]}, "of type ['llama']"),
+    "another family's class": ({"architectures": ["MistralForCausalLM"]}, "of type 'llama' with archit"),
+    "biases of qwen3": ({"family": "qwen3", "attention_bias": True}, "attention_bias = True"),
+    "a window of some layers": (
+        {"family": "qwen2", **WINDOW, "max_window_layers": 1},
+        "a sliding_window of only some layers",
+    ),
+    "a window of other layers": (
+        {"family": "qwen3", **WINDOW, "layer_types": ["sliding_attention"]},
+        "a sliding_window of only some layers",
+    ),
+    "a window that is no number": (
+        {"family": "mistral", "sliding_window": "64"},
+        "sliding_window = '64' must be an integer",
+    ),
+    "no window": ({"family": "mistral", "sliding_window": 0}, "sliding_window = 0 must be an integer"),
+    "maybe a window": (
+        {"family": "qwen2", **WINDOW, "use_sliding_window": "no"},
+        "use_sliding_window = 'no' must",
+    ),
+    "layers of a window": (
+        {"family": "qwen2", **WINDOW, "max_window_layers": None},
+        "max_window_layers = None must be",
+    ),
     "no type": ({"model_type": ...}, "of type None"),
     "architecture": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     "biases": ({"attention_bias": True}, "attention_bias = True is not supported, only False"),
@@ -142,14 +207,38 @@ NAMES = {
 }
 
 
-def test_names_and_order_are_those_of_transformers() -> None:
-    paths = {name: spec.path for name, spec in llama_hf.tensor_specs(model(layers=1)).items()}
-    assert list(paths.items()) == list(NAMES.items())
+# {family: {the name that its own ones follow: those}}
+MORE_NAMES: dict[str, dict[str, dict[str, str]]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {
+        f"model.layers.0.self_attn.{name}_proj.weight": {
+            f"model.layers.0.self_attn.{name}_proj.bias": f"blocks/attention/{name}/bias"
+        }
+        for name in "qkv"
+    },
+    "qwen3": {
+        "model.layers.0.self_attn.o_proj.weight": {
+            f"model.layers.0.self_attn.{name}_norm.weight": f"blocks/attention/{name}_norm/scale"
+            for name in "qk"
+        }
+    },
+}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_and_order_are_those_of_transformers(family: str) -> None:
+    expected = []
+    for name, path in NAMES.items():
+        expected += [(name, path), *MORE_NAMES[family].get(name, {}).items()]
+    specs = llama_hf.tensor_specs(model(layers=1, family=family))
+    assert [(name, spec.path) for name, spec in specs.items()] == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_every_variable_has_exactly_one_tensor(tied: bool) -> None:
-    toy = model(tied_embeddings=tied)
+def test_every_variable_has_exactly_one_tensor(tied: bool, family: str) -> None:
+    toy = model(tied_embeddings=tied, family=family, head_dim=6)
     variables = leaves(jax.eval_shape(lambda: nnx.state(Llama(toy, rngs=nnx.Rngs(0)))))
     parts: list[tuple[str, int | None, tuple[int, ...]]] = []
     for path, variable in variables:

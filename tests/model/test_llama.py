@@ -12,6 +12,7 @@ from flax import nnx
 from relora_jax import shapes
 from relora_jax.config import ModelConfig
 from relora_jax.data.batches import number_documents
+from relora_jax.families import FAMILIES
 from relora_jax.model import rope
 from relora_jax.model.llama import Llama, positions_and_mask
 from relora_jax.model.loss import token_loss
@@ -44,6 +45,16 @@ def build(config: ModelConfig) -> Llama:
     return Llama(config, rngs=nnx.Rngs(0))
 
 
+def with_moved_vectors(net: Llama) -> Llama:
+    """The model with norms and biases as after training, neither 1 nor 0."""
+    rng, state = np.random.default_rng(2), nnx.state(net)
+    for path, value in nnx.to_flat_state(state):
+        if path[-1] in ("scale", "bias"):
+            value[...] = value[...] + rng.normal(0, 0.3, value.shape)
+    nnx.update(net, state)
+    return net
+
+
 def ids(rows: int = 2, length: int = 12) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).integers(0, 61, (rows, length)).astype(np.int32))
 
@@ -58,12 +69,14 @@ def test_all_published_shapes_have_the_published_counts() -> None:
         assert count.trained + count.frozen - total == trainable - (total - count.frozen)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_counts_by_shape_equal_the_counts_of_the_variables(tied: bool) -> None:
-    run = small.config(model__tied_embeddings=tied)
+def test_counts_by_shape_equal_the_counts_of_the_variables(tied: bool, family: str) -> None:
+    changes = {"model__tied_embeddings": tied, "model__family": family, "model__head_dim": 6}
+    run = small.config(**changes)
     state = nnx.eval_shape(lambda: build(run.model))
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(state)))
-    assert shapes.count(small.config("full", model__tied_embeddings=tied)).full_rank_total == total
+    assert shapes.count(small.config("full", **changes)).full_rank_total == total
     from relora_jax.training.program import Program
 
     low = Program(run, small.mesh()).low_rank
@@ -98,13 +111,16 @@ def test_logits_do_not_depend_on_later_ids() -> None:
         {"rope_scaling": "linear(4)"},
         {"rope_scaling": "dynamic(2, 8)"},  # the rows have 12
         {"rope_scaling": "dynamic(2, 12)"},
+        {"family": "mistral"},
+        {"family": "qwen2"},
+        {"family": "qwen3", "head_dim": 6, "tied_embeddings": True},
     ],
     ids=str,
 )
 def test_logits_and_loss_equal_the_oracle(changes: dict[str, Any]) -> None:
     with jax.enable_x64(True):
         config = model(compute_dtype="float64", attention="einsum", **changes)
-        net, text = build(config), ids(3, 13)
+        net, text = with_moved_vectors(build(config)), ids(3, 13)
         flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(nnx.state(net))}
         params = {name: flat[path] for name, path in VARIABLE_PATHS.items() if path in flat}
         c, scaling = config, rope.parse(config.rope_scaling)
@@ -149,11 +165,21 @@ def one_per_row(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return text, np.array([len(document) for document in documents], np.int32)
 
 
-@pytest.mark.parametrize("changes", [{}, {"kv_heads": 1}, {"kv_heads": 4, "remat": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kv_heads": 1},
+        {"kv_heads": 4, "remat": "full"},
+        {"family": "qwen2", "kv_heads": 1},
+        {"family": "qwen3", "head_dim": 6, "remat": "dots"},
+    ],
+    ids=str,
+)
 def test_separate_documents_equal_the_oracle_of_each_one_alone(changes: dict[str, Any]) -> None:
     with jax.enable_x64(True):
         c = model(compute_dtype="float64", attention="einsum", **changes)
-        graph, state = nnx.split(build(c))
+        graph, state = nnx.split(with_moved_vectors(build(c)))
         flat = {"/".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(state)}
         params = {name: flat[path] for name, path in VARIABLE_PATHS.items() if path in flat}
         shape = (c.vocab_size, c.hidden, c.mlp, c.layers, c.heads, c.kv_heads, c.head_dim, c.rope_theta)
@@ -230,12 +256,13 @@ def test_bfloat16_computes_in_bfloat16_with_float32_variables_and_logits() -> No
     np.testing.assert_allclose(logits, build(model())(ids()), atol=0.01)
 
 
-def test_matrices_are_initialized_normal_with_init_std_and_norms_to_one() -> None:
-    net = build(model(hidden=64, mlp=96, vocab_size=500, head_dim=16))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matrices_are_initialized_normal_with_init_std_norms_to_one_and_biases_to_zero(family: str) -> None:
+    net = build(model(hidden=64, mlp=96, vocab_size=500, head_dim=16, family=family))
     for path, value in nnx.to_flat_state(nnx.state(net)):
         array = np.asarray(value[...])
-        if path[-1] == "scale":
-            assert np.all(array == 1)
+        if path[-1] in ("scale", "bias"):
+            assert np.all(array == (path[-1] == "scale"))
         else:
             assert abs(array.std() / 0.02 - 1) < 0.1 and abs(array.mean()) < 2e-3, path
     layers = np.asarray(net.blocks.attention.q.kernel[...])

@@ -21,12 +21,16 @@ Draw = Callable[[int, str], Array]  # of the update and a kernel's name
 DrawMask = Callable[[int, str], Mask]  # of the update and a factor's name
 AdjustMask = Callable[[int, str, Mask, Array], Mask]  # also of the magnitude mask and the first moment
 
-NORMS = ("attention_norm", "mlp_norm", "norm")  # the leaves without weight decay
+NORMS = ("attention_norm", "mlp_norm", "norm", "q_norm", "k_norm")  # the leaves without weight decay
 
 
 @dataclass(frozen=True)
 class Model:
-    """A LLaMA decoder: RMSNorm, RoPE on split halves, SwiGLU, grouped-query attention, no biases."""
+    """A LLaMA decoder: RMSNorm, RoPE on split halves, SwiGLU, grouped-query attention.
+
+    A kernel with a "<name>.bias" among the parameters adds it; with "q_norm" and "k_norm" every head of q and
+    of k is normalized before its rotation.
+    """
 
     vocab: int
     hidden: int
@@ -130,8 +134,10 @@ def rate(u: int, settings: Settings) -> float:
 
 
 def _linear(params: Params, name: str, i: int, x: Array, scale: float) -> Array:
-    """y = x W + scale (x A) B; just x W where the kernel has no factors."""
+    """y = x W + scale (x A) B + bias; just x W where the kernel has no factors and no bias."""
     y: Array = x @ params[name][i]
+    if f"{name}.bias" in params:
+        y = y + params[f"{name}.bias"][i]
     if f"{name}.a" in params:
         y = y + scale * (x @ params[f"{name}.a"][i]) @ params[f"{name}.b"][i]
     return y
@@ -140,9 +146,14 @@ def _linear(params: Params, name: str, i: int, x: Array, scale: float) -> Array:
 def _linear_back(
     params: Params, grads: Params, name: str, i: int, x: Array, dy: Array, scale: float
 ) -> Array:
-    """dW = x^T dy, dA = scale x^T (dy B^T), dB = scale (x A)^T dy; returns dx = dy W^T + scale dy B^T A^T."""
+    """dW = x^T dy, dA = scale x^T (dy B^T), dB = scale (x A)^T dy, dbias = sum of dy.
+
+    Returns dx = dy W^T + scale dy B^T A^T.
+    """
     rows, drows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     grads[name][i] += rows.T @ drows
+    if f"{name}.bias" in params:
+        grads[f"{name}.bias"][i] += drows.sum(0)
     dx: Array = dy @ params[name][i].T
     if f"{name}.a" in params:
         a, b = params[f"{name}.a"][i], params[f"{name}.b"][i]
@@ -163,6 +174,21 @@ def _norm_back(x: Array, weight: Array, eps: float, dy: Array) -> tuple[Array, A
     z, g = x / rms, weight * dy
     dx = (g - z * (g * z).mean(-1, keepdims=True)) / rms
     return dx, (dy * z).reshape(-1, x.shape[-1]).sum(0)
+
+
+def _head_norm(model: Model, params: Params, name: str, i: int, x: Array) -> Array:
+    """The norm of each head [B, H, S, hd] of q or k; x itself where the model has none."""
+    return _norm(x, params[f"{name}_norm"][i], model.rms_eps) if f"{name}_norm" in params else x
+
+
+def _head_norm_back(
+    model: Model, params: Params, grads: Params, name: str, i: int, x: Array, dy: Array
+) -> Array:
+    """The backward pass of `_head_norm`: adds to `grads`, returns dx."""
+    if f"{name}_norm" not in params:
+        return dy
+    dx, grads[f"{name}_norm"][i] = _norm_back(x, params[f"{name}_norm"][i], model.rms_eps, dy)
+    return dx
 
 
 def _turn(model: Model, i: int, length: int) -> float:
@@ -221,8 +247,9 @@ def _run_forward(model: Model, params: Params, ids: Ints, scale: float) -> tuple
     saved: list[Params] = []
     for i in range(model.layers):
         h = _norm(x, params["attention_norm"][i], model.rms_eps)
-        q = _rotate(_split(_linear(params, "q", i, h, scale), model.heads), model)
-        k = _rotate(_split(_linear(params, "k", i, h, scale), model.kv_heads), model)
+        plain = {name: _linear(params, name, i, h, scale) for name in "qk"}
+        heads = {"q": _split(plain["q"], model.heads), "k": _split(plain["k"], model.kv_heads)}
+        q, k = (_rotate(_head_norm(model, params, name, i, heads[name]), model) for name in "qk")
         v = _split(_linear(params, "v", i, h, scale), model.kv_heads)
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)  # query head j reads j // group
         scores = q @ k.swapaxes(-1, -2) / sqrt(model.head_dim)
@@ -235,6 +262,7 @@ def _run_forward(model: Model, params: Params, ids: Ints, scale: float) -> tuple
         inner = gate * sigmoid * up
         saved.append(
             {"x": x, "h": h, "q": q, "k": k, "v": v, "weights": weights, "mixed": mixed, "middle": middle}
+            | {"heads_q": heads["q"], "heads_k": heads["k"]}
             | {"h2": h2, "gate": gate, "up": up, "sigmoid": sigmoid, "inner": inner}
         )
         x = middle + _linear(params, "down", i, inner, scale)
@@ -304,6 +332,8 @@ def _layer_back(
     dscores = dscores / sqrt(model.head_dim)
     dq = _rotate(dscores @ c["k"], model, -1.0)
     dk = _rotate(gather(dscores.swapaxes(-1, -2) @ c["q"]), model, -1.0)
+    dq = _head_norm_back(model, params, grads, "q", i, c["heads_q"], dq)
+    dk = _head_norm_back(model, params, grads, "k", i, c["heads_k"], dk)
     dh = _linear_back(params, grads, "q", i, c["h"], _join(dq), scale)
     dh = dh + _linear_back(params, grads, "k", i, c["h"], _join(dk), scale)
     dh = dh + _linear_back(params, grads, "v", i, c["h"], _join(dv), scale)

@@ -22,6 +22,8 @@ VARIABLE_PATHS = {"embed": "embed/embedding", "head": "head/kernel", "norm": "no
 VARIABLE_PATHS |= {f"{name}_norm": f"blocks/{name}_norm/scale" for name in KERNELS}
 VARIABLE_PATHS |= {name: f"blocks/{group}/{name}/kernel" for name, group in GROUP.items()}
 VARIABLE_PATHS |= {f"{n}.{f}": f"blocks/{g}/{n}/lora_{f}" for n, g in GROUP.items() for f in "ab"}
+VARIABLE_PATHS |= {f"{name}.bias": f"blocks/attention/{name}/bias" for name in "qkv"}
+VARIABLE_PATHS |= {f"{name}_norm": f"blocks/attention/{name}_norm/scale" for name in "qk"}
 
 
 def config(arm: str = "relora", **changes: Any) -> Config:

@@ -43,6 +43,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "optimizer__eps": EPS,
     },
     "fused": {"relora__product": "fused"},
+    "biases": {"model__family": "qwen2", "optimizer__weight_decay": 0.1},
+    "head norms": {"model__family": "qwen3", "optimizer__weight_decay": 0.1},
     "remat": {"model__remat": "dots"},
     "one microbatch": {"train__microbatch": 8},
     "arm full": {"arm": "full"},
