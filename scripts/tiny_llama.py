@@ -20,7 +20,8 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 def main(argv: list[str]) -> int:
     """Writes the model and its tokenizer; returns the exit code."""
     flags = cli.options(argv, text="", output="")
-    texts = sorted(glob.glob(flags["text"], recursive=True))
+    pattern = flags["text"]  # or a path, which may have brackets
+    texts = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
     if not texts or not flags["output"]:
         raise UserError(
             f"--text={flags['text']} matches no file or --output is missing: pass both, see --help"
