@@ -1,7 +1,6 @@
 """Imports a model of transformers as a run whose full-rank checkpoint train.init_from starts from."""
 
 import dataclasses
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -40,8 +39,6 @@ TOKENIZER_FILES = (
 )
 OUTPUT_FILES = ("checkpoints/*", record.CONFIG, STARTING_CONFIG, record.FACTS, f"{TOKENIZER}/*")
 HEAD = "lm_head.weight"
-# Buffers that older versions of transformers saved: they follow from config.json, and are ignored there too.
-_COMPUTED = re.compile(r"rotary_emb\.inv_freq")
 _MAX_LISTED = 5  # tensors in an error message
 
 
@@ -82,9 +79,8 @@ def load(source: Path) -> tuple[ModelConfig, TensorFiles, Tokenizer | None]:
     if not config.is_file():
         raise UserError(f"{str(source)!r} has no config.json: pass a directory written by transformers")
     model = llama.from_config(json_file.read(config, max_bytes=MAX_CONFIG_BYTES), source=config)
-    files = TensorFiles.open(
-        source, optional=lambda name: _is_computed(name) or (name == HEAD and model.tied_embeddings)
-    )
+    tied_head = (HEAD,) if model.tied_embeddings else ()
+    files = TensorFiles.open(source, ignored=_is_computed, optional=tied_head)
     check_tensors(model, files)
     check_rope(model, config)
     tokenizer = find_tokenizer(source)
@@ -95,7 +91,7 @@ def check_tensors(model: ModelConfig, files: TensorFiles) -> None:
     """UserError if tensors are missing, unexpected or of another shape, or a tied head differs."""
     specs, kinds = llama.tensor_specs(model), files.kinds
     _refuse(files, "missing", [name for name in specs if name not in kinds])
-    unexpected = [name for name in kinds if name not in specs and not _is_computed(name)]
+    unexpected = [name for name in kinds if name not in specs]
     if HEAD in unexpected:
         embeddings = next(iter(specs))
         if kinds[HEAD] != kinds[embeddings] or not _same_bits(files.read(HEAD), files.read(embeddings)):
@@ -114,7 +110,8 @@ def check_tensors(model: ModelConfig, files: TensorFiles) -> None:
 
 
 def _is_computed(name: str) -> bool:
-    return _COMPUTED.search(name) is not None
+    """Whether a tensor is a buffer that older versions of transformers saved, and all ignore at any depth."""
+    return "rotary_emb.inv_freq" in name
 
 
 def _refuse(files: TensorFiles, problem: str, names: list[str]) -> None:
@@ -203,8 +200,7 @@ def _warn(message: str) -> None:
 
 def _compute_dtype(files: TensorFiles) -> str:
     """bfloat16 if all tensors have 16 bits, else float32."""
-    wide = any(kind == np.float32 for name, (_, kind) in files.kinds.items() if not _is_computed(name))
-    return "float32" if wide else "bfloat16"
+    return "float32" if any(kind == np.float32 for _, kind in files.kinds.values()) else "bfloat16"
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

@@ -146,7 +146,7 @@ def from_config(config: Any, *, source: Any) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=str(scaling),
         max_positions=positions,
-        sliding_window=_window(config, family, layers, source),
+        sliding_window=_window(config, family, layers, positions, source),
         rms_eps=_number(config, "rms_norm_eps", _DEFAULTS["rms_norm_eps"], source=source),
         init_std=_number(config, "initializer_range", _DEFAULTS["initializer_range"], source=source),
     )
@@ -170,10 +170,11 @@ def special_ids(config: dict[str, Any], model: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in ids.items() if is_id(value)}
 
 
-def _window(config: dict[str, Any], family: Family, layers: int, source: Any) -> int:
-    """The sliding window of all layers; 0 if they have none. UserError if only some layers have one."""
+def _window(config: dict[str, Any], family: Family, layers: int, positions: int, source: Any) -> int:
+    """The sliding window of all layers; 0 if they have none, or only some a window that limits nothing."""
     if not family.has_window or config["sliding_window"] is None:
         return 0
+    kinds = ["sliding_attention"] * layers
     if family.has_windowless_layers:
         used, first = config["use_sliding_window"], config["max_window_layers"]
         for key, value, kind in (("use_sliding_window", used, bool), ("max_window_layers", first, int)):
@@ -183,9 +184,15 @@ def _window(config: dict[str, Any], family: Family, layers: int, source: Any) ->
         kinds = config.get("layer_types") or kinds
         if not used or kinds == ["full_attention"] * layers:
             return 0
-        if kinds != ["sliding_attention"] * layers:
-            raise UserError(f"{source}: a sliding_window of only some layers is not supported")
-    return _integer(config, "sliding_window", source=source)
+    window = _integer(config, "sliding_window", source=source)
+    if kinds == ["sliding_attention"] * layers:
+        return window
+    if window < positions:
+        raise UserError(
+            f"{source}: sliding_window = {window} of only some layers is not supported: if no text is longer "
+            "than that, set use_sliding_window to false"
+        )
+    return 0
 
 
 def _window_config(model: ModelConfig, family: Family) -> dict[str, Any]:

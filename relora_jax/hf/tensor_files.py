@@ -7,7 +7,7 @@ the header's length in 8 bytes, the header as JSON, and the tensors without gaps
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,31 @@ class TensorFiles:
     _files: dict[str, Any] = dataclasses.field(repr=False)
 
     @classmethod
-    def open(cls, folder: Path, *, optional: Callable[[str], bool] = lambda name: False) -> "TensorFiles":
+    def open(
+        cls,
+        folder: Path,
+        *,
+        ignored: Callable[[str], bool] = lambda name: False,
+        optional: Collection[str] = (),
+    ) -> "TensorFiles":
         """UserError if a file is missing, differs from its header or the index, or has an unsupported format.
 
         A file may be a link, as in the hub's cache, but the index may only list files of the directory.
-        Index and files need not agree on tensors whose names are `optional`.
+        Tensors whose names are `ignored` are left out; index and files may differ in the `optional` ones.
         """
         folder = Path(folder)
         kinds: dict[str, Kind] = {}
         files: dict[str, Any] = {}
         for path, names in _tensors_by_file(folder).items():
-            header, file = _open(path)
-            for name in sorted(set() if names is None else header.keys() ^ names):
-                if not optional(name):
-                    expects = "does not expect in it" if name in header else "expects in it"
-                    problem = f"a tensor {name!r}" if name in header else f"no tensor {name!r}"
+            file = _open(path)
+            present = sorted(name for name in file.keys() if not ignored(name))  # noqa: SIM118
+            for name in sorted([] if names is None else names.symmetric_difference(present)):
+                if name not in optional and not ignored(name):
+                    expects = "does not expect in it" if name in present else "expects in it"
+                    problem = f"a tensor {name!r}" if name in present else f"no tensor {name!r}"
                     raise UserError(f"{path} has {problem}, which {INDEX} {expects}")
-            kinds |= header
-            files |= dict.fromkeys(header, file)
+            kinds |= {name: _kind(path, name, file.get_slice(name)) for name in present}
+            files |= dict.fromkeys(present, file)
         return cls(folder, kinds, files)
 
     def read(self, name: str) -> np.ndarray:
@@ -103,8 +110,8 @@ def _read_index(index: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _open(path: Path) -> tuple[dict[str, Kind], Any]:
-    """({name: kind}, lazy file); the library validates the header, offsets, shapes and length."""
+def _open(path: Path) -> Any:
+    """The lazy file; the library validates the header, offsets, shapes and length."""
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
         if length > MAX_HEADER_BYTES:
@@ -117,7 +124,7 @@ def _open(path: Path) -> tuple[dict[str, Kind], Any]:
         message = json_file.printable(error)
         raise json_file.invalid(path, message.partition("header: ")[2] or message) from error
     json_file.parse(path, header)  # the library silently takes the last of duplicate names
-    return {name: _kind(path, name, file.get_slice(name)) for name in file.keys()}, file  # noqa: SIM118
+    return file
 
 
 def _kind(path: Path, name: str, tensor: Any) -> Kind:

@@ -11,7 +11,7 @@ from relora_jax.checkpoint.variables import variables_of
 from relora_jax.model.llama import Llama
 from relora_jax.run import record
 from tests.support.commands import import_command
-from tests.support.transformers_models import MODELS, SMALL, save_llama, torch
+from tests.support.transformers_models import MODELS, SMALL, save_model, torch
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +36,7 @@ def imported_model(workdir: pathlib.Path) -> Llama:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_those_of_transformers(tmp_path: pathlib.Path, name: str) -> None:
-    theirs = save_llama(tmp_path / "model", **MODELS[name])
+    theirs = save_model(tmp_path / "model", **MODELS[name])
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
     ids = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, LENGTH)).astype(np.int32)
     with torch.no_grad():
@@ -48,8 +48,21 @@ def test_logits_equal_those_of_transformers(tmp_path: pathlib.Path, name: str) -
     assert len(list((tmp_path / "model").glob("*.safetensors"))) == (3 if name == "sharded" else 1)
 
 
+def test_window_shorter_than_the_rows_is_another_function(tmp_path: pathlib.Path) -> None:
+    """So a config may have rows as long as the window, and no longer."""
+    name = "mistral, a window as long as the rows"
+    theirs = save_model(tmp_path / "model", **MODELS[name] | {"sliding_window": LENGTH - 1})
+    assert import_command(tmp_path / "model", tmp_path / "run") == 0
+    ids = np.random.default_rng(0).integers(0, SMALL["vocab_size"], (2, LENGTH)).astype(np.int32)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids.astype(np.int64))).logits.numpy()
+    actual = np.asarray(imported_model(tmp_path / "run")(jnp.asarray(ids)))
+    deviations = np.abs(actual - expected).max((0, 2)) / np.abs(expected).max()
+    assert deviations[:-1].max() <= 1e-5 < 1e-3 < deviations[-1]
+
+
 def test_bfloat16_weights_are_exact(tmp_path: pathlib.Path) -> None:
-    theirs = save_llama(tmp_path / "model", dtype="bfloat16")
+    theirs = save_model(tmp_path / "model", dtype="bfloat16")
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
     arrays = variables_of(tmp_path / "run", 0)
     for layer, block in enumerate(theirs.model.layers):

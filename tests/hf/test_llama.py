@@ -94,6 +94,11 @@ WINDOWS: dict[str, tuple[str, dict[str, Any], int]] = {
     "above the last layer": ("qwen2", {**WINDOW, "max_window_layers": 2}, 0),
     "from the first layer on": ("qwen2", {**WINDOW, "max_window_layers": 0}, 64),
     "full layers": ("qwen3", {**WINDOW, "max_window_layers": 0, "layer_types": ["full_attention"] * 2}, 0),
+    "of some layers, beyond all positions": (
+        "qwen2",
+        {**WINDOW, "max_window_layers": 1, "max_position_embeddings": 64},
+        0,
+    ),
     "sliding layers": ("qwen3", {**WINDOW, "layer_types": ["sliding_attention"] * 2}, 64),
 }
 
@@ -128,11 +133,11 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "biases of qwen3": ({"family": "qwen3", "attention_bias": True}, "attention_bias = True"),
     "a window of some layers": (
         {"family": "qwen2", **WINDOW, "max_window_layers": 1},
-        "a sliding_window of only some layers",
+        "sliding_window = 64 of only some layers is not supported: if no text is longer than that, set use_s",
     ),
     "a window of other layers": (
         {"family": "qwen3", **WINDOW, "layer_types": ["sliding_attention"]},
-        "a sliding_window of only some layers",
+        "sliding_window = 64 of only some layers is not supported",
     ),
     "a window that is no number": (
         {"family": "mistral", "sliding_window": "64"},

@@ -1,4 +1,4 @@
-"""Toy LLaMAs saved by transformers; needs the extra hf-test."""
+"""Toy models of each family saved by transformers; needs the extra hf-test."""
 
 import pathlib
 from typing import Any
@@ -40,17 +40,41 @@ MODELS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16", "num_key_value_heads": 2},
     "sharded": {"shard": 20_000, "dtype": "bfloat16", "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "mistral": {"family": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+    "mistral, a window as long as the rows": {
+        **{"family": "mistral", "num_key_value_heads": 4, "sliding_window": 60, "head_dim": 6}
+    },
+    "qwen2": {"family": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2, a window as long as the rows": {
+        **{"family": "qwen2", "num_key_value_heads": 4, "use_sliding_window": True},
+        **{"sliding_window": 60, "max_window_layers": 0, "dtype": "bfloat16"},
+    },
+    "qwen3": {"family": "qwen3", "num_key_value_heads": 2, "head_dim": 6},
+    "qwen3 of other shapes": {
+        **{"family": "qwen3", "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True},
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6, **ORIGINAL},
+    },
 }
 
 
-def save_llama(folder: pathlib.Path, *, shard: int = 10**9, dtype: str = "float32", **changes: Any) -> Any:
-    """Saves a model with norms other than one in `folder`; returns it as loaded from there, in float32."""
+def save_model(
+    folder: pathlib.Path,
+    *,
+    family: str = "llama",
+    shard: int = 10**9,
+    dtype: str = "float32",
+    **changes: Any,
+) -> Any:
+    """Saves a model with norms other than 1 and biases other than 0; returns it as loaded, in float32."""
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | changes))
+    config = transformers.AutoConfig.for_model(family, **SMALL | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, tensor in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(tensor, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(tensor)
     model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=shard)
-    return transformers.LlamaForCausalLM.from_pretrained(
+    return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
