@@ -80,10 +80,10 @@ def _cudnn(config: Config) -> None:
             f"model.attention cudnn needs a model.head_dim that is a multiple of 8 up to 256, not "
             f"{model.head_dim}: set model.attention to xla"
         )
-    if length % 2 and not config.data.attend_across_documents:
+    if length % 2:
         raise UserError(
-            f"model.attention cudnn needs an even data.sequence_length to separate documents, not {length}: "
-            "change it, or set model.attention to xla"
+            f"model.attention cudnn needs an even data.sequence_length, not {length}: change it, or set "
+            "model.attention to xla"
         )
     if jax.default_backend() != "gpu":
         raise UserError(f"model.attention cudnn needs a GPU, not {jax.default_backend()}: use xla")

@@ -91,9 +91,7 @@ SETTINGS = {
     "--config.model.head_dim=5": "model.head_dim 5 must be even",
     "--config.model.attention=cudnn": "cudnn computes in bfloat16, not in model.compute_dtype float32: set",
     f"{CUDNN} --config.model.head_dim=12": "multiple of 8 up to 256, not 12: set model.attention to xla",
-    f"{CUDNN} --config.data.attend_across_documents=false --config.data.sequence_length=11": (
-        "needs an even data.sequence_length to separate documents, not 11"
-    ),
+    f"{CUDNN} --config.data.sequence_length=11": "needs an even data.sequence_length, not 11: change it",
     CUDNN: "needs a GPU",
     "--config.model.attention=flash": "model.attention 'flash'",
     "--config.model.remat=all": "model.remat 'all'",
