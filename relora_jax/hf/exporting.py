@@ -69,6 +69,7 @@ def export(
         with atomic.directory(output, OUTPUT_FILES, overwrite=overwrite) as staging:
             write(variables, config, staging, dtype=DTYPES[dtype], adapter=adapter)
             for name, content in files.items():
+                (staging / name).parent.mkdir(exist_ok=True)
                 atomic.write(staging / name, content)
             if adapter:
                 write_adapter(variables, config, staging / ADAPTER, dtype=DTYPES[dtype], base_name=base_name)

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from relora_jax.checkpoint.saved import checkpoints_dir
 from relora_jax.config import Config, ModelConfig
 from relora_jax.errors import UserError
 from relora_jax.families import FAMILIES
-from relora_jax.hf import json_file, llama, starting_config, tokenizer_files
+from relora_jax.hf import json_file, llama, sentencepiece_folder, starting_config, tokenizer_files
 from relora_jax.hf.llama import TensorSpec
 from relora_jax.hf.tensor_files import TensorFiles
 from relora_jax.model import rope
@@ -35,7 +36,7 @@ STARTING_CONFIG = "config.py"
 TOKENIZER_FILES = (
     *tokenizers.FILES,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "merges.txt", *tokenizer_files.TEMPLATES),
 )
 OUTPUT_FILES = ("checkpoints/*", record.CONFIG, STARTING_CONFIG, record.FACTS, f"{TOKENIZER}/*")
 HEAD = "lm_head.weight"
@@ -147,6 +148,20 @@ def find_tokenizer(source: Path) -> Tokenizer | None:
     if path is None:
         _warn(f"{source} has no tokenizer ({', '.join(tokenizers.FILES)}): set data.tokenizer to train it")
         return None
+    if not (converted := sentencepiece_folder.files(path)):
+        return _load_tokenizer(path)
+    if note := sentencepiece_folder.note(path, converted[tokenizers.FILE]):
+        _warn(note)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("config.json", "generation_config.json"):
+            (Path(folder) / name).symlink_to((source / name).absolute())
+        for name, content in converted.items():
+            (Path(folder) / name).write_bytes(content)
+        tokenizer = _load_tokenizer(Path(folder) / tokenizers.FILE)
+    return tokenizer and dataclasses.replace(tokenizer, path=path)
+
+
+def _load_tokenizer(path: Path) -> Tokenizer | None:
     bos_id = _bos_id(path)
     try:
         tokenizer = tokenizers.load(path, bos_id=bos_id)
@@ -204,11 +219,20 @@ def _compute_dtype(files: TensorFiles) -> str:
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    files = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if set(files) & set(tokenizers.FILES):
-        folder.mkdir()
-        for name in files:
-            shutil.copyfile(source / name, folder / name)  # follows links
+    """Copies the tokenizer's files; with a tokenizer.json, if transformers makes one of them."""
+    path = next((source / name for name in tokenizers.FILES if (source / name).is_file()), None)
+    if path is None:
+        return
+    files = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    files |= {str(file.relative_to(source)): file for file in source.glob(tokenizer_files.MORE_TEMPLATES)}
+    converted = sentencepiece_folder.files(path)
+    for name in sentencepiece_folder.CONVERTED if converted else ():
+        files.pop(name, None)
+    for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)  # follows links
+    for name, content in converted.items():
+        (folder / name).write_bytes(content)
 
 
 def _generation_eos(source: Path, settings: dict[str, Any]) -> dict[str, Any]:

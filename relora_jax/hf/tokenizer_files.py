@@ -20,9 +20,11 @@ from relora_jax.tokenizer.hugging_face import FILE, HuggingFace, read_sidecar
 from relora_jax.tokenizer.tokenizer import Tokenizer
 
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
-MODEL = "tokenizer.model"  # an unconverted SentencePiece model
-COPIED = ("added_tokens.json", "chat_template.jinja")  # along with a tokenizer.json
-FILES = (FILE, CONFIG, SPECIAL, MODEL, *COPIED)  # all that may be written
+MODEL = "tokenizer.model"  # a SentencePiece model, which llama.cpp reads
+TEMPLATES, FOLDER = ("chat_template.jinja", "chat_template.json"), "additional_chat_templates"
+MORE_TEMPLATES = f"{FOLDER}/*.jinja"
+COPIED = (MODEL, "added_tokens.json", *TEMPLATES)  # along with a tokenizer.json
+FILES = (FILE, CONFIG, SPECIAL, *COPIED, MORE_TEMPLATES)  # all that may be written
 
 
 class NoFastFormError(UserError):
@@ -59,9 +61,9 @@ def note(tokenizer: Tokenizer) -> str:
     if not model.normalizer_spec.precompiled_charsmap:
         return ""
     texts = probes.texts(model)
-    differing = len(_differing(tokenizer, model, sentencepiece_json.convert(model), texts))
-    message = f"{differing:,} of {len(texts):,} hard texts have different ids in {FILE} and in the run"
-    return f"{message}: the tokenizers library applies normalization rules differently" if differing else ""
+    count = len(differing(tokenizer, model, sentencepiece_json.convert(model), texts))
+    message = f"{count:,} of {len(texts):,} hard texts have different ids in {FILE} and in the run"
+    return f"{message}: the tokenizers library applies normalization rules differently" if count else ""
 
 
 def check(tokenizer: Tokenizer) -> None:
@@ -112,11 +114,11 @@ def _special(tokenizer: Tokenizer) -> dict[str, int]:
 def _compare(tokenizer: Tokenizer, model: Any, converted: tokenizers.Tokenizer) -> None:
     """UserError if a text has other ids than ours, and no normalization rule explains it (see `note`)."""
     if not model.normalizer_spec.precompiled_charsmap:
-        for text, ours, theirs in _differing(tokenizer, model, converted, probes.texts(model)):
+        for text, ours, theirs in differing(tokenizer, model, converted, probes.texts(model)):
             raise UserError(f"{text!r} would have the ids {theirs}, not {ours}")
 
 
-def _differing(
+def differing(
     tokenizer: Tokenizer, model: Any, converted: tokenizers.Tokenizer, texts: list[str]
 ) -> list[tuple[str, list[int], list[int]]]:
     """(text, our ids, ids of `converted`) of each text for which they differ, except for ties."""
@@ -153,7 +155,9 @@ def _of_hugging_face(tokenizer: Tokenizer, content: bytes, ours: dict[str, Any])
     if folder and (folder / SPECIAL).is_file():
         result[SPECIAL] = _json(_with_tokens(read_sidecar(folder / SPECIAL), tokens))
     if folder:
-        result |= {name: (folder / name).read_bytes() for name in COPIED if (folder / name).is_file()}
+        copied = [folder / name for name in COPIED if (folder / name).is_file()]
+        copied += folder.glob(MORE_TEMPLATES)
+        result |= {str(path.relative_to(folder)): path.read_bytes() for path in copied}
     return result
 
 

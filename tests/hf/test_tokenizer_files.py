@@ -1,5 +1,6 @@
 """The files for transformers' AutoTokenizer: their content, and the tokenizer that it loads from them."""
 
+import fnmatch
 import json
 
 import pytest
@@ -116,17 +117,22 @@ def test_tokenizer_json_is_copied_with_the_files_next_to_it(tmp_path):
     config |= {"tokenizer_class": "OwnTokenizer", "model_max_length": 9, "clean_up_tokenization_spaces": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>", "other": 2}))
-    copied = {"added_tokens.json": b'{"zebra": 329}', "chat_template.jinja": b"{{ messages }}"}
+    copied = {
+        "added_tokens.json": b'{"zebra": 329}',
+        "chat_template.jinja": b"{{ messages }}",
+        "chat_template.json": b"{}",
+        "additional_chat_templates/tool.jinja": b"{{ tools }}",
+        "tokenizer.model": b"as it is",
+    }
+    (tmp_path / "additional_chat_templates").mkdir()
     for name, content in copied.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "vocab.json").write_text("{}")
     files = tokenizer_files.files(tokenizer.load(path), length=LENGTH)
-    assert set(files) == set(tokenizer_files.FILES) - {"tokenizer.model"}
+    assert set(files) == {*copied, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert all(any(fnmatch.fnmatchcase(name, kind) for kind in tokenizer_files.FILES) for name in files)
     assert files["tokenizer.json"] == path.read_bytes()
-    assert (files["chat_template.jinja"], files["added_tokens.json"]) == (
-        b"{{ messages }}",
-        b'{"zebra": 329}',
-    )
+    assert {name: files[name] for name in copied} == copied
     tokens = {"eos_token": eos, "bos_token": "<s>", "pad_token": "<pad>"}
     assert read_json(files) == {**SAME, **tokens, "other": 1}
     assert read_json(files, "special_tokens_map.json") == {
