@@ -10,7 +10,7 @@ _PUBLIC = {  # name: the module of `core` that defines it
     "LowRankDense": "low_rank",  # x @ W + scale * (x @ A) @ B, W frozen
     "BaseKernel": "low_rank",  # the nnx.Variable type of frozen kernels
     "LowRankFactor": "low_rank",  # the nnx.Variable type of the factors, which a restart merges and resets
-    "wrap": "low_rank",  # replaces a model's nnx.Linear layers by LowRankDense, in place
+    "wrap": "low_rank",  # replaces a model's linear layers by LowRankDense, in place
     "unwrap": "low_rank",  # the inverse, with the factors merged
     "merge_and_reinit": "low_rank",  # a restart's effect on the weights
     "with_dropout_keys": "low_rank",  # dropout in models that do not pass keys to their layers

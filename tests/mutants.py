@@ -35,8 +35,8 @@ MUTANTS = [
     Mutant(
         "A is zero at wrap, like B: no gradient until the first merge",
         "core/low_rank.py",
-        "        a = _uniform_layers(key, (*layers, fan_in, rank), bound, linear.param_dtype)",
-        "        a = jnp.zeros((*layers, fan_in, rank), linear.param_dtype)",
+        "        a = _uniform_layers(key, (*layers, fan_in, rank), bound, layer.param_dtype)",
+        "        a = jnp.zeros((*layers, fan_in, rank), layer.param_dtype)",
         "tests/core/test_low_rank.py::test_b_has_a_gradient_at_the_first_update_and_a_from_the_second",
     ),
     Mutant(
@@ -91,7 +91,7 @@ MUTANTS = [
     Mutant(
         "a gradient of the frozen kernel, from plain autodiff of the fused product",
         "core/product.py",
-        "        return _fused(x, w, a, b, base, scale, precision)\n    a, b",
+        "        return _fused(x, w, a, b, base, scale, precision, out_sharding)\n    a, b",
         "        return jnp.matmul(x, _fused_kernel(x.dtype, w, a, b, base, scale, precision))\n    a, b",
         "tests/core/test_low_rank.py::test_gradient_of_a_layer_forms_no_product_shaped_like_its_kernel",
     ),

@@ -17,19 +17,21 @@ from relora_jax.core import reset as core_reset
 ROOT = Path(__file__).parent.parent
 
 
-def example(page: str) -> str:
-    """The page's one block of Python."""
-    [block] = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
-    return block
+def examples(page: str) -> list[str]:
+    """The page's blocks of Python."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+
+
+EXAMPLES = [(page, n) for page in ("README.md", "docs/own_model.md") for n in range(len(examples(page)))]
 
 
 def kernels(model: Any) -> list[np.ndarray]:
     return [np.asarray(v[...]) for _, v in nnx.to_flat_state(nnx.state(model, BaseKernel))]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/own_model.md"])
+@pytest.mark.parametrize(("page", "number"), EXAMPLES)
 def test_documented_example_trains_a_custom_model_through_restarts(
-    page: str, monkeypatch: pytest.MonkeyPatch
+    page: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrapped: list[np.ndarray] = []
     pruned: list[Any] = []
@@ -49,7 +51,7 @@ def test_documented_example_trains_a_custom_model_through_restarts(
     monkeypatch.setattr(relora_jax, "reset", reset)
     names: dict[str, Any] = {}
     with jax.numpy_rank_promotion("allow"):  # the default, unlike in our tests
-        exec(compile(example(page), page, "exec"), names)
+        exec(compile(examples(page)[number], page, "exec"), names)
 
     losses = names["losses"]
     assert np.mean(losses[-50:]) < 0.5 * losses[0]
@@ -62,6 +64,11 @@ def test_documented_example_trains_a_custom_model_through_restarts(
     if page == "README.md":
         x = names["x"]
         np.testing.assert_allclose(names["plain"](x), names["model"](x), rtol=1e-4, atol=1e-5)
+
+
+def test_documented_transformer_has_low_rank_attention() -> None:
+    assert len(EXAMPLES) == 3 and "nnx.MultiHeadAttention(" in examples("docs/own_model.md")[1]
+    assert len(examples("docs/own_model.md")[1].strip().splitlines()) < 40
 
 
 def test_every_public_name_exists() -> None:

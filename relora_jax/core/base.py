@@ -37,10 +37,16 @@ class Base(grammar.Choice):
         raise NotImplementedError
 
     def multiply(
-        self, x: Float[Array, "*tokens in"], stored: Stored, *, precision: Any = None
+        self,
+        x: Float[Array, "*tokens in"],
+        stored: Stored,
+        *,
+        precision: Any = None,
+        out_sharding: Any = None,
     ) -> Float[Array, "*tokens out"]:
         """x @ W for a single layer, in the dtype of x."""
-        return jnp.matmul(x, self.read(stored).astype(x.dtype), precision=precision)
+        w = self.read(stored).astype(x.dtype)
+        return jnp.matmul(x, w, precision=precision, out_sharding=out_sharding)
 
     def merge(self, stored: Stored, delta: Float[Array, "in out"], key: Any) -> Stored:
         """Stored form of W + delta for a single layer, summed in at least float32; `key` is for rounding."""

@@ -1,7 +1,7 @@
 """y = x @ W + (alpha / rank) * (x @ A) @ B: linear layers with a frozen base kernel and trainable factors.
 
-`wrap` converts `nnx.Linear`s of any NNX model to `LowRankDense`, `merge_and_reinit` is the weights' half of a
-restart, and `unwrap` converts back to plain `nnx.Linear`s (ReLoRA, arXiv 2307.05695).
+`wrap` converts the linear layers of any NNX model (plain.py) to `LowRankDense`, `merge_and_reinit` is the
+weights' half of a restart, and `unwrap` converts back to plain layers (ReLoRA, arXiv 2307.05695).
 
 Shapes: `in`, `out` sides of the kernel; `r` rank; `*layers` leading axes of a stacked model.
 """
@@ -18,12 +18,16 @@ from jax import lax
 from jaxtyping import Array, Float, Key
 
 from relora_jax.core import base
+from relora_jax.core import plain as plain_layers
 from relora_jax.core.merge import delta, merge_layers
 from relora_jax.core.paths import Path, modules, path_key, path_text, reference_count, replace_modules
 from relora_jax.core.product import check as check_product
 from relora_jax.core.product import product as low_rank_product
 
 BASE_INITS = ("keep", "zero")
+# what LowRankDense adds to the attributes of the plain layer
+_OWN = ("plain", "base", "stored_names", "lora_a", "lora_b", "dropout_key")
+_OWN += ("rank", "alpha", "dropout", "product")
 
 
 class BaseKernel(nnx.Variable):
@@ -47,16 +51,24 @@ class BranchKey(nnx.Variable):
 class LowRankDense(nnx.Module):
     """y = x @ W + (alpha / rank) * (x @ A) @ B (+ bias): W frozen; A, B and bias trained.
 
-    Initially computes the same function as `linear`: A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that B has
+    Initially computes the same function as `layer`: A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that B has
     a gradient from the first update. `base_init="zero"` sets W to 0 instead and draws both factors from
-    U(-1/sqrt(r), 1/sqrt(r)). The kernel may be stacked: [*layers, in, out].
+    U(-1/sqrt(r), 1/sqrt(r)). The kernel may be stacked: [*layers, in, out]. If the layer's own kernel has
+    other axes (`nnx.LinearGeneral`, `nnx.Einsum`), W is that kernel as a matrix. It is called as `layer` is,
+    and has its other attributes.
     """
 
     kernel: BaseKernel
+    # of the plain layer
+    bias: nnx.Variable | None
+    dtype: Any
+    param_dtype: Any
+    precision: Any
+    promote_dtype: Any
 
     def __init__(
         self,
-        linear: nnx.Linear,
+        layer: Any,
         *,
         rank: int,
         alpha: float,
@@ -66,33 +78,30 @@ class LowRankDense(nnx.Module):
         base_dtype: Any = jnp.float32,
         base_init: str = "keep",
     ) -> None:
-        _check_plain(linear)
-        kernel = linear.kernel[...]
+        plain = plain_layers.plain(layer)
+        kernel = plain.matrix(layer.kernel[...])
         check(kernel.shape, rank=rank, alpha=alpha, dropout=dropout, product=product, base_init=base_init)
-        metadata = dict(linear.kernel.get_metadata())
         *layers, fan_in, fan_out = kernel.shape
         keep = base_init == "keep"
-        self.base = base.parse(base_dtype)
-        stored = self.base.store(kernel if keep else jnp.zeros_like(kernel))
-        self.stored_names = tuple(stored)
-        if "kernel" not in stored or not all(name.startswith("kernel") for name in stored):
-            raise ValueError(
-                f"base_dtype {self.base} stores {list(stored)}: use the names kernel and kernel_..."
-            )
+        chosen_base = base.parse(base_dtype)
+        stored = chosen_base.store(kernel if keep else jnp.zeros_like(kernel))
+        _check_names(layer, chosen_base, stored)
+        plain_layers.copy_attributes(layer, self)
+        del self.kernel
+        self.plain, self.base, self.stored_names = plain, chosen_base, tuple(stored)
+        metadata = dict(plain.kernel_metadata) if plain.is_matrix else {}
         for name, part in stored.items():
             setattr(self, name, BaseKernel(part, **metadata))
         bound = 1 / math.sqrt(fan_in if keep else rank)
         axes = metadata.pop("axes", (*("layers",) * len(layers), "in", "out"))
-        a = _uniform_layers(key, (*layers, fan_in, rank), bound, linear.param_dtype)
-        b = jnp.zeros((*layers, rank, fan_out), linear.param_dtype)
+        a = _uniform_layers(key, (*layers, fan_in, rank), bound, layer.param_dtype)
+        b = jnp.zeros((*layers, rank, fan_out), layer.param_dtype)
         if not keep:
-            b = _uniform_layers(jax.random.fold_in(key, 1), b.shape, bound, linear.param_dtype)
+            b = _uniform_layers(jax.random.fold_in(key, 1), b.shape, bound, layer.param_dtype)
         self.lora_a = LowRankFactor(a, axes=(*axes[:-1], "rank"))
         self.lora_b = LowRankFactor(b, axes=(*axes[:-2], "rank", axes[-1]))
-        self.bias = linear.bias
         self.dropout_key: Any = nnx.data(None)
         self.rank, self.alpha, self.dropout, self.product = rank, alpha, dropout, product
-        self.dtype, self.param_dtype, self.precision = linear.dtype, linear.param_dtype, linear.precision
 
     @property
     def scale(self) -> float:
@@ -104,17 +113,19 @@ class LowRankDense(nnx.Module):
         """The arrays that W is stored as."""
         return {name: getattr(self, name)[...] for name in self.stored_names}
 
-    def __call__(self, x: Float[Array, "*tokens in"], *, key: Any = None) -> Float[Array, "*tokens out"]:
-        """x @ W + scale * (dropout(x) @ A) @ B (+ bias).
+    def __call__(self, inputs: Any, out_sharding: Any = None, *, key: Any = None) -> Any:
+        """x @ W + scale * (dropout(x) @ A) @ B (+ bias), in the shape that the plain layer's output has.
 
         Dropout is applied only with a key: `key`, or else the one set by `with_dropout_keys`.
         """
+        w, a, b = self.stored, self.lora_a[...], self.lora_b[...]
         bias = None if self.bias is None else self.bias[...]
-        a, b, w = self.lora_a[...], self.lora_b[...], self.stored
-        dtype = self.dtype or jnp.result_type(x, self.param_dtype)
-        key = self.dropout_key[...] if key is None and self.dropout_key is not None else key
+        of_kernel = jnp.zeros((), self.plain.kernel_dtype)  # its dtype counts, even if W is stored in another
+        inputs, _, bias = self.promote_dtype((inputs, of_kernel, bias), dtype=self.dtype)
+        if a.ndim > 2:
+            raise ValueError(f"the layer is stacked, {a.shape[:-2]}: scan or map over its layers")
         y = low_rank_product(
-            x.astype(dtype),
+            self.plain.rows(inputs),
             self.base,
             lax.stop_gradient(w),
             a,
@@ -122,14 +133,30 @@ class LowRankDense(nnx.Module):
             scale=self.scale,
             form=self.product,
             dropout=self.dropout,
-            key=key,
+            key=self.dropout_key[...] if key is None and self.dropout_key is not None else key,
             precision=self.precision,
+            out_sharding=out_sharding if self.plain.is_matrix else None,
         )
-        return y if bias is None else y + bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        y = self.plain.outputs(y, bias, ndim=inputs.ndim)
+        return y if out_sharding is None or self.plain.is_matrix else jax.sharding.reshard(y, out_sharding)
 
     def delta(self) -> Float[Array, "*layers in out"]:
         """scale * (A @ B), in at least float32 at highest precision."""
         return delta(self.lora_a[...], self.lora_b[...], self.scale)
+
+
+class LowRankEinsum(LowRankDense):
+    """A `LowRankDense` that is called as an `nnx.Einsum` is."""
+
+    einsum_str: str
+
+    def __call__(
+        self, inputs: Any, einsum_str: str | None = None, out_sharding: Any = None, *, key: Any = None
+    ) -> Any:
+        """As `LowRankDense`; an `einsum_str` must be that of the layer."""
+        if einsum_str is not None and einsum_str.replace(" ", "") != self.einsum_str.replace(" ", ""):
+            raise ValueError(f"einsum_str {einsum_str!r} is not the layer's {self.einsum_str!r}")
+        return super().__call__(inputs, out_sharding, key=key)
 
 
 def wrap(
@@ -137,47 +164,55 @@ def wrap(
     *,
     rank: int,
     alpha: float,
-    targets: Callable[[Path, nnx.Linear], bool],
+    targets: Callable[[Path, Any], bool],
     rngs: nnx.Rngs,
     dropout: float = 0.0,
     product: str = "separate",
     base_dtype: Any = jnp.float32,
     base_init: str = "keep",
 ) -> Any:
-    """The model with its targeted `nnx.Linear`s replaced by `LowRankDense`, in place; same output by default.
+    """The model with its targeted linear layers replaced by `LowRankDense`, in place; same output by default.
 
-    `targets(path, linear)` selects layers; path is a tuple of attribute names and indices. Kernel and bias
-    keep their values unless `base_init="zero"`; `base_dtype`, a dtype, its name or a `core.base.Base`, sets
-    how the kernel is stored. One key is taken from `rngs.params()` and folded with each layer's path.
-    ValueError if no layer is selected, or a selected layer computes anything but x @ W + bias.
+    `targets(path, layer)` selects among the layers of type `nnx.Linear`, `nnx.LinearGeneral` (such as the
+    projections of `nnx.MultiHeadAttention`) and `nnx.Einsum`; path is a tuple of attribute names and indices.
+    Kernel and bias keep their values unless `base_init="zero"`; `base_dtype`, a dtype, its name or a
+    `core.base.Base`, sets how the kernel is stored. `dropout` zeroes this fraction of the branch's inputs,
+    but only in calls with a key: `layer(x, key=...)`, or one from `with_dropout_keys`; `rngs` are not used
+    for it. One key is taken from `rngs.params()` and folded with each layer's path.
+
+    ValueError if no layer is selected, or if some of those selected cannot be low-rank: all of them, each
+    with its reason.
     """
     key = rngs.params()
     options: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "product": product}
     options |= {"base_dtype": base_dtype, "base_init": base_init}
-    linears = list(modules(model, nnx.Linear))
-    selected = [(path, linear) for path, linear in linears if targets(path, linear)]
+    candidates = list(modules(model, plain_layers.KINDS))
+    selected = [(path, layer) for path, layer in candidates if targets(path, layer)]
     if not selected:
-        layers = ", ".join(path_text(path) for path, _ in linears) or "it has none"
-        raise ValueError(f"targets selects none of the model's nnx.Linear layers: {layers}")
-    low_rank = {}
-    for path, linear in selected:
-        if reference_count(model, linear.kernel) > 1:
-            raise ValueError(
-                f"{path_text(path)} shares its kernel with another layer: exclude both from targets"
-            )
+        layers = ", ".join(path_text(path) for path, _ in candidates) or "it has none"
+        raise ValueError(f"targets selects none of the model's {plain_layers.NAMES} layers: {layers}")
+    low_rank, refused = {}, {}
+    for path, layer in selected:
+        kind = LowRankEinsum if isinstance(layer, nnx.Einsum) else LowRankDense
         try:
-            low_rank[id(linear)] = LowRankDense(linear, key=path_key(key, path), **options)
+            if reference_count(model, layer.kernel) > 1:
+                raise ValueError("its kernel is shared with another layer, which must be excluded too")
+            low_rank[id(layer)] = kind(layer, key=path_key(key, path), **options)
         except ValueError as error:
-            raise ValueError(f"{path_text(path)}: {error}") from None
+            refused.setdefault(str(error), []).append(path_text(path))
+    if refused:
+        reasons = [f"{', '.join(paths)}: {reason}" for reason, paths in refused.items()]
+        raise ValueError(f"targets selects layers that cannot be low-rank: exclude {'; '.join(reasons)}")
     return replace_modules(model, low_rank)
 
 
 def unwrap(model: Any) -> Any:
-    """Replaces each `LowRankDense` by an `nnx.Linear` with kernel W + scale * (A @ B), in place.
+    """Replaces each `LowRankDense` by the plain layer that it was, with kernel W + scale * (A @ B), in place.
 
-    Biases remain the same Variables. ValueError if the model has no `LowRankDense`.
+    Its class, its attributes and the shape and dtype of its kernel are those from before `wrap`; biases
+    remain the same Variables. ValueError if the model has no `LowRankDense`.
     """
-    return replace_modules(model, {id(dense): _linear(dense) for _, dense in low_rank_layers(model)})
+    return replace_modules(model, {id(dense): _plain_layer(dense) for _, dense in low_rank_layers(model)})
 
 
 def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
@@ -225,17 +260,17 @@ def _uniform_layers(key: Any, shape: tuple[int, ...], bound: float, dtype: Any) 
     return draw(keys).reshape(shape)
 
 
-def _linear(dense: LowRankDense) -> nnx.Linear:
+def _plain_layer(dense: LowRankDense) -> Any:
     """The plain layer with the merged kernel."""
-    *_, fan_in, fan_out = dense.kernel[...].shape
-    dtypes = {"dtype": dense.dtype, "param_dtype": dense.param_dtype, "precision": dense.precision}
-    linear = nnx.eval_shape(
-        lambda: nnx.Linear(fan_in, fan_out, use_bias=dense.bias is not None, rngs=nnx.Rngs(0), **dtypes)
-    )
+    plain = dense.plain
     merged = dense.base.read(dense.stored).astype(dense.delta().dtype) + dense.delta()
-    linear.kernel = nnx.Param(merged.astype(dense.param_dtype), **dense.kernel.get_metadata())
-    linear.bias = dense.bias
-    return linear
+    layer = plain_layers.empty(plain.kind)
+    plain_layers.copy_attributes(dense, layer)
+    for name in (*_OWN, *dense.stored_names):
+        delattr(layer, name)
+    kernel = plain.kernel(merged).astype(plain.kernel_dtype)
+    layer.kernel = plain.kernel_kind(kernel, **dict(plain.kernel_metadata))
+    return layer
 
 
 def check(
@@ -263,14 +298,13 @@ def check(
         raise ValueError(f"base_init {base_init!r} is not valid: use {' or '.join(BASE_INITS)}")
 
 
-def _check_plain(linear: Any) -> None:
-    """Raises ValueError for a layer that computes anything but x @ W + bias."""
-    plain = nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
-    custom = [n for n in ("dot_general", "promote_dtype") if getattr(linear, n) is not getattr(plain, n)]
-    if getattr(linear, "preferred_element_type", None) is not None:
-        custom.append("preferred_element_type")
-    if type(linear) is not nnx.Linear or custom:
-        layer = f"custom {', '.join(custom)}" if custom else f"class {type(linear).__name__}"
+def _check_names(layer: Any, chosen_base: base.Base, stored: base.Stored) -> None:
+    """Raises ValueError if the names of the stored arrays are not allowed, or the layer uses one of ours."""
+    if "kernel" not in stored or not all(name.startswith("kernel") for name in stored):
         raise ValueError(
-            f"only a plain nnx.Linear can be low-rank, not one with {layer}: exclude it from targets"
+            f"base_dtype {chosen_base} stores {list(stored)}: use the names kernel and kernel_..."
         )
+    own = {*_OWN, *stored, *vars(LowRankDense)} - {"kernel"}
+    taken = sorted(name for name in vars(layer).keys() & own if not name.startswith("_"))
+    if taken:
+        raise ValueError(f"class {type(layer).__name__} has attributes that a low-rank layer has: {taken}")

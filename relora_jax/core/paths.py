@@ -54,7 +54,7 @@ def map_leaves(f: Callable[[Path, Any], Any], tree: Any) -> Any:
     )
 
 
-def modules(model: Any, kind: type) -> Iterator[tuple[Any, Any]]:
+def modules(model: Any, kind: type | tuple[type, ...]) -> Iterator[tuple[Any, Any]]:
     """(path, module) of the modules of type `kind`; a shared module appears once."""
     return ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, kind))
 

@@ -37,6 +37,7 @@ def product(
     dropout: float = 0.0,
     key: Any = None,
     precision: Any = None,
+    out_sharding: Any = None,
 ) -> Float[Array, "*tokens out"]:
     """x @ W + scale * (x @ A) @ B in the dtype of x; "fused" computes x @ (W + scale * A @ B).
 
@@ -44,20 +45,24 @@ def product(
     computes a gradient of W.
     """
     if form == "fused":
-        return _fused(x, w, a, b, base, scale, precision)
+        return _fused(x, w, a, b, base, scale, precision, out_sharding)
     a, b = (v.astype(x.dtype) for v in (a, b))
     branch = x
     if key is not None and dropout > 0:
         keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
         branch = jnp.where(keep, x / (1 - dropout), jnp.zeros_like(x))
     dot = partial(jnp.matmul, precision=precision)
-    return base.multiply(x, w, precision=precision) + scale * dot(dot(branch, a), b)
+    low_rank = scale * dot(dot(branch, a), b, out_sharding=out_sharding)
+    return base.multiply(x, w, precision=precision, out_sharding=out_sharding) + low_rank
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _fused(x: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _fused(
+    x: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any, out_sharding: Any
+) -> Any:
     """x @ (W + scale * A @ B); its backward pass never forms x^T dy, which is as large as W."""
-    return jnp.matmul(x, _fused_kernel(x.dtype, w, a, b, base, scale, precision), precision=precision)
+    kernel = _fused_kernel(x.dtype, w, a, b, base, scale, precision)
+    return jnp.matmul(x, kernel, precision=precision, out_sharding=out_sharding)
 
 
 def _fused_kernel(dtype: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
@@ -66,11 +71,11 @@ def _fused_kernel(dtype: Any, w: Any, a: Any, b: Any, base: Base, scale: float, 
     return (base.read(w).astype(wide) + scale * delta).astype(dtype)
 
 
-def _fused_forward(x: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
-    return _fused(x, w, a, b, base, scale, precision), (x, w, a, b)
+def _fused_forward(x: Any, w: Any, a: Any, b: Any, *options: Any) -> Any:
+    return _fused(x, w, a, b, *options), (x, w, a, b)
 
 
-def _fused_backward(base: Base, scale: float, precision: Any, residuals: Any, dy: Any) -> Any:
+def _fused_backward(base: Base, scale: float, precision: Any, _: Any, residuals: Any, dy: Any) -> Any:
     """dx = dy W'^T with W' = W + scale A B; dA = scale x^T (dy B^T); dB = scale (x A)^T dy; W is frozen."""
     x, w, a, b = residuals
     dot = partial(jnp.matmul, precision=precision)
