@@ -81,6 +81,9 @@ def to_config(model: ModelConfig, *, length: int, dtype: str, special: dict[str,
             f"which {family.architecture} requires: the model cannot be exported"
         )
     positions = model.max_positions or length
+    scaling = _rope_config(rope.parse(model.rope_scaling), positions)
+    # llama.cpp's converter looks for this key outside of the scaling, too
+    original = {_ORIGINAL: scaling[_ORIGINAL]} if scaling and _ORIGINAL in scaling else {}
     return {
         "architectures": [family.architecture],
         "model_type": model.family,
@@ -96,7 +99,8 @@ def to_config(model: ModelConfig, *, length: int, dtype: str, special: dict[str,
         "rms_norm_eps": model.rms_eps,
         "initializer_range": model.init_std,
         "rope_theta": model.rope_theta,  # all versions of transformers read these two keys
-        "rope_scaling": _rope_config(rope.parse(model.rope_scaling), positions),
+        "rope_scaling": scaling,
+        **original,
         "tie_word_embeddings": model.tied_embeddings,
         **family.fixed,
         **_window_config(model, family),

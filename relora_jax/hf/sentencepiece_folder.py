@@ -126,11 +126,11 @@ def _space(model: Any, config: dict[str, Any], *, is_llama: bool) -> str | None:
 
 
 def _tokens(folder: Path, model: Any, config: dict[str, Any], *, is_llama: bool) -> _Tokens:
-    spec, pieces = model.trainer_spec, model.pieces
+    spec = model.trainer_spec
     defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     if not is_llama:
-        ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
-        defaults = {name: pieces[i].piece for name, i in ids.items() if i >= 0}
+        ids = {"bos": spec.bos_id, "eos": spec.eos_id, "unk": spec.unk_id}
+        defaults = {f"{name}_token": getattr(spec, f"{name}_piece") for name, i in ids.items() if i >= 0}
     settings, by_id = defaults | config, {}
     if decoder := config.get("added_tokens_decoder"):
         by_id = {int(i): _token(token) for i, token in decoder.items()}
@@ -150,7 +150,7 @@ def _tokens(folder: Path, model: Any, config: dict[str, Any], *, is_llama: bool)
         if name in settings:
             token = settings[name] and _token(settings[name])
             named[name] = token and own.get(token.content, token)
-    control = [piece.piece for piece in pieces if piece.type == CONTROL]
+    control = [piece.piece for piece in model.pieces if piece.type == CONTROL]
     return _Tokens(named, [_token(value) for value in _extra(config) or control], by_id)
 
 

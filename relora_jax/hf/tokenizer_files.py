@@ -15,16 +15,17 @@ import tokenizers
 
 from relora_jax.errors import UserError
 from relora_jax.hf import probes, sentencepiece_json
-from relora_jax.hf.sentencepiece_json import NORMAL, UNKNOWN
+from relora_jax.hf.sentencepiece_json import BPE, NORMAL, UNKNOWN
 from relora_jax.tokenizer.hugging_face import FILE, HuggingFace, read_sidecar
 from relora_jax.tokenizer.tokenizer import Tokenizer
 
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
-MODEL = "tokenizer.model"  # a SentencePiece model, which llama.cpp reads
+MODEL = "tokenizer.model"  # a SentencePiece model, which llama.cpp reads as BPE
+UNIGRAM_MODEL = "spiece.model"  # which llama.cpp does not read: it would give it other ids
 TEMPLATES, FOLDER = ("chat_template.jinja", "chat_template.json"), "additional_chat_templates"
 MORE_TEMPLATES = f"{FOLDER}/*.jinja"
 COPIED = (MODEL, "added_tokens.json", *TEMPLATES)  # along with a tokenizer.json
-FILES = (FILE, CONFIG, SPECIAL, *COPIED, MORE_TEMPLATES)  # all that may be written
+FILES = (FILE, CONFIG, SPECIAL, UNIGRAM_MODEL, *COPIED, MORE_TEMPLATES)  # all that may be written
 
 
 class NoFastFormError(UserError):
@@ -45,7 +46,7 @@ def files(tokenizer: Tokenizer, *, length: int) -> dict[str, bytes]:
     if isinstance(tokenizer.model, HuggingFace):
         return _of_hugging_face(tokenizer, content, settings)
     try:
-        return _of_sentencepiece(tokenizer, content, settings)
+        return _of_sentencepiece(tokenizer, content, settings, bos=tokenizer.model.bos)
     except ValueError as error:
         raise NoFastFormError(
             f"tokenizer {tokenizer.path} cannot be converted to {FILE}: {error}; an export contains it as "
@@ -90,23 +91,31 @@ def _read(tokenizer: Tokenizer) -> bytes:
     return content
 
 
-def _of_sentencepiece(tokenizer: Tokenizer, content: bytes, config: dict[str, Any]) -> dict[str, bytes]:
+def _of_sentencepiece(
+    tokenizer: Tokenizer, content: bytes, config: dict[str, Any], *, bos: int | None
+) -> dict[str, bytes]:
+    """The converted model, its config, and the model itself; `bos` is the model's, if it has one."""
     model = sentencepiece_json.parse(content)
     special = _special(tokenizer)
     converted = sentencepiece_json.convert(model, special=special.values(), bos=tokenizer.bos)
     _compare(tokenizer, model, converted)
+    if bos is not None:  # named even if no text of the run starts with it
+        special.setdefault("bos_token", bos)
     config |= {name: model.pieces[i].piece for name, i in special.items()}
+    config["add_bos_token"] = tokenizer.bos is not None  # this and the prefix are for llama.cpp
+    config["add_prefix_space"] = model.normalizer_spec.add_dummy_prefix
     config["unk_token"] = next(piece.piece for piece in model.pieces if piece.type == UNKNOWN)
     config["model_input_names"] = ["input_ids", "attention_mask"]
     if any(model.pieces[i].type == NORMAL for i in special.values()):
         config["split_special_tokens"] = True  # ordinary text contains them
-    return {FILE: converted.to_str().encode(), CONFIG: _json(config)}
+    name = MODEL if model.trainer_spec.model_type == BPE else UNIGRAM_MODEL
+    return {FILE: converted.to_str().encode(), CONFIG: _json(config), name: content}
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, int]:
     """{name in transformers: id} of the run's special tokens, without a pad that is just eos."""
     ids = {"eos_token": tokenizer.eos}
-    if tokenizer.pad != tokenizer.eos or tokenizer.model.pad is not None:
+    if tokenizer.pad != tokenizer.eos or tokenizer.model.pad not in (None, tokenizer.eos):
         ids["pad_token"] = tokenizer.pad
     return ids if tokenizer.bos is None else {**ids, "bos_token": tokenizer.bos}
 

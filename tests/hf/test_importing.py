@@ -37,7 +37,7 @@ from tests.support import small
 from tests.support.commands import import_command
 from tests.support.documents import texts
 from tests.support.tensors import write_tensors
-from tests.support.tokenizers import SPECIAL, json_file, tied
+from tests.support.tokenizers import CODE, LLAMA, SPECIAL, json_file, tied, trained
 
 MODEL = dataclasses.replace(
     small.config().model, vocab_size=380, rope_scaling="llama3(8.0, 1.0, 4.0, 64.0)", max_positions=256
@@ -479,6 +479,33 @@ def test_tokenizer_without_a_fast_form_is_a_warning_at_import_and_export(
     assert all(files.read(name).tobytes() == array.tobytes() for name, array in arrays().items())
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == without_fast_form.eos
     assert export.main(["export", f"--workdir={workdir}", f"--output={out}", "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])
+@pytest.mark.parametrize("kind", ["bpe", "SentencePiece"])
+def test_pad_stays_what_it_is_when_an_export_is_imported_and_exported(
+    tmp_path: pathlib.Path, kind: str, pad: str | None
+) -> None:
+    source = write(tmp_path / "model", dataclasses.replace(MODEL, vocab_size=500))
+    config_with(vocab_size=500, pad_token_id=None, eos_token_id=2)(source)
+    if kind == "SentencePiece":
+        model = trained(CODE, kind="bpe", **LLAMA)
+        (source / "tokenizer.model").write_bytes(model.SerializeToString())
+        (source / "added_tokens.json").write_text("{}")
+        config: dict[str, Any] = {"pad_token": {"</s>": pad, "<pad>": "<unk>"}[pad]} if pad else {}
+    else:
+        json_file(source, special=["<unk>", "<s>", "</s>", *(["<pad>"] if pad == "<pad>" else [])])
+        config = {"pad_token": pad} if pad else {}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    exports = []
+    for n in (1, 2, 3):
+        run, out = tmp_path / f"run{n}", tmp_path / f"out{n}"
+        assert import_command(source, run) == 0
+        assert export.main(["export", f"--workdir={run}", f"--output={out}"]) == 0
+        exports.append({path.name: path.read_bytes() for path in out.iterdir() if path.name != FILE})
+        source = out
+    assert exports[0] == exports[1] == exports[2]
+    assert json.loads(exports[0]["tokenizer_config.json"]).get("pad_token") == config.get("pad_token")
 
 
 def config_with(text: str | None = None, **changes: Any) -> Callable[[pathlib.Path], Any]:

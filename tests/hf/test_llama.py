@@ -115,6 +115,18 @@ def test_yarn_has_its_papers_default_attention_factor() -> None:
     assert parsed.rope_scaling == "yarn(4.0, 64.0, 32.0, 1.0, 1.138629436111989)"
 
 
+@pytest.mark.parametrize(
+    ("scaling", "original"),
+    [("yarn(4, 64, 32, 1, 1.1)", 64), ("llama3(8, 1, 4, 32)", 32), ("linear(2)", None), ("none", None)],
+)
+def test_original_length_is_also_outside_of_the_scaling_where_llama_cpp_looks(
+    scaling: str, original: int | None
+) -> None:
+    model = dataclasses.replace(small.config().model, rope_scaling=scaling, max_positions=256)
+    written = llama_hf.to_config(model, length=256, dtype="float32", special={})
+    assert written.get("original_max_position_embeddings") == original
+
+
 def test_rope_scaling_wins_over_rope_parameters() -> None:
     """As in transformers 5; earlier versions have only `rope_scaling`."""
     linear, other = ({"rope_type": "linear", "factor": factor} for factor in (2.0, 4.0))

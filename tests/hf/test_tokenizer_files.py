@@ -20,7 +20,11 @@ SAME = {
     "clean_up_tokenization_spaces": False,
     "model_input_names": ["input_ids", "attention_mask"],
 }
+LLAMA_CPP = {"add_bos_token": False, "add_prefix_space": False}
 SPECIAL = {"eos_token": "</s>", "pad_token": "<pad>"}
+
+
+THREE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def foreign(path, **settings):
@@ -67,23 +71,25 @@ def piece(tokenizer, i):
 @pytest.mark.parametrize(
     ("name", "tokens"),
     [
-        ("bpe", {**SPECIAL, "unk_token": "<unk>"}),
-        ("unigram", {**SPECIAL, "unk_token": "<unk>"}),
-        ("llama", {"eos_token": "</s>", "unk_token": "<unk>"}),
-        ("llama with bos", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}),
+        ("bpe", {**SPECIAL, "unk_token": "<unk>", **LLAMA_CPP}),
+        ("unigram", {**SPECIAL, "unk_token": "<unk>", **LLAMA_CPP}),
+        ("llama", {**THREE, "add_bos_token": False, "add_prefix_space": True}),
+        ("llama with bos", {**THREE, "add_bos_token": True, "add_prefix_space": True}),
         ("json", SPECIAL),
     ],
 )
 def test_config_names_the_runs_special_tokens(by_name, name, tokens):
     files = tokenizer_files.files(by_name[name], length=LENGTH)
     assert read_json(files) == {**SAME, **tokens}
-    assert set(files) == {"tokenizer.json", "tokenizer_config.json"} < set(tokenizer_files.FILES)
+    beside = {"unigram": {"spiece.model"}, "json": set()}.get(name, {"tokenizer.model"})
+    assert set(files) == {"tokenizer.json", "tokenizer_config.json"} | beside < set(tokenizer_files.FILES)
+    assert all(files[each] == by_name[name].path.read_bytes() for each in beside)
 
 
 def test_set_ids_win_and_ordinary_pieces_are_not_parsed_as_special(by_name):
     files = tokenizer_files.files(by_name["set ids"], length=LENGTH)
     word = piece(by_name["bpe"], 400)
-    tokens = {"eos_token": word, "pad_token": "\n", "unk_token": "<unk>"}
+    tokens = {"eos_token": word, "pad_token": "\n", "unk_token": "<unk>", **LLAMA_CPP}
     assert read_json(files) == {**SAME, **tokens, "split_special_tokens": True}
     raw = tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
     raw.encode_special_tokens = True
@@ -310,6 +316,22 @@ def test_auto_tokenizer_adds_the_special_tokens_of_the_run_or_the_file(by_name, 
     encoding = loaded("the union of states")
     assert encoding["input_ids"] == [*first, *ids.tolist(), *last]  # neither truncated nor padded
     assert set(encoding) == {"input_ids", "attention_mask"}
+
+
+@with_transformers
+@pytest.mark.parametrize("name", ["bpe", "llama", "llama with bos", "set ids"])
+def test_llama_cpp_reads_the_pieces_and_special_tokens(by_name, tmp_path, name):
+    vocabularies = pytest.importorskip("gguf.vocab", reason="needs the extra hf-test")
+    ours = by_name[name]
+    for file, content in tokenizer_files.files(ours, length=LENGTH).items():
+        (tmp_path / file).write_bytes(content)
+    read = vocabularies.SentencePieceVocab(tmp_path)
+    pieces = [piece(ours, i) for i in range(ours.vocab_size)]
+    assert [text.decode() for text, *_ in read.all_tokens()] == pieces
+    special = vocabularies.SpecialVocab(tmp_path, n_vocab=ours.vocab_size)
+    assert special.special_token_ids["eos"] == ours.eos
+    assert special.special_token_ids.get("bos") == ours.model.bos
+    assert special.add_special_token["bos"] is (ours.bos is not None)
 
 
 @with_transformers
