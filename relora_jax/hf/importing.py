@@ -149,7 +149,9 @@ def find_tokenizer(source: Path) -> Tokenizer | None:
         _warn(f"{source} has no tokenizer ({', '.join(tokenizers.FILES)}): set data.tokenizer to train it")
         return None
     if not (converted := sentencepiece_folder.files(path)):
-        return _load_tokenizer(path)
+        tokenizer = _load_tokenizer(path)
+        _warn_without_bos(tokenizer, path)
+        return tokenizer
     if note := sentencepiece_folder.note(path, converted[tokenizers.FILE]):
         _warn(note)
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +160,20 @@ def find_tokenizer(source: Path) -> Tokenizer | None:
         for name, content in converted.items():
             (Path(folder) / name).write_bytes(content)
         tokenizer = _load_tokenizer(Path(folder) / tokenizers.FILE)
+    _warn_without_bos(tokenizer, path)
     return tokenizer and dataclasses.replace(tokenizer, path=path)
+
+
+def _warn_without_bos(tokenizer: Tokenizer | None, path: Path) -> None:
+    """A warning if a SentencePiece model has a bos that transformers does not put before texts."""
+    if tokenizer and tokenizer.bos is None and path.suffix == ".model":
+        bos = tokenizers.load(path, eos_id=0).model.bos
+        if bos is not None:
+            _warn(
+                f"{path} has a bos, {bos}, which transformers puts before no text, nor a run before a "
+                'document: if the model was trained with it, set "add_bos_token": true in '
+                "tokenizer_config.json, and import again"
+            )
 
 
 def _load_tokenizer(path: Path) -> Tokenizer | None:

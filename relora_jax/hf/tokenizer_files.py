@@ -46,7 +46,7 @@ def files(tokenizer: Tokenizer, *, length: int) -> dict[str, bytes]:
     if isinstance(tokenizer.model, HuggingFace):
         return _of_hugging_face(tokenizer, content, settings)
     try:
-        return _of_sentencepiece(tokenizer, content, settings, bos=tokenizer.model.bos)
+        return _of_sentencepiece(tokenizer, content, settings)
     except ValueError as error:
         raise NoFastFormError(
             f"tokenizer {tokenizer.path} cannot be converted to {FILE}: {error}; an export contains it as "
@@ -91,16 +91,13 @@ def _read(tokenizer: Tokenizer) -> bytes:
     return content
 
 
-def _of_sentencepiece(
-    tokenizer: Tokenizer, content: bytes, config: dict[str, Any], *, bos: int | None
-) -> dict[str, bytes]:
-    """The converted model, its config, and the model itself; `bos` is the model's, if it has one."""
+def _of_sentencepiece(tokenizer: Tokenizer, content: bytes, config: dict[str, Any]) -> dict[str, bytes]:
     model = sentencepiece_json.parse(content)
     special = _special(tokenizer)
     converted = sentencepiece_json.convert(model, special=special.values(), bos=tokenizer.bos)
     _compare(tokenizer, model, converted)
-    if bos is not None:  # named even if no text of the run starts with it
-        special.setdefault("bos_token", bos)
+    if tokenizer.model.bos is not None:  # named even if no text of the run starts with it
+        special.setdefault("bos_token", tokenizer.model.bos)
     config |= {name: model.pieces[i].piece for name, i in special.items()}
     config["add_bos_token"] = tokenizer.bos is not None  # this and the prefix are for llama.cpp
     config["add_prefix_space"] = model.normalizer_spec.add_dummy_prefix

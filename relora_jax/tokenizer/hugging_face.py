@@ -35,6 +35,7 @@ class HuggingFace:
         # the library warns at each fork unless the variable is set
         default = os.environ.get("TOKENIZERS_PARALLELISM", "true")
         os.environ["TOKENIZERS_PARALLELISM"] = default if parallel else "false"
+        self.bos = None  # `prefix` says what the file puts before a text
         self._model = _parse(path, content)
         ids = self._model.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids, default=-1) + 1

@@ -197,13 +197,31 @@ def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: Any
         )
         return load(path, **ids)
     if path := locate(spec):
-        return load(path, **ids)
+        tokenizer = load(path, **ids)
+        if path.suffix == ".model" and path != Path(spec).expanduser():
+            _check_no_added_tokens(tokenizer)
+        return tokenizer
     is_directory = Path(spec).expanduser().is_dir()
     problem = f"is a directory without {', '.join(FILES)}" if is_directory else "not found"
     raise UserError(
         f"tokenizer {spec!r} {problem}, and there is no {folder / spec}{' or '.join(ENDINGS)}: "
         f"pass the path of a SentencePiece model or {FILE}, or bpe(4096)"
     )
+
+
+def _check_no_added_tokens(tokenizer: Tokenizer) -> None:
+    """UserError if files next to a SentencePiece model add tokens to it, as transformers' do."""
+    folder = tokenizer.path.parent
+    decoder = hugging_face.read_sidecar(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    added = [token["content"] for token in decoder.values()]
+    added += hugging_face.read_sidecar(folder / "added_tokens.json")
+    pieces = {tokenizer.model.piece(i) for i in range(tokenizer.vocab_size)}
+    if missing := [token for token in added if token not in pieces]:
+        raise UserError(
+            f"tokenizer {folder} adds {missing[0]!r} to its {tokenizer.path.name}, which is not read: let "
+            f"transformers write a {FILE} (AutoTokenizer.from_pretrained(...).save_pretrained(...)), "
+            f"or pass {tokenizer.path} to do without"
+        )
 
 
 def is_trained(spec: str) -> bool:

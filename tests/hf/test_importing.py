@@ -481,6 +481,20 @@ def test_tokenizer_without_a_fast_form_is_a_warning_at_import_and_export(
     assert export.main(["export", f"--workdir={workdir}", f"--output={out}", "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("adds", [None, False, True])
+def test_bos_that_transformers_does_not_add_is_a_warning(
+    tmp_path: pathlib.Path, adds: bool | None, capsys: Any
+) -> None:
+    source = write(tmp_path / "model", dataclasses.replace(MODEL, vocab_size=500))
+    model = trained(CODE, kind="bpe", **LLAMA)
+    (source / "tokenizer.model").write_bytes(model.SerializeToString())
+    if adds is not None:
+        (source / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": adds}))
+    assert import_command(source, tmp_path / "run") == 0
+    assert record.read_facts(tmp_path / "run")["rows"]["train"].get("bos") == (1 if adds else None)
+    assert ("has a bos, 1, which transformers puts before no text" in capsys.readouterr().err) == (not adds)
+
+
 @pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])
 @pytest.mark.parametrize("kind", ["bpe", "SentencePiece"])
 def test_pad_stays_what_it_is_when_an_export_is_imported_and_exported(

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import pickle
 import string
@@ -138,6 +139,24 @@ def test_directory_stands_for_the_tokenizer_in_it(trained, cache, tmp_path):
     assert tokenizer.find(str(tmp_path), list, "k").path == tmp_path / "tokenizer.json"
     json_file(cache, name="named.json")
     assert tokenizer.find("named", list, "k").path == cache / "named.json"
+
+
+@pytest.mark.parametrize("file", ["added_tokens", "tokenizer_config"])
+def test_directory_whose_files_add_tokens_to_a_sentencepiece_model_is_refused(trained, file, tmp_path):
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(trained.path.read_bytes())
+
+    def add(*tokens):
+        decoder = {str(i): {"content": token} for i, token in enumerate(tokens)}
+        content = dict.fromkeys(tokens, 9) if file == "added_tokens" else {"added_tokens_decoder": decoder}
+        (tmp_path / f"{file}.json").write_text(json.dumps(content))
+
+    add("</s>")
+    assert tokenizer.find(str(tmp_path), list, "k").path == model
+    add("</s>", "<tool>")
+    with pytest.raises(ValueError, match=r"adds '<tool>' to its tokenizer\.model, which is not read: let"):
+        tokenizer.find(str(tmp_path), list, "k")
+    assert tokenizer.find(str(model), list, "k").path == model
 
 
 def test_configured_ids_replace_the_files_own(tmp_path):
