@@ -147,10 +147,8 @@ def _check_computation(layer: Any) -> None:
         raise ValueError("it has a kernel for each index of its batch_axis")
 
 
-def _einsum_axes(equation: str | None) -> tuple[str, str, str]:
+def _einsum_axes(equation: str) -> tuple[str, str, str]:
     """(axes of the kernel, those that are summed, "input->output"). ValueError if it is no x @ W."""
-    if equation is None:
-        raise ValueError("its einsum_str is given when it is called, not when it is made")
     operands, after = equation.replace(" ", "").split("->")
     before, kernel = operands.split(",")
     sides = [side.replace("...", "") for side in (before, kernel, after)]
