@@ -112,7 +112,7 @@ def test_manifest_has_the_key_and_the_properties_of_the_rows(tokenizer):
     store = row_store(DATA, tokenizer, "validation")
     manifest = json.loads((store.path / "manifest.json").read_text())
     assert manifest["key"] == {
-        "format": 3,
+        "format": 4,
         "dataset": "toy:1.0.0",
         "split": "validation",
         "tokenizer": tokenizer.sha256,
@@ -135,7 +135,7 @@ def test_manifest_has_the_key_and_the_properties_of_the_rows(tokenizer):
         "packing",
     )
     facts = [manifest[name] for name in names]
-    assert facts == [3, store.rows, store.tokens, 3, 380, 30, 1, 0, "concatenate"]
+    assert facts == [4, store.rows, store.tokens, 3, 380, 30, 1, 0, "concatenate"]
     assert manifest["text"] == {"files": 2, "of_files": 2, "of_documents": 3}
     assert manifest["record"] == "[('length', '<u4'), ('ids', '<u2', (31,))]"
 

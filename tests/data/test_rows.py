@@ -38,7 +38,7 @@ def test_rows_are_read_in_the_requested_order(store):
         ("counts.npy", None),
         ("manifest.json", None),
         ("manifest.json", lambda content: b""),
-        ("manifest.json", lambda content: content.replace(b'"format": 3', b'"format": 1')),
+        ("manifest.json", lambda content: content.replace(b'"format": 4', b'"format": 1')),
         ("manifest.json", lambda content: content.replace(b'"rows": 910', b'"rows": 909')),
     ],
 )
