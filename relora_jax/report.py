@@ -21,8 +21,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv[1:])
     runs = comparison.find_workdirs(args.workdir)
+    output = (args.output or Path("comparison.md")).expanduser()
     one = len(runs) == 1 and not args.output
-    print(page.write(runs[0]) if one else comparison.write(runs, args.output or Path("comparison.md")))
+    print(page.write(runs[0]) if one else comparison.write(runs, output))
     return 0
 
 

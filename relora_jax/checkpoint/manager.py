@@ -79,10 +79,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Waits until the last save is complete. OSError if it failed or lacks arrays."""
+        self._finish()
         with _as_os_error(self._folder):
-            self._manager.wait_until_finished()
             if self._last is not None:
                 self._opened(self._last).check_arrays()
+
+    def _finish(self) -> None:
+        with _as_os_error(self._folder):
+            self._manager.wait_until_finished()
 
     def _opened(self, u: int) -> Checkpoint:
         return Checkpoint.open(self._folder / str(u))
@@ -92,9 +96,12 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
+            if kind is not None:
+                self._finish()  # without a check: a save that failed would replace the error that says why
+                return
             self.wait()
-            if kind is None and self._last is not None:
-                with _as_os_error(self._folder):
+            with _as_os_error(self._folder):
+                if self._last is not None:
                     self._opened(self._last).verify()
         finally:
             self._manager.close()

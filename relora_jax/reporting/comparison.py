@@ -4,6 +4,7 @@ python -m relora_jax.report --workdir runs/* --output=comparison.md
 """
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def find_workdirs(patterns: Sequence[str]) -> list[Path]:
     Runs that have not started, whose workdir holds only the lock, are skipped unless there are no others.
     """
     workdirs: dict[Path, None] = {}
-    for pattern in patterns:
+    for pattern in map(os.path.expanduser, patterns):
         literal = Path(pattern).exists() or not glob.has_magic(pattern)
         matches = [pattern] if literal else sorted(glob.glob(pattern))
         if not matches:

@@ -4,8 +4,10 @@ A save that cannot be read back is an error, at the latest when saving ends.
 """
 
 import dataclasses
+import errno
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -210,6 +212,21 @@ def test_error_in_the_with_is_not_replaced_by_a_verification(
     with pytest.raises(ZeroDivisionError), Checkpoints(tmp_path, small.config()) as checkpoints:
         checkpoints.save(0, state)
         raise ZeroDivisionError
+
+
+def test_error_of_a_save_is_not_replaced_by_what_it_left(
+    tmp_path: pathlib.Path, state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        monkeypatch.undo()  # Orbax raises it once
+        raise OSError(errno.EFBIG, "File too large")
+
+    with pytest.raises(OSError, match="File too large"), Checkpoints(tmp_path, small.config()) as checkpoints:
+        checkpoints.save(0, state)
+        checkpoints.wait()
+        shutil.rmtree(checkpoints_dir(tmp_path) / "0")
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        checkpoints.save(3, state)
 
 
 def test_every_array_is_verified(tmp_path: pathlib.Path, state: Any) -> None:

@@ -152,6 +152,7 @@ def test_diverged_last_evaluation_is_in_summary_and_report(tmp_path: Path, figur
 
 def test_command_accepts_patterns_and_compares_several_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("x/run", "y/run", "z"):
         make(tmp_path / name)
     (tmp_path / "starting" / "run").mkdir(parents=True)
@@ -160,7 +161,17 @@ def test_command_accepts_patterns_and_compares_several_runs(tmp_path: Path, monk
     assert report.main(["report", "--workdir=*/run", "--output=pages/two.md"]) == 0
     assert report.main(["report", "--workdir", "z", "--output=one.md"]) == 0
     assert report.main(["report", "--workdir=z"]) == 0
-    assert capsys.readouterr().out.split() == ["comparison.md", "pages/two.md", "one.md", "z/report.md"]
+    home = ["report", "--workdir", "~/x/run", "~/*/run", "--output=~/home.md"]
+    assert report.main(home) == 0
+    assert capsys.readouterr().out.split() == [
+        "comparison.md",
+        "pages/two.md",
+        "one.md",
+        "z/report.md",
+        f"{tmp_path}/home.md",
+    ]
+    rows = list(table_of((tmp_path / "home.md").read_text()))
+    assert rows == ["run", "---", str(tmp_path / "x/run"), str(tmp_path / "y/run")]
     for name in ("comparison.md", "pages/two.md"):
         assert list(table_of(Path(name).read_text())) == ["run", "---", "x/run", "y/run"], name
 
