@@ -52,13 +52,12 @@ class _PruneParser(flags.ArgumentParser):
 config_flags.register_flag_parser_for_type(prune.Prune, _PruneParser())  # pyright: ignore
 
 
-def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
-    """(config, values of the string flags `name=default`) from a command line; UserError for a mistake."""
+def parse(argv: Sequence[str], **defaults: str | bool) -> tuple[Config, dict[str, Any]]:
+    """(config, values of the flags `name=default`) from a command line; UserError for a mistake."""
     argv = _expand_shorthands(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv), lock_config=False)
-    for name, default in strings.items():
-        flags.DEFINE_string(name, default, "", flag_values=values)
+    _define(defaults, values)
     _check_config_file(argv)
     _check_keys(argv)
     try:
@@ -77,15 +76,13 @@ def parse(argv: Sequence[str], **strings: str) -> tuple[Config, dict[str, str]]:
     if not isinstance(config, Config):
         raise UserError("get_config(arm) in the config file must return a relora_jax.config.Config")
     check_types(config)
-    return config, {name: str(values[name].value) for name in strings}
+    return config, {name: values[name].value for name in defaults}
 
 
 def options(argv: Sequence[str], **defaults: str | bool) -> dict[str, Any]:
     """The values of the flags `name=default` of a command without --config; UserError for a mistake."""
     values = flags.FlagValues()
-    for name, default in defaults.items():
-        define: Any = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
-        define(name, default, "", flag_values=values)
+    _define(defaults, values)
     try:
         rest = values(list(argv))[1:]
     except flags.Error as error:
@@ -93,6 +90,12 @@ def options(argv: Sequence[str], **defaults: str | bool) -> dict[str, Any]:
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: quote patterns, and write flags as --name=value")
     return {name: values[name].value for name in defaults}
+
+
+def _define(defaults: dict[str, str | bool], values: flags.FlagValues) -> None:
+    for name, default in defaults.items():
+        define: Any = flags.DEFINE_boolean if isinstance(default, bool) else flags.DEFINE_string
+        define(name, default, "", flag_values=values)
 
 
 def count(name: str, value: str, *, at_least: int) -> int:

@@ -104,12 +104,13 @@ class OptimizerConfig:
 class DataConfig:
     """The text (a TFDS dataset with a `text` feature, or your own files), the tokenizer and the packing.
 
-    `text`, a glob pattern, replaces `dataset` if set: .jsonl, .json, .txt or .parquet, all but the last also
-    .gz or .zst; `text_field` is the JSON field or the column with the text. `validation_text` matches the
-    held-out files; if empty, `validation_fraction` of the documents is held out. `tokenizer`: the path of a
-    SentencePiece model, of a tokenizer.json or of a directory with one, the name of a model under the cache's
-    `tokenizers/`, or "bpe(n)" / "unigram(n)", a model of n pieces trained on the train split. `eos_id` and
-    `pad_id`: -1 takes the tokenizer's own; `bos_id` is put before each document unless it is -1.
+    `text`, a path, directory, glob pattern or URL (data/patterns.py), replaces `dataset` if set; the formats
+    are those of data/formats.py, and `text_field` is the field or column with the text (`outer.inner` for one
+    inside another). `validation_text` names the held-out files; if empty, `validation_fraction` of the
+    documents is held out. `tokenizer`: the path of a SentencePiece model, of a tokenizer.json or of a
+    directory with one, the name of a model under the cache's `tokenizers/`, or "bpe(n)" / "unigram(n)", a
+    model of n pieces trained on the train split. `eos_id` and `pad_id`: -1 takes the tokenizer's own;
+    `bos_id` is put before each document unless it is -1.
     `train_tokens`: the rows end with the first block that reaches this many tokens (0: all text).
     """
 

@@ -2,9 +2,11 @@
 
     python -m relora_jax.prepare --config=configs/350m.py [--workers=N] [--text='data/*.jsonl.gz']
                                  [--text_field=text] [--validation_text='held-out/*.jsonl.gz']
+                                 [--skip_bad_documents]
 
 N processes (0, the default: one per CPU) turn blocks of documents into shards; if stopped or killed, the
-same command continues with the missing blocks. `train` prepares small text itself.
+same command continues with the missing blocks. `train` prepares small text itself. A document without text
+that can be read ends it; with --skip_bad_documents it is left out and counted.
 Exit codes: 0 done, 2 invalid setting or missing text, 74 data or disk failed.
 """
 
@@ -24,16 +26,21 @@ def describe(part: str, store: RowStore) -> str:
     manifest = store.manifest
     text = manifest["text"]
     total = f" of {text['of_documents']:,}" if text["of_documents"] is not None else ""
-    documents = f"{manifest['documents']:,}{total} documents"
+    skipped = f" ({n:,} skipped as bad)" if (n := text.get("skipped", 0)) else ""
+    documents = f"{manifest['documents']:,}{total} documents{skipped}"
     blocks = f"{len(manifest['shards']):,} block(s) ({text['files']:,} of {text['of_files']:,} files)"
     return f"{part}: {store.rows:,} rows, {store.tokens:,} tokens of {documents} in {blocks}: {store.path}"
 
 
 def main(argv: Sequence[str]) -> int:
     """Prepares the text of --config, whatever its size; returns the exit code."""
-    config, strings = cli.parse(argv, workers="0")
-    workers = cli.count("workers", strings["workers"], at_least=0) or cpus()
-    options = PrepareOptions(build_limit_bytes=math.inf, workers=workers, progress=sys.stderr.isatty())
+    config, values = cli.parse(argv, workers="0", skip_bad_documents=False)
+    options = PrepareOptions(
+        build_limit_bytes=math.inf,
+        workers=cli.count("workers", values["workers"], at_least=0) or cpus(),
+        progress=sys.stderr.isatty(),
+        skip_bad_documents=values["skip_bad_documents"],
+    )
     prepared.check_vocabulary(config, prepared.find_tokenizer(config.data, options))
     stores = prepared.prepare(config.data, options)
     for part, store in (("train", stores.train), ("validation", stores.validation)):

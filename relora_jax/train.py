@@ -4,6 +4,7 @@
 
 ARM: full, control, lora, lora_warm or relora (default). DIR: default runs/NAME-ARM.
 --text=PATTERN, --text_field=NAME and --validation_text=PATTERN are short for --config.data.text=... etc.
+--skip_bad_documents: if rows of small text are prepared here, as in `prepare`.
 
 Exit codes: 0 finished, 2 wrong setting (starting again does not help), 70 diverged, 74 data or disk failed,
 75 stopped by a signal (run the same command again).
@@ -20,9 +21,14 @@ from relora_jax.run.signals import Signals
 
 def main(argv: Sequence[str]) -> int:
     """Trains the run of the command line; returns the exit code."""
-    config, strings = cli.parse(argv, workdir="")
-    workdir = Path(strings["workdir"] or f"runs/{config.name}-{config.arm}").expanduser()
-    options = PrepareOptions(command=cli.command("prepare", argv), progress=sys.stderr.isatty())
+    config, values = cli.parse(argv, workdir="", skip_bad_documents=False)
+    workdir = Path(values["workdir"] or f"runs/{config.name}-{config.arm}").expanduser()
+    skip = values["skip_bad_documents"]
+    options = PrepareOptions(
+        command=cli.command("prepare", argv) + " --skip_bad_documents" * skip,
+        progress=sys.stderr.isatty(),
+        skip_bad_documents=skip,
+    )
     with Signals() as signals:
         return loop.run(config, workdir, options, signals)
 

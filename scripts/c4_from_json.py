@@ -7,47 +7,44 @@ script only if you want the dataset itself.
 """
 
 import contextlib
-import glob
-import gzip
 import io
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from relora_jax import cli
-from relora_jax.data import json_lines
+from relora_jax.data import compression, formats, json_lines, patterns
 from relora_jax.errors import UserError
 from relora_jax.storage import places
 
 FEATURES = ("text", "timestamp", "url")
 
 
-def examples(file: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+def examples(file: patterns.TextFile) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields (key, features) of each line, in order. UserError names an invalid line."""
     with file.open("rb") as raw:
-        stream = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
         number = 0
         try:
-            for number, line in json_lines.lines(stream):
+            for number, line in json_lines.lines(compression.opened(raw, formats.file_type(file.name)[1])):
                 row = json_lines.parse(line)
                 if not isinstance(row.get("text"), str):
                     raise json_lines.Broken("without a `text` string")
                 yield f"{file.name}:{number}", {name: str(row.get(name, "")).encode() for name in FEATURES}
-        except (json_lines.Broken, json_lines.Damaged, UnicodeEncodeError) as error:
-            raise UserError(
-                f"{file}, line {getattr(error, 'line', number)} is {error}: fix the file"
-            ) from error
+        except compression.Damaged as error:
+            raise UserError(f"{file} is damaged after line {number} ({error}): copy it again") from error
+        except json_lines.Broken as error:
+            raise UserError(f"{file}, line {number} is {error}: fix the file") from error
+        except UnicodeEncodeError as error:
+            raise UserError(f"{file}, line {number} is half of a surrogate pair: fix the file") from error
 
 
 def main(argv: Sequence[str]) -> int:
     """Builds the dataset and prints its path; returns the exit code."""
     pattern = cli.options(argv, input="")["input"]
-    files = sorted(Path(name) for name in glob.glob(os.path.expanduser(pattern)))
-    if not files:
-        raise UserError(f"--input={pattern} matches no file: pass a pattern such as 'c4/c4-*.json.gz'")
+    if not pattern:
+        raise UserError("--input is missing: pass a pattern such as 'c4/c4-*.json.gz'")
+    files = patterns.matching(pattern, setting="--input")
     import tensorflow_datasets as tfds
 
     class C4(tfds.core.ShardBasedBuilder, skip_registration=True):

@@ -3,6 +3,7 @@ python scripts/train_tokenizer.py --output=FILE.model --text='data/*.jsonl.gz' [
 
 Trains a SentencePiece model, bpe or unigram, on the train documents of a config or of your own files (on
 their first 100 MB). Afterwards, pass its path as data.tokenizer. An existing file is never overwritten.
+--skip_bad_documents leaves out documents without text that can be read.
 """
 
 import sys
@@ -12,10 +13,16 @@ from pathlib import Path
 from relora_jax import cli
 from relora_jax.config import DataConfig
 from relora_jax.data import prepared
+from relora_jax.data.stores import PrepareOptions
 from relora_jax.errors import UserError
 from relora_jax.tokenizer import tokenizer
 
-FLAGS = {"kind": "bpe", "vocab_size": "32000", "output": ""}
+FLAGS: dict[str, str | bool] = {
+    "kind": "bpe",
+    "vocab_size": "32000",
+    "output": "",
+    "skip_bad_documents": False,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,7 +43,8 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--output={flags['output']} must be a file name that ends in .model")
     if output.exists():
         raise UserError(f"--output={output} already exists: remove it, or choose another name")
-    documents = prepared.train_texts(data)
+    options = PrepareOptions(skip_bad_documents=flags["skip_bad_documents"])
+    documents = prepared.train_texts(data, options)
     print(f"reading text and training a vocabulary of {vocab_size:,} pieces", file=sys.stderr)
     model = tokenizer.train(documents, kind=kind, vocab_size=vocab_size, path=output)
     print(f"{kind} model of {model.vocab_size:,} pieces: {output} (sha256 {model.sha256})")

@@ -117,7 +117,7 @@ SETTINGS = {
     "--text=toy.py": "toy.py of data.text 'toy.py' has an unsupported file type",
     "--text latin.jsonl": "latin.jsonl, line 2 is not UTF-8",
     "--text=broken.jsonl": "broken.jsonl, line 2 is not JSON",
-    "--text=cut.jsonl.gz": "cut.jsonl.gz is damaged at line",
+    "--text=cut.jsonl.gz": "cut.jsonl.gz is damaged after line",
     "--text=good.jsonl --text_field=content": "line 1 has no field 'content': set data.text_field to one of",
     "--text=good.jsonl --config.data.validation_fraction=1": "data.validation_fraction 1.0 must lie in",
     "--text=good.jsonl --config.data.validation_fraction=1e-9": "raise data.validation_fraction",

@@ -63,7 +63,7 @@ def test_invalid_line_is_named_and_no_dataset_is_built(files: pathlib.Path, caps
 
 def test_pattern_without_files_is_named(files: pathlib.Path, capsys: Any) -> None:
     assert run("--input=nothing*") == 2
-    assert "--input=nothing* matches no file" in capsys.readouterr().err
+    assert "--input 'nothing*' matches no file" in capsys.readouterr().err
 
 
 def data(**changes: Any) -> DataConfig:

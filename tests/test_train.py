@@ -92,3 +92,17 @@ def test_signals_are_handled_while_devices_start(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="no device"):
         train.main(["train", f"--config={ROOT / 'configs' / 'quickstart.py'}"])
     assert isinstance(getattr(handlers[0], "__self__", None), Signals)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+@pytest.mark.parametrize("flags", [[], ["--skip_bad_documents"]])
+def test_bad_documents_are_skipped_only_with_the_flag(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Mock(return_value=0)
+    monkeypatch.setattr(loop, "run", run)
+    assert train.main(["train", f"--config={ROOT}/configs/60m.py", "--text=*.gz", *flags]) == 0
+    _, _, options, _ = run.call_args.args
+    assert options.skip_bad_documents == bool(flags)
+    command = f"--config={ROOT}/configs/60m.py '--config.data.text=*.gz'"
+    assert options.command == " ".join(["python -m relora_jax.prepare", command, *flags])

@@ -67,3 +67,14 @@ def test_error_is_one_line_and_changes_no_file(line, message, capsys):
     assert stop.value.code == 2 and errors[-1].startswith("error: ") and message in errors[-1]
     assert len(errors) == 1 or errors[0] == "reading text and training a vocabulary of 100,000 pieces"
     assert pathlib.Path("my.model").read_text() == "mine" and not pathlib.Path("x.model").exists()
+
+
+def test_bad_documents_are_skipped_if_it_is_asked_for(tmp_path, capsys):
+    lines = [f'{{"text": "{text.split()[2]} people of the union"}}' for text in texts(400)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": null}']))
+    args = ["--text=a.jsonl", "--output=x.model", "--vocab_size=290"]
+    for flags, code in (([], 2), (["--skip_bad_documents"], 0)):
+        with pytest.raises(SystemExit) as stop:
+            run(*args, *flags)
+        assert stop.value.code == code
+    assert "a.jsonl, line 401: 'text' is null, not text" in capsys.readouterr().err

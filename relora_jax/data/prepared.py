@@ -47,7 +47,7 @@ def prepare(data: DataConfig, options: PrepareOptions = PrepareOptions()) -> Pre
 
     UserError if anything must be built from text above `options.build_limit_bytes` (on disk).
     """
-    texts = _texts(data)
+    texts = _texts(data, options)
     tokenizer = _tokenizer(data, texts[-1], options)
     stores: dict[str, RowStore] = {}
     for text in texts:
@@ -57,7 +57,7 @@ def prepare(data: DataConfig, options: PrepareOptions = PrepareOptions()) -> Pre
 
 def find_tokenizer(data: DataConfig, options: PrepareOptions = PrepareOptions()) -> Tokenizer:  # noqa: B008
     """Only the tokenizer, from the cache or trained, so that its errors show before hours of work."""
-    return _tokenizer(data, _texts(data)[-1], options)
+    return _tokenizer(data, _texts(data, options)[-1], options)
 
 
 def tokenizer_of(data: DataConfig, rows: dict[str, Any]) -> Tokenizer:
@@ -75,7 +75,7 @@ def tokenizer_of(data: DataConfig, rows: dict[str, Any]) -> Tokenizer:
 
     def open_text() -> Source:
         try:
-            text = _configured_texts(data)[-1]
+            text = _configured_texts(data, PrepareOptions(skip_bad_documents=True))[-1]  # if the run did
             source = text.open()
         except UserError as error:
             raise UserError(f"{problem} is missing ({error}): {remedy}") from error
@@ -119,39 +119,40 @@ def check_rows(config: Config, train: RowStore) -> None:
         )
 
 
-def train_texts(data: DataConfig) -> Iterator[str]:
+def train_texts(data: DataConfig, options: PrepareOptions = PrepareOptions()) -> Iterator[str]:  # noqa: B008
     """The documents of the train part, in order."""
-    return _configured_texts(data)[-1].open().train_texts()
+    return _configured_texts(data, options)[-1].open().train_texts()
 
 
-def _texts(data: DataConfig) -> list[_Text]:
+def _texts(data: DataConfig, options: PrepareOptions) -> list[_Text]:
     """The texts to build rows from, the train part last; UserError if nothing could be held out."""
-    texts = _configured_texts(data)
+    texts = _configured_texts(data, options)
     if data.text and not data.validation_text and (source := texts[-1].open()).documents == 1:
         raise UserError(f"{source.name} {ONE_DOCUMENT}")
     return texts
 
 
-def _configured_texts(data: DataConfig) -> list[_Text]:
+def _configured_texts(data: DataConfig, options: PrepareOptions) -> list[_Text]:
     """The texts that `data` names, the train part last."""
     check(data)
-    return _own_text(data) if data.text else _dataset(data)
+    return _own_text(data, options) if data.text else _dataset(data, options)
 
 
 def rows_of_split(data: DataConfig, split: str, tokenizer: Tokenizer, options: PrepareOptions) -> RowStore:
     """The rows of any split of the dataset, packed like the run's."""
-    return _stores(data, _split(data, "validation", split), tokenizer, options)["validation"]
+    return _stores(data, _split(data, "validation", split, options), tokenizer, options)["validation"]
 
 
-def _dataset(data: DataConfig) -> list[_Text]:
+def _dataset(data: DataConfig, options: PrepareOptions) -> list[_Text]:
     """One text per split, the smaller split first, so that a wrong name shows before hours of work."""
-    return [_split(data, "validation", data.validation_split), _split(data, "train", data.train_split)]
+    splits = {"validation": data.validation_split, "train": data.train_split}
+    return [_split(data, part, split, options) for part, split in splits.items()]
 
 
-def _split(data: DataConfig, part: str, split: str) -> _Text:
+def _split(data: DataConfig, part: str, split: str, options: PrepareOptions) -> _Text:
     version = dataset_version(data)
-    key = {"dataset": version, "split": split}
-    return _Text(key, (part,), lambda: tfds_source.open_dataset(version, split))
+    key, skip = {"dataset": version, "split": split}, options.skip_bad_documents
+    return _Text(key, (part,), lambda: tfds_source.open_dataset(version, split, skip))
 
 
 def dataset_version(data: DataConfig) -> str:
@@ -159,15 +160,20 @@ def dataset_version(data: DataConfig) -> str:
     return tfds_source.dataset_version(data.dataset, cached_versions)
 
 
-def _own_text(data: DataConfig) -> list[_Text]:
-    fraction = 0.0 if data.validation_text else data.validation_fraction
-    find = partial(file_source.find, field=data.text_field, validation_fraction=fraction)
+def _own_text(data: DataConfig, options: PrepareOptions) -> list[_Text]:
+    find = partial(
+        file_source.find,
+        field=data.text_field,
+        validation_fraction=0.0 if data.validation_text else data.validation_fraction,
+        skip_bad_documents=options.skip_bad_documents,
+    )
     train = find(data.text)
     if not data.validation_text:
         return [_files(train, file_source.PARTS)]
     validation = find(data.validation_text, setting="data.validation_text")
-    if both := sorted({*train.paths} & {*validation.paths}):
-        raise UserError(f"{both[0]} is in data.text and in data.validation_text: remove it from one of them")
+    resolved = {path.resolve() for path in validation.paths}
+    if both := next((path for path in train.paths if path.resolve() in resolved), None):
+        raise UserError(f"{both} is in data.text and in data.validation_text: remove it from one of them")
     return [_files(validation, ("validation",)), _files(train, ("train",))]
 
 

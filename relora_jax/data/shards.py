@@ -22,6 +22,7 @@ from relora_jax.storage import atomic
 from relora_jax.tokenizer.tokenizer import Tokenizer
 
 BLOCKS = "blocks"
+MAX_PROBLEMS = 10  # bad documents that are named
 COUNTS_SUFFIX = ".counts.npy"  # of a block's counts
 
 
@@ -35,17 +36,22 @@ class Progress(NamedTuple):
 class Block(NamedTuple):
     """A finished block: its share of the source's `size`; of each part documents, rows, tokens, tokens given.
 
-    The counts of each piece are in a file of their own, too large to keep in memory.
+    `skipped`: the number of its bad documents, and `problems` the first of them; `skips`: whether they were
+    skipped rather than refused. The counts of each piece are in a file of their own, too large to keep in
+    memory.
     """
 
     file: int
     number: int
     size: float
     parts: list[dict[str, int]]
+    skipped: int = 0
+    problems: Sequence[str] = ()
+    skips: bool = False
 
 
 class End(NamedTuple):
-    """An input file was read to its end and has this many blocks."""
+    """An input file was read to its end and has this many blocks, or fewer if bad documents are skipped."""
 
     file: int
     blocks: int
@@ -81,10 +87,11 @@ class Job:
         for part in self.parts:
             (self.folder / part).mkdir(exist_ok=True)
         blocks = [Block(*fields) for fields in _readable(folder.glob("*.json"))]
-        for damaged in [block for block in blocks if not self._intact(block)]:
-            self._record(damaged.file, damaged.number).unlink()
-            blocks.remove(damaged)
-        return blocks, [End(*fields) for fields in _readable(folder.glob("*.end"))]
+        intact = [block for block in blocks if self._intact(block)]
+        usable = _usable(intact, skips=self.source.skip_bad_documents)
+        for file, number in {(b.file, b.number) for b in blocks} - {(b.file, b.number) for b in usable}:
+            self._record(file, number).unlink()
+        return usable, [End(*fields) for fields in _readable(folder.glob("*.end"))]
 
     def _intact(self, block: Block) -> bool:
         """Whether shards and counts exist: they may have been deleted or truncated."""
@@ -105,7 +112,7 @@ class Job:
 
     def _build(self, file: int, number: int, chunks: Iterator[Chunk]) -> Iterator[Progress | Block]:
         shards = [_Shard(self, part, f"{_name(file, number)}.array_record") for part in self.parts]
-        size = 0.0
+        size, skipped, problems = 0.0, 0, list[str]()
         with contextlib.ExitStack() as writers:
             for shard in shards:
                 writers.enter_context(shard.writer)
@@ -115,12 +122,15 @@ class Job:
                 for index, shard in enumerate(shards):
                     shard.add([ids for ids, part in zip(encoded, parts, strict=True) if part == index])
                 size += chunk.size
+                skipped += len(chunk.skipped)
+                problems += chunk.skipped[: MAX_PROBLEMS - len(problems)]
                 yield Progress(chunk.size, sum(map(len, encoded)))
         record = self._record(file, number)
         counts = np.concatenate([shard.writer.counts for shard in shards])
         nonzero = np.flatnonzero(counts)  # few, if the file is short
         atomic.write(record.with_suffix(COUNTS_SUFFIX), _npy(np.stack([nonzero, counts[nonzero]])))
-        block = Block(file, number, size, [shard.facts() for shard in shards])
+        facts, skips = [shard.facts() for shard in shards], self.source.skip_bad_documents
+        block = Block(file, number, size, facts, skipped, problems, skips)
         atomic.write(record, json.dumps(block).encode())
         yield block
 
@@ -193,6 +203,19 @@ class _Shard:
             "tokens": int(self.writer.counts.sum()),
             "given": self._packer.tokens,
         }
+
+
+def _usable(blocks: Sequence[Block], *, skips: bool) -> list[Block]:
+    """The blocks that `skips` leaves as they are: those built with it, and the first ones of a file.
+
+    Behind a bad document, or a block that may have one, blocks start elsewhere if it is skipped.
+    """
+    finished = {(block.file, block.number): block for block in blocks}
+    same = dict[int, int]()  # blocks of a file that are the same with and without skipping
+    for file, number in sorted(finished):
+        if number == same.setdefault(file, 0) and not finished[file, number].skipped:
+            same[file] += 1
+    return [block for block in blocks if block.skips == skips or block.number < same[block.file]]
 
 
 def _name(file: int, number: int) -> str:

@@ -7,10 +7,23 @@ later files.
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from relora_jax.errors import UserError
+
 # About 31M tokens, 65 MB and half a minute of C4: cheap to lose, and few enough files (6,144 for all of C4,
 # 430 for 12B tokens) to keep open at once.
 BLOCK_DOCUMENTS = 65_536
 CHUNK_DOCUMENTS = 128  # documents in memory at a time
+
+
+class BadDocumentError(UserError):
+    """A document without text that can be read, in a file that can: `problem` names both."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return "{}: {}, or skip such documents (prepare --skip_bad_documents)".format(*self.args)
 
 
 class Stripe(NamedTuple):
@@ -25,10 +38,14 @@ class Stripe(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Some documents of a block; `size` is their share of the source's `size`."""
+    """Some documents of a block; `size` is their share of the source's `size`.
+
+    `skipped`: the problem of each bad document among them.
+    """
 
     texts: list[str]
     size: float
+    skipped: list[str]
 
 
 @runtime_checkable
@@ -65,6 +82,11 @@ class Source(Protocol):
         """Size on disk."""
         ...
 
+    @property
+    def skip_bad_documents(self) -> bool:
+        """Whether bad documents are skipped; otherwise they raise BadDocumentError."""
+        ...
+
     def stripes(self, workers: int) -> Sequence[Stripe]:
         """Stripes that cover every block once, as close to file order as several workers allow."""
         ...
@@ -72,7 +94,8 @@ class Source(Protocol):
     def blocks(self, file: int) -> Generator[Iterator[Chunk], None, None]:
         """The blocks of a file in order; a block whose chunks are not consumed costs little.
 
-        Closing the generator closes the file. UserError, naming the document or line, for unreadable text.
+        Closing the generator closes the file. UserError, naming the document or line, for unreadable text,
+        which is a BadDocumentError if other documents can still be read.
         """
         ...
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from relora_jax.data import workers
 from relora_jax.data.rows import MANIFEST, RowStore, check_open_files
-from relora_jax.data.shards import BLOCKS, Block, End, Job, Progress
-from relora_jax.data.source import Source
+from relora_jax.data.shards import BLOCKS, MAX_PROBLEMS, Block, End, Job, Progress
+from relora_jax.data.source import BadDocumentError, Source
 from relora_jax.errors import UserError
 from relora_jax.storage import atomic, places
 
@@ -39,6 +39,7 @@ class PrepareOptions(NamedTuple):
     build_limit_bytes: int | float = BUILD_LIMIT_BYTES
     workers: int = 1  # 1: in this process
     progress: bool = False
+    skip_bad_documents: bool = False  # rows of text without bad documents are the same
     command: str = "python -m relora_jax.prepare --config=..."  # for text above the limit
 
 
@@ -157,9 +158,14 @@ def _build(job: Job, key: dict[str, Any], options: PrepareOptions) -> None:
 
 @contextlib.contextmanager
 def _removed_on_bad_text(folder: Path, key: dict[str, Any]) -> Iterator[None]:
-    """Removes `folder` if a file needs fixing: fixed files have another key, so its blocks become useless."""
+    """Removes `folder` if a file needs fixing: fixed files have another key, so its blocks become useless.
+
+    Not for a bad document, which may be skipped instead.
+    """
     try:
         yield
+    except BadDocumentError:
+        raise
     except ValueError:
         if "text" in key:
             atomic.remove(folder)
@@ -168,7 +174,10 @@ def _removed_on_bad_text(folder: Path, key: dict[str, Any]) -> Iterator[None]:
 
 def _unfinished(stripes: Sequence[Any], blocks: Sequence[Block], ends: Sequence[End]) -> list[Any]:
     """The stripes of which a block is missing."""
-    counts, finished = dict(ends), {(block.file, block.number) for block in blocks}
+    counts, finished = (
+        {end.file: end.blocks for end in ends},
+        {(block.file, block.number) for block in blocks},
+    )
     return [
         stripe
         for stripe in stripes
@@ -180,7 +189,15 @@ def _unfinished(stripes: Sequence[Any], blocks: Sequence[Block], ends: Sequence[
 def _finish(job: Job, key: dict[str, Any], blocks: Sequence[Block]) -> None:
     source, name = job.source, job.source.name
     files = len({block.file for block in blocks})
-    text = {"files": files, "of_files": source.files, "of_documents": source.documents}
+    skipped = sum(block.skipped for block in blocks)
+    text = {
+        "files": files,
+        "of_files": source.files,
+        "of_documents": source.documents,
+        "skipped": skipped,
+    }
+    if skipped:
+        _name_skipped(name, skipped, [problem for block in blocks for problem in block.problems])
     for index, part in enumerate(job.parts):
         if not sum(block.parts[index]["rows"] for block in blocks):
             documents = sum(counts["documents"] for block in blocks for counts in block.parts)
@@ -193,6 +210,15 @@ def _finish(job: Job, key: dict[str, Any], blocks: Sequence[Block]) -> None:
     budget, tokens = key["train_tokens"], manifests[job.parts[0]]["tokens"]
     if tokens < budget:
         print(f"{name} has only {tokens:,} tokens, fewer than data.train_tokens={budget:,}", file=sys.stderr)
+
+
+def _name_skipped(name: str, skipped: int, problems: Sequence[str]) -> None:
+    """Prints the first of the documents that were skipped, in the order of their files."""
+    print(f"{skipped:,} bad documents of {name} are skipped:", file=sys.stderr)
+    for problem in problems[:MAX_PROBLEMS]:
+        print(f"  {problem}", file=sys.stderr)
+    if skipped > MAX_PROBLEMS:
+        print(f"  and {skipped - MAX_PROBLEMS:,} more", file=sys.stderr)
 
 
 def _too_little_text(job: Job, part: str, documents: int) -> UserError:

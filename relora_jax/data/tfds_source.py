@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from relora_jax.data import rows, sotu
-from relora_jax.data.source import BLOCK_DOCUMENTS, CHUNK_DOCUMENTS, Chunk, Stripe
+from relora_jax.data.source import BLOCK_DOCUMENTS, CHUNK_DOCUMENTS, BadDocumentError, Chunk, Stripe
 from relora_jax.errors import UserError
 from relora_jax.storage import places
 
@@ -30,12 +30,22 @@ class Documents:
 
     unit = " documents"
 
-    def __init__(self, source: Any, *, version: str, split: str, bytes: int, counts: Sequence[int]) -> None:
+    def __init__(
+        self,
+        source: Any,
+        *,
+        version: str,
+        split: str,
+        bytes: int,
+        counts: Sequence[int],
+        skip_bad_documents: bool = False,
+    ) -> None:
         self._source, self._split, self._counts = source, split, list(counts)
-        self.version, self.bytes = version, bytes
+        self.version, self.bytes, self.skip_bad_documents = version, bytes, skip_bad_documents
 
-    def __reduce__(self) -> tuple[Callable[[str, str], "Documents"], tuple[str, str]]:
-        return open_dataset, (self.version, self._split)  # another process opens its own
+    def __reduce__(self) -> tuple[Callable[..., "Documents"], tuple[str, str, bool]]:
+        # another process opens its own
+        return open_dataset, (self.version, self._split, self.skip_bad_documents)
 
     @property
     def name(self) -> str:
@@ -80,9 +90,18 @@ class Documents:
         return 0
 
     def _chunks(self, start: int, stop: int) -> Iterator[Chunk]:
+        """Bad documents keep their places: blocks are found by numbers of documents."""
         for first in range(start, stop, CHUNK_DOCUMENTS):
-            texts = self[first : min(first + CHUNK_DOCUMENTS, stop)]
-            yield Chunk(texts, len(texts))
+            indices = range(first, min(first + CHUNK_DOCUMENTS, stop))
+            texts, skipped = list[str](), list[str]()
+            for index, text in zip(indices, self._examples(indices), strict=True):
+                try:
+                    texts.append(self._text(index, text))
+                except BadDocumentError as error:
+                    if not self.skip_bad_documents:
+                        raise
+                    skipped.append(error.problem)
+            yield Chunk(texts, len(indices), skipped)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -101,18 +120,20 @@ class Documents:
             yield from chunk.texts
 
     def _read(self, indices: Sequence[int]) -> list[str]:
+        return [self._text(i, text) for i, text in zip(indices, self._examples(indices), strict=True)]
+
+    def _examples(self, indices: Sequence[int]) -> list[bytes]:
         try:
-            examples = self._source.__getitems__(list(indices))
+            return [example["text"] for example in self._source.__getitems__(list(indices))]
         except RuntimeError as error:  # a truncated or missing shard
             raise _unreadable(self.name, error) from error
-        return [self._text(i, example["text"]) for i, example in zip(indices, examples, strict=True)]
 
     def _text(self, index: int, text: bytes) -> str:
         try:
             return text.decode("utf-8")
         except UnicodeDecodeError as error:
-            location = f"document {index} of {self.name}"
-            raise UserError(f"{location} is not UTF-8 ({error.reason} at byte {error.start})") from error
+            problem = f"document {index} of {self.name} is not UTF-8 ({error.reason} at byte {error.start})"
+            raise BadDocumentError(problem, "build the dataset again") from error
 
 
 def dataset_version(dataset: str, cached: Callable[[str], Iterable[str]] = lambda name: ()) -> str:
@@ -125,7 +146,7 @@ def dataset_version(dataset: str, cached: Callable[[str], Iterable[str]] = lambd
     return f"{name}:{version or _newest(name, cached)}"
 
 
-def open_dataset(dataset: str, split: str) -> Documents:
+def open_dataset(dataset: str, split: str, skip_bad_documents: bool = False) -> Documents:
     """The documents of a split ("train", or a slice: "train[:1%]"), in the dataset's own order.
 
     UserError, now or during reads, if something is wrong with the dataset; OSError if files cannot be
@@ -156,7 +177,14 @@ def open_dataset(dataset: str, split: str) -> Documents:
         splits = ", ".join(builder.info.splits)
         raise UserError(f"{version} has no split {split!r}: choose {splits}, or a slice of one") from error
     size = sum(file.stat().st_size for file in path.iterdir())
-    return Documents(source, version=version, split=split, bytes=size, counts=counts)
+    return Documents(
+        source,
+        version=version,
+        split=split,
+        bytes=size,
+        counts=counts,
+        skip_bad_documents=skip_bad_documents,
+    )
 
 
 def _parse(dataset: str) -> tuple[str, str | None]:

@@ -92,9 +92,7 @@ def _receive(pipe: Any, process: Any) -> Any:
         ) from None
     if not isinstance(message, _Failure):
         return message
-    if isinstance(message.error, UserError):
-        raise UserError(str(message.error))
-    if isinstance(message.error, OSError):
+    if message.error is not None:
         raise message.error
     raise RuntimeError(f"a worker failed\n{message.trace}")
 

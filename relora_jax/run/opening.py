@@ -11,7 +11,7 @@ from relora_jax import shapes
 from relora_jax.checkpoint.restore import restore_newest
 from relora_jax.checkpoint.saved import updates_saved
 from relora_jax.config import Config
-from relora_jax.data.file_source import NoFilesError
+from relora_jax.data.patterns import NoFilesError
 from relora_jax.data.prepared import Prepared, check_rows, check_vocabulary, prepare
 from relora_jax.data.stores import PrepareOptions
 from relora_jax.run import directory, record, warm_start

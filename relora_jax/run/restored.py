@@ -130,7 +130,7 @@ def rows_of(workdir: Path, settings: DataConfig, tokenizer: Tokenizer, split: st
     # the version that it was trained on, even if there is a newer one
     dataset = directory.dataset_of(workdir) or settings.dataset
     settings = dataclasses.replace(settings, dataset=dataset, tokenizer=str(tokenizer.path))
-    own = prepared.prepare(settings)
+    own = prepared.prepare(settings, PrepareOptions(skip_bad_documents=True))  # if the run did
     directory.check_rows(workdir, directory.keys_of(own))
     if split in OWN_SPLITS:
         return own.train if split == "train" else own.validation

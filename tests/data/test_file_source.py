@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from relora_jax.data import file_source, json_lines
+from relora_jax.data import compression, file_source, json_lines
 from tests.support.documents import texts
 
 TEXTS = [*texts(9), "", "é\n\n▁ \0 end\n"]
@@ -155,24 +155,30 @@ DAMAGED = {  # name, content -> part of the error message
         "a.jsonl",
         lines(["x"]) + b'{"text": "caf\xe9"}\n',
     ): "a.jsonl, line 2 is not UTF-8 (invalid continuation",
-    ("a.jsonl", lines(["x"]) + b'{"text": "\\ud800"}\n'): "a.jsonl, line 2 is not UTF-8 (surrogates",
+    (
+        "a.jsonl",
+        lines(["x"]) + b'{"text": "\\ud800"}\n',
+    ): "a.jsonl, line 2 has half of a surrogate pair ('\\ud800' at",
     ("a.jsonl", lines(["x", "y"]) + b'\n{"text": \n'): "a.jsonl, line 4 is not JSON (Expecting value",
     ("a.jsonl", b"[" * 100_000 + b"\n"): "a.jsonl, line 1 is not JSON (",
     ("a.jsonl", b'{"n": ' + b"1" * 5000 + b"}\n"): "line 1 is not JSON (Exceeds the limit",
     ("a.jsonl", b'["text"]\n'): "a.jsonl, line 1 is not a JSON object but list",
     ("a.jsonl", lines(["x"]) + lines(["x"], "content")): "line 2 has no field 'text': set data.text_field to",
     ("a.jsonl", b'{"text": 3}\n'): "a.jsonl, line 1: 'text' is int, not text",
-    ("a.jsonl", b'{"text": null}\n'): "a.jsonl, line 1: 'text' is NoneType, not text",
-    ("a.jsonl.gz", gzip.compress(lines(texts(200)))[:-900]): "a.jsonl.gz is damaged at line",
-    ("a.jsonl.gz", lines(texts(3))): "a.jsonl.gz is damaged at line 1 (Not a gzipped file",
-    ("a.jsonl.zst", zstd(lines(texts(200)))[:-900]): "a.jsonl.zst is damaged at line",
-    ("a.jsonl.zst", lines(texts(3))): "a.jsonl.zst is damaged at line 1 (",
+    ("a.jsonl", b'{"text": null}\n'): "a.jsonl, line 1: 'text' is null, not text",
+    ("a.jsonl.gz", gzip.compress(lines(texts(200)))[:-900]): "a.jsonl.gz is damaged after line 1",
+    ("a.jsonl.gz", lines(texts(3))): "a.jsonl.gz is damaged (Not a gzipped file",
+    ("a.jsonl.zst", zstd(lines(texts(200)))[:-900]): "a.jsonl.zst is damaged (",
+    ("a.jsonl.zst", lines(texts(3))): "a.jsonl.zst is damaged (Unable to decompress",
     ("a.txt", b"caf\xe9"): "a.txt is not UTF-8 (unexpected end of data at byte 3)",
     ("a.txt.gz", gzip.compress(lines(texts(200)))[:-900]): "a.txt.gz is damaged (Compressed file ended",
     ("a.txt.zst", zstd(lines(texts(200)))[:-900]): "a.txt.zst is damaged (",
     ("a.parquet", b"PAR1 and no more"): "a.parquet cannot be read as Parquet (",
     ("a.md", b"text"): "a.md of data.text",
-    ("a.parquet.gz", b"text"): "has an unsupported file type: use .jsonl, .json, .txt, .parquet",
+    (
+        "a.parquet.gz",
+        b"text",
+    ): "has an unsupported file type: use .jsonl, .json, .txt, .csv, .parquet (all but",
 }
 
 
@@ -222,7 +228,7 @@ def test_disk_failure_is_not_reported_as_damage(tmp_path, monkeypatch, name):
             "a.parquet has no column 'text': set data.text_field to one of url, content",
         ),
         ("text", [1], "a.parquet, row 1: 'text' is int, not text"),
-        ("text", ["a"] * 5 + [None], "a.parquet, row 6: 'text' is NoneType, not text"),
+        ("text", ["a"] * 5 + [None], "a.parquet, row 6: 'text' is null, not text"),
         ("text", pa.array([b"a", b"caf\xe9"]).view(pa.string()), "a.parquet, row 2 is not UTF-8"),
     ],
 )
@@ -244,13 +250,18 @@ def test_damaged_parquet_file_is_named(tmp_path):
 
 def test_pattern_that_matches_nothing_is_named(tmp_path):
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(ValueError, match=r"data\.text '.*/\*\.txt' matches no file .*quote the pattern"):
+    with pytest.raises(ValueError, match=r"data\.text '.*/\*\.txt' matches only directories: add /\*\*"):
         find(tmp_path / "*.txt")
+    with pytest.raises(ValueError, match=r"data\.text '.*/\*\.csv' matches no file .*quote the pattern"):
+        find(tmp_path / "*.csv")
 
 
-@pytest.mark.parametrize("name", ["a.parquet", "a.txt.zst"])
-def test_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [("a.parquet", "pyarrow.parquet", "pyarrow"), ("a.txt.zst", compression.ZSTD, compression.ZSTD)],
+)
+def test_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch, name, module, package):
     (tmp_path / name).write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(ValueError, match=r"requires pyarrow: pip install 'relora-jax\[arrow\]'"):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"requires {package}: pip install 'relora-jax\[arrow\]'"):
         find(tmp_path / "*")

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from relora_jax import prepare
 from relora_jax.data import prepared, tfds_source
 from relora_jax.data.packing import Packer
 from relora_jax.data.rows import RowStore
+from relora_jax.data.source import BadDocumentError
 from relora_jax.data.stores import PrepareOptions
 from relora_jax.storage import array_record, places
 from relora_jax.tokenizer import tokenizer as tokenizers
@@ -19,12 +21,13 @@ from tests.support.documents import DATA, texts, write_dataset
 
 EOS, DOCUMENTS = 1, 25
 CONFIG = """
+import dataclasses
 from tests.support import small
 from tests.support.documents import DATA
 
 def get_config(arm='relora'):
     config = small.config()
-    config.data = DATA
+    config.data = dataclasses.replace(DATA)
     return config
 """
 
@@ -60,7 +63,7 @@ def halves(documents):
 
 
 def row_store(data, tokenizer, part="train", options=PrepareOptions()):  # noqa: B008
-    [text] = [text for text in prepared._dataset(data) if text.parts == (part,)]
+    [text] = [text for text in prepared._dataset(data, options) if text.parts == (part,)]
     return prepared._stores(data, text, tokenizer, options)[part]
 
 
@@ -136,7 +139,7 @@ def test_manifest_has_the_key_and_the_properties_of_the_rows(tokenizer):
     )
     facts = [manifest[name] for name in names]
     assert facts == [4, store.rows, store.tokens, 3, 380, 30, 1, 0, "concatenate"]
-    assert manifest["text"] == {"files": 2, "of_files": 2, "of_documents": 3}
+    assert manifest["text"] == {"files": 2, "of_files": 2, "of_documents": 3, "skipped": 0}
     assert manifest["record"] == "[('length', '<u4'), ('ids', '<u2', (31,))]"
 
 
@@ -300,6 +303,46 @@ def test_command_prepares_any_size_and_prints_a_summary(tmp_path, monkeypatch, c
     assert f"{message} (2 of 2 files): {store.path}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--workers=all must be an integer of at least 0"):
         prepare.main([*args, "--workers=all"])
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own
+def test_command_skips_bad_documents_if_it_is_asked_to(tmp_path, capsys):
+    (tmp_path / "c.py").write_text(CONFIG)
+    for name, seed in (("train", 0), ("held", 1)):
+        lines = [json.dumps({"text": text}) for text in texts(20, seed=seed)] + ['{"text": null}'] * (
+            2 - seed
+        )
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    args = ["prepare", f"--config={tmp_path}/c.py", "--workers=1", "--config.model.vocab_size=380"]
+    args += [f"--text={tmp_path}/train.jsonl", f"--validation_text={tmp_path}/held.jsonl"]
+    with pytest.raises(BadDocumentError, match=r"train\.jsonl, line 21: .*--skip_bad_documents"):
+        prepare.main(args)
+    assert prepare.main([*args, "--skip_bad_documents"]) == 0
+    output = capsys.readouterr()
+    assert f"  {tmp_path}/train.jsonl, line 22: 'text' is null, not text\n" in output.err
+    assert prepare.main(args) == 0  # the rows exist now
+    again = capsys.readouterr().out
+    for summary in (output.out, again):
+        assert "of 20 documents (2 skipped as bad) in" in summary
+        assert "of 20 documents (1 skipped as bad) in" in summary
+
+
+def test_bad_documents_of_a_dataset_are_skipped_in_their_places(tokenizer, toy, monkeypatch):
+    monkeypatch.setattr(tfds_source, "BLOCK_DOCUMENTS", 5)
+    documents = [*toy[:7], b"caf\xe9 ", *toy[8:20], b"\xff", b"\xff", *toy[22:]]
+    write_dataset("latin:1.0.0", {"train": documents, "validation": ["v"]})
+    data = dataclasses.replace(DATA, dataset="latin")
+    with pytest.raises(BadDocumentError, match=r"document 7 of latin:1\.0\.0 train is not UTF-8"):
+        row_store(data, tokenizer)
+    skipping = PrepareOptions(skip_bad_documents=True)
+    store = row_store(data, tokenizer, options=skipping)
+    blocks = [half[k : k + 5] for half in halves(documents) for k in range(0, len(half), 5)]
+    rows = [packed([text for text in block if isinstance(text, str)], tokenizer) for block in blocks]
+    assert (rows_of(store) == np.concatenate(rows)).all()
+    assert store.manifest["text"]["skipped"] == 3 and store.manifest["documents"] == DOCUMENTS - 3
+    for skip in (False, True):  # as a worker gets it
+        source = pickle.loads(pickle.dumps(tfds_source.open_dataset("latin", "train", skip)))
+        assert source.skip_bad_documents == skip
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections' own

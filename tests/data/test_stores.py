@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from relora_jax.data import file_source
 from relora_jax.data.packing import Packer
 from relora_jax.data.prepared import find_tokenizer, prepare, train_texts
 from relora_jax.data.shards import Block, End, Job
+from relora_jax.data.source import BadDocumentError, Stripe
 from relora_jax.data.stores import OrderedBlocks, PrepareOptions
 from relora_jax.storage import places
 from relora_jax.tokenizer import tokenizer as tokenizers
@@ -70,7 +72,12 @@ def test_one_pass_builds_both_stores_with_each_document_in_its_part_and_block(fo
         assert (store.read(range(store.rows))[0] == rows).all()
         assert store.manifest["documents"] == sum(len(parts[at]) for parts in blocks_of(folder))
         assert store.counts.tolist() == np.bincount(rows.ravel(), minlength=380).tolist()
-    assert prepared.train.manifest["text"] == {"files": 5, "of_files": 5, "of_documents": None}
+    assert prepared.train.manifest["text"] == {
+        "files": 5,
+        "of_files": 5,
+        "of_documents": None,
+        "skipped": 0,
+    }
     assert prepared.train.path.parent == prepared.validation.path.parent
 
 
@@ -282,16 +289,160 @@ def test_finished_files_are_not_opened_again(folder, tmp_path, monkeypatch):
     assert opened == [2, 3, 4]  # 2 + 3 blocks, and one of the third file
 
 
+BAD = {  # line without text that can be read: how it is named
+    b'{"text": null}': "'text' is null, not text",
+    b'{"text": 3}': "'text' is int, not text",
+    b'{"text": "half \\ud83d"}': "has half of a surrogate pair",
+    b'{"text": "caf\xe9 "}': "is not UTF-8",
+    b'{"text": "cut': "is not JSON",
+    b"[]": "is not a JSON object but list",
+    b'{"txt": "x"}': "has no field 'text'",
+}
+MIXED = {  # file: number of documents, and the numbers of those before which a bad line is
+    "a": (30, [0, 5, 5, 7, 8, 20, 29, 30]),
+    "b": (0, [0] * 11),
+    "c": (4 * BLOCK, [3, 4 * BLOCK, 4 * BLOCK]),
+}
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """(pattern of documents, that of the same with bad lines among them, [(file and line, problem), ...])"""
+    documents, kinds, bad = iter(texts(99)), itertools.cycle(BAD), []
+    for name, (count, numbers) in MIXED.items():
+        good, lines = [json.dumps({"text": next(documents)}).encode() for _ in range(count)], []
+        for number in range(count + 1):
+            for _ in range(numbers.count(number)):
+                lines.append(next(kinds))
+                bad.append((f"{tmp_path}/bad/{name}.jsonl, line {len(lines)}", BAD[lines[-1]]))
+            lines += good[number : number + 1]
+        for folder, content in (("good", good), ("bad", lines)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{name}.jsonl").write_bytes(b"\n".join(content))
+    return tmp_path / "good/*", tmp_path / "bad/*", bad
+
+
+def skipping(workers=1):
+    return PrepareOptions(skip_bad_documents=True, workers=workers)
+
+
+def shards_of(files):
+    return {name: content for name, content in files.items() if name.endswith(".array_record")}
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_bad_document_is_named_and_unfinished_stores_are_removed(folder, tmp_path, workers):
-    (bad := tmp_path / "bad").mkdir()
+def test_bad_document_is_named_with_the_flag_that_skips_it(folder, mixed, workers):
+    _, text, bad = mixed
+    with pytest.raises(BadDocumentError) as raised:
+        prepare(config(folder, text=str(text)), PrepareOptions(workers=workers))
+    message = str(raised.value)
+    locations = [location for location, problem in bad if message.startswith(location) and problem in message]
+    assert locations == [bad[0][0]] if workers == 1 else locations
+    assert message.endswith(", or skip such documents (prepare --skip_bad_documents)")
+
+
+def test_unfinished_stores_of_a_damaged_file_are_removed(folder, tmp_path):
+    (damaged := tmp_path / "damaged").mkdir()
     for file in sorted(folder.glob("*.gz")):
-        (bad / file.name).write_bytes(file.read_bytes())
-    (bad / "3.jsonl.gz").write_bytes(gzip.compress(b'{"text": "caf\xe9 "}\n'))
-    with pytest.raises(ValueError) as raised:
-        prepare(config(folder, text=f"{bad}/*"), PrepareOptions(workers=workers))
-    assert str(raised.value).startswith(f"{bad}/3.jsonl.gz, line 1 is not UTF-8")
+        (damaged / file.name).write_bytes(file.read_bytes())
+    (damaged / "3.jsonl.gz").write_bytes((folder / "3.jsonl.gz").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"3\.jsonl\.gz is damaged"):
+        prepare(config(folder, text=f"{damaged}/*"), skipping())
     assert not list((places.cache_dir() / "rows").glob("*.partial"))
+
+
+def test_skipping_bad_documents_leaves_the_rows_of_the_others_as_without_them(
+    folder, mixed, tmp_path, monkeypatch, capsys
+):
+    good, text, bad = mixed
+    expected = prepared_files(tmp_path / "g", monkeypatch, config(folder, text=str(good)))
+    capsys.readouterr()
+    first = prepared_files(tmp_path / "1", monkeypatch, data := config(folder, text=str(text)), skipping())
+    assert shards_of(first) == shards_of(expected) and len(shards_of(first)) > 8
+    for part in file_source.PARTS:
+        manifests = [json.loads(files[f"{part}/manifest.json"]) for files in (expected, first)]
+        assert [manifest["text"]["skipped"] for manifest in manifests] == [0, len(bad)]
+        for name in ("documents", "rows", "tokens", "given"):
+            assert manifests[0][name] == manifests[1][name]
+    head, *named, rest = [line for line in capsys.readouterr().err.splitlines() if "dropped" not in line]
+    assert head == f"{len(bad)} bad documents of {text.parent}/a.jsonl and 2 more are skipped:"
+    assert len(named) == 10 and rest == f"  and {len(bad) - 10} more"
+    for line, (location, problem) in zip(named, bad, strict=False):
+        assert line.startswith(f"  {location}") and problem in line and "prepare" not in line
+    for workers in (2, 4):  # which share the files
+        again = prepared_files(tmp_path / f"{workers}", monkeypatch, data, skipping(workers))
+        assert again == first and f"\n  {bad[0][0]}" in capsys.readouterr().err
+    prepared_files(tmp_path / "1", monkeypatch, data)  # rows that exist need no flag
+
+
+def test_skipping_changes_nothing_where_no_document_is_bad(folder, tmp_path, monkeypatch):
+    strict = prepared_files(tmp_path / "1", monkeypatch, config(folder))
+    assert prepared_files(tmp_path / "2", monkeypatch, config(folder), skipping()) == strict
+
+
+def stopped(monkeypatch, data, options, *, blocks):
+    """A preparation of `data` that ends after so many blocks, as by a kill, or at a bad document."""
+    build, remaining = Job._build, itertools.count(blocks, -1)
+
+    def limited(self, *args):
+        if not next(remaining):
+            raise KeyboardInterrupt
+        yield from build(self, *args)
+
+    # the odd blocks of each file first, as two workers may build them
+    stripes = lambda self, _: [Stripe(f, n, 2) for f in range(self.files) for n in (1, 0)]  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_build", limited)
+        patch.setattr(file_source.Files, "stripes", stripes)
+        with pytest.raises((KeyboardInterrupt, BadDocumentError)):
+            prepare(data, options)
+
+
+@pytest.mark.parametrize("blocks", range(1, 9))
+@pytest.mark.parametrize("skips", [False, True])
+def test_preparation_may_go_on_with_skipping_or_without(
+    folder, mixed, tmp_path, monkeypatch, capsys, blocks, skips
+):
+    _, text, bad = mixed
+    data = config(folder, text=str(text))
+    expected = prepared_files(tmp_path / "1", monkeypatch, data, skipping())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
+    stopped(monkeypatch, data, PrepareOptions(skip_bad_documents=skips), blocks=blocks)
+    stopped(monkeypatch, data, PrepareOptions(skip_bad_documents=not skips), blocks=2)
+    capsys.readouterr()
+    assert prepared_files(tmp_path / "2", monkeypatch, data, skipping()) == expected
+    assert f"{len(bad)} bad documents" in capsys.readouterr().err
+
+
+def test_blocks_before_a_bad_document_are_not_built_again(folder, mixed, monkeypatch):
+    good, text, _ = mixed
+    (text.parent / "0.jsonl").write_bytes((good.parent / "c.jsonl").read_bytes())
+    data = config(folder, text=str(text))
+    with pytest.raises(BadDocumentError, match=r"a\.jsonl, line 1: "):
+        prepare(data)
+    built, build = [], Job._build
+    spy = lambda self, *args: built.append(args[:2]) or build(self, *args)  # noqa: E731
+    monkeypatch.setattr(Job, "_build", spy)
+    prepare(data, skipping())
+    assert built[0] == (1, 0)  # all of the first file was kept
+
+
+def test_text_of_bad_documents_alone_is_named(folder, mixed, capsys):
+    _, text, _ = mixed
+    data = config(folder, text=f"{text.parent}/b*", validation_text=f"{text.parent}/[ac]*")
+    with pytest.raises(ValueError, match=r"b\.jsonl: the train part has too little text for one row"):
+        prepare(data, skipping())
+    assert f"11 bad documents of {text.parent}/b.jsonl are skipped" in capsys.readouterr().err
+
+
+def test_tokenizer_is_trained_without_the_bad_documents(folder, mixed):
+    good, text, _ = mixed
+    data = config(folder, text=str(text), tokenizer="bpe(330)")
+    with pytest.raises(BadDocumentError):
+        find_tokenizer(data)
+    trained = find_tokenizer(data, skipping()).sha256
+    assert trained == find_tokenizer(dataclasses.replace(data, text=str(good))).sha256
+    assert trained == find_tokenizer(data).sha256  # one that exists needs no flag
 
 
 def test_too_little_text_is_reported_with_a_remedy(folder):
@@ -332,6 +483,13 @@ def test_warns_of_tokens_dropped_from_many_small_files(folder, tmp_path, capsys)
     train = prepare(config(folder, text=f"{tmp_path}/*.txt")).train
     share = f"{100 * train.manifest['dropped']:.0f}% of the train tokens of {tmp_path}/0.txt and 49 more"
     assert f"{share} are dropped at ends of blocks and files: join small files" in capsys.readouterr().err
+
+
+def test_file_in_both_texts_is_refused_however_it_is_written(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    data = config(folder, text=str(folder), validation_text=f"{folder.name}/{{0,1}}.jsonl.gz")
+    with pytest.raises(ValueError, match=r"/0\.jsonl\.gz is in data\.text and in data\.validation_text"):
+        prepare(data)
 
 
 def test_tokenizer_is_trained_only_on_train_documents(folder, tmp_path):
