@@ -242,7 +242,7 @@ def test_run_is_evaluated_on_the_version_that_it_was_trained_on(
 def test_moved_text_is_accepted_together_with_its_held_out_files(
     run: SavedRun, workdir: pathlib.Path, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
-    for name, documents in (("train", texts(60)), ("validation", texts(20, seed=1))):
+    for name, documents in (("train", texts(60)), ("validation", [*texts(20, seed=1), None])):
         (tmp_path / "old").mkdir(exist_ok=True)
         lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
         (tmp_path / "old" / f"{name}.jsonl").write_text(lines)
@@ -255,12 +255,16 @@ def test_moved_text_is_accepted_together_with_its_held_out_files(
     )
     own.data.tokenizer = str(run.prepared.tokenizer.path)
     (workdir / "config.json").write_text(to_json(own))
-    directory.begin(Writer(workdir), own, unigram_perplexity=1.0, rows=directory.keys_of(prepare(own.data)))
+    prepared = prepare(own.data, PrepareOptions(skip_bad_documents=True))
+    directory.begin(Writer(workdir), own, unigram_perplexity=1.0, rows=directory.keys_of(prepared))
     shutil.rmtree(workdir / "checkpoints")
     with Checkpoints(workdir, own) as checkpoints:
         checkpoints._write(8, flatten(run.state))
     (tmp_path / "old").rename(tmp_path / "new")
     args = [f"--{name}={pattern}" for name, pattern in files("new").items()]
+    assert json_result(capsys, workdir, *args)["loss"] == run.at[8].loss
+    for store in (prepared.train, prepared.validation):  # they are built again without the null
+        shutil.rmtree(store.path.parent)
     assert json_result(capsys, workdir, *args)["loss"] == run.at[8].loss
     assert "trained on other rows" in output_line(capsys, f"--workdir={workdir}", args[0], code=2)
 

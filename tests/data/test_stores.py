@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from relora_jax.config import DataConfig
 from relora_jax.data import file_source
 from relora_jax.data.packing import Packer
-from relora_jax.data.prepared import find_tokenizer, prepare, train_texts
+from relora_jax.data.prepared import find_tokenizer, prepare, tokenizer_of, train_texts
 from relora_jax.data.shards import Block, End, Job
 from relora_jax.data.source import BadDocumentError, Stripe
 from relora_jax.data.stores import OrderedBlocks, PrepareOptions
@@ -443,6 +444,9 @@ def test_tokenizer_is_trained_without_the_bad_documents(folder, mixed):
     trained = find_tokenizer(data, skipping()).sha256
     assert trained == find_tokenizer(dataclasses.replace(data, text=str(good))).sha256
     assert trained == find_tokenizer(data).sha256  # one that exists needs no flag
+    rows = prepare(data, skipping()).train.manifest["key"]
+    shutil.rmtree(places.cache_dir() / "tokenizers")
+    assert trained == tokenizer_of(data, rows).sha256  # as `generate` finds it
 
 
 def test_too_little_text_is_reported_with_a_remedy(folder):
@@ -487,9 +491,10 @@ def test_warns_of_tokens_dropped_from_many_small_files(folder, tmp_path, capsys)
 
 def test_file_in_both_texts_is_refused_however_it_is_written(folder, monkeypatch):
     monkeypatch.chdir(folder.parent)
-    data = config(folder, text=str(folder), validation_text=f"{folder.name}/{{0,1}}.jsonl.gz")
-    with pytest.raises(ValueError, match=r"/0\.jsonl\.gz is in data\.text and in data\.validation_text"):
-        prepare(data)
+    for text, held in ((str(folder), folder.name), (folder.name, str(folder))):
+        data = config(folder, text=text, validation_text=f"{held}/{{0,1}}.jsonl.gz")
+        with pytest.raises(ValueError, match=r"/0\.jsonl\.gz is in data\.text and in data\.validation_text"):
+            prepare(data)
 
 
 def test_tokenizer_is_trained_only_on_train_documents(folder, tmp_path):
