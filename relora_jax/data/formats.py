@@ -101,14 +101,19 @@ def _csv(file: Any, stream: io.BufferedReader, field: str) -> _Documents:
                 yield where, partial(_cell, f"{file}, {where}", row, index, len(header))
             elif row:  # not an empty line
                 header = [row[0].removeprefix("\ufeff"), *row[1:]]
+                "".join(header).encode()
                 index = _index(file, header, field)
+    except UnicodeEncodeError as error:
+        raise UserError(f"the header of {file} is not UTF-8: convert the file") from error
     except csv.Error as error:
         remedy = "quote fields that hold commas, quotes or line ends, and double the quotes inside"
         raise UserError(f"{file} is not CSV from line {first} on ({error}): {remedy}") from error
 
 
 def _index(file: Any, columns: list[str], field: str) -> int:
-    """The place of column `field`; UserError if there is none."""
+    """The place of column `field`; UserError if there is none, or more than one."""
+    if columns.count(field) > 1:
+        raise UserError(f"{file} has several columns {field!r}: rename all but one")
     if field not in columns:
         raise UserError(f"{file} has no column {field!r}: set data.text_field to one of {_names(columns)}")
     return columns.index(field)
@@ -136,8 +141,9 @@ def _parquet(file: Any, raw: io.BufferedReader, field: str) -> _Documents:
     try:
         table = arrow.parquet.ParquetFile(raw)
         names = table.schema_arrow.names
-        if field not in (paths := [table.schema.column(i).path for i in range(len(table.schema))]):
-            _index(file, names if field in names else paths, field)
+        paths = [table.schema.column(i).path for i in range(len(table.schema))]
+        if (count := paths.count(field)) != 1:  # a list has another path than its name
+            _index(file, paths if count or field not in names else names, field)
         batches, number = table.iter_batches(batch_size=CHUNK_DOCUMENTS, columns=[field]), 0
         while (batch := next(batches, None)) is not None:
             [column] = batch.schema.names

@@ -151,6 +151,8 @@ FILES = {  # name, content -> part of the error message
     ("a.json", b"[" * 100_000): "not JSON (item 1: ",
     ("a.json", b'[{"n": ' + b"1" * 5000 + b"}]"): "not JSON (item 1: Exceeds the limit",
     ("a.csv", b"id,content\n1,a\n"): "a.csv has no column 'text': set data.text_field to one of id, content",
+    ("a.csv", "id,text\n1,a\n".encode("utf-16")): "a.csv is not UTF-8: convert the file",
+    ("a.csv", b"text,text\na,b\n"): "a.csv has several columns 'text': rename all but one",
     ("a.csv", b"one long text that stands alone\n"): "set data.text_field to one of one long text that s...",
     ("a.csv", b'text,n\n"a",1\n\n"b,2\nc,3\n'): "is not CSV from line 4 on (unexpected end of data): quote",
     ("a.csv", b'text,n\n"a "b" c",1\n'): "is not CSV from line 2 on (',' expected after '\"')",
@@ -237,6 +239,16 @@ def test_missing_inner_field_lists_the_others(tmp_path, name, message):
     with pytest.raises(UserError) as raised:
         read(tmp_path / name, "meta.txt")
     assert message in str(raised.value)
+
+
+def test_column_that_a_parquet_file_has_twice_is_refused(tmp_path):
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has several columns 'text'"):
+        read(tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pa.table({"text": [["a"]], "n": [1]}), tmp_path / "b.parquet")
+    with pytest.raises(BadDocumentError, match=r"b\.parquet, row 1: 'text' is list, not text"):
+        read(tmp_path / "b.parquet")
 
 
 def test_overlong_item_is_rejected_without_reading_all_of_the_array(tmp_path, monkeypatch):
