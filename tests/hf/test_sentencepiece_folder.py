@@ -218,10 +218,10 @@ def auto(monkeypatch):
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("name", FOLDERS)
 def test_export_of_an_import_has_the_tokenizer_of_the_original(name, tmp_path, auto, capsys):
-    from tests.support.transformers_models import save_llama
+    from tests.support.transformers_models import save_model
 
     source, run, out = tmp_path / "model", tmp_path / "run", tmp_path / "out"
-    save_llama(source, vocab_size=520)
+    save_model(source, vocab_size=520)
     config = json.loads((source / "config.json").read_text())
     make(source, name)
     kind = json.loads((source / "config.json").read_text())["model_type"]
