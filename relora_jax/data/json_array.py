@@ -72,9 +72,9 @@ class _Text:
         while True:
             try:
                 _, end = _DECODER.raw_decode(self._buffer, self._start)
-                problem = "" if end < len(self._buffer) else "it has no end"  # a number may go on
+                problem = "" if end < len(self._buffer) else "it has no end"  # a number may be cut off
             except (ValueError, RecursionError) as error:
-                end, problem = 0, json_lines.reason(error)  # or it goes on in what is not read yet
+                end, problem = 0, json_lines.reason(error)  # or its rest is not read yet
             if not problem:
                 source, self._start = self._buffer[self._start : end], end
                 return source

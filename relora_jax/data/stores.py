@@ -174,10 +174,8 @@ def _removed_on_bad_text(folder: Path, key: dict[str, Any]) -> Iterator[None]:
 
 def _unfinished(stripes: Sequence[Any], blocks: Sequence[Block], ends: Sequence[End]) -> list[Any]:
     """The stripes of which a block is missing."""
-    counts, finished = (
-        {end.file: end.blocks for end in ends},
-        {(block.file, block.number) for block in blocks},
-    )
+    counts = {end.file: end.blocks for end in ends}
+    finished = {(block.file, block.number) for block in blocks}
     return [
         stripe
         for stripe in stripes

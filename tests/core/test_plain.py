@@ -217,7 +217,7 @@ def test_dtype_of_the_output_is_that_of_the_plain_layer(dtype: Any, param_dtype:
 
 
 @pytest.mark.parametrize("name", ("linear", "to heads", "from heads", "einsum"))
-@pytest.mark.parametrize("form", ("separate", "fused"))
+@pytest.mark.parametrize("form", ("separate", pytest.param("fused", marks=pytest.mark.slow)))
 def test_out_sharding_is_that_of_the_plain_layer(name: str, form: str) -> None:
     mesh = jax.make_mesh((len(jax.devices()),), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
     case = CASES[name]

@@ -463,7 +463,7 @@ OVER_ARRAYS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ("plain", "nnx.Optimizer"))
+@pytest.mark.parametrize("optimizer", (pytest.param("plain", marks=pytest.mark.slow), "nnx.Optimizer"))
 @pytest.mark.parametrize("name", OVER_ARRAYS)
 def test_labels_may_be_mapped_over_the_arrays_of_a_state(name: str, optimizer: str) -> None:
     before, after = two_updates_around_a_reset(OVER_ARRAYS[name](), Net(), optimizer)

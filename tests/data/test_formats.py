@@ -261,6 +261,7 @@ def test_overlong_item_is_rejected_without_reading_all_of_the_array(tmp_path, mo
         assert file.tell() < 6000
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_array(tmp_path):
     import tracemalloc
 

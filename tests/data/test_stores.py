@@ -399,7 +399,9 @@ def stopped(monkeypatch, data, options, *, blocks):
             prepare(data, options)
 
 
-@pytest.mark.parametrize("blocks", range(1, 9))
+@pytest.mark.parametrize(
+    "blocks", [1, 4, 8, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 5, 6, 7))]
+)
 @pytest.mark.parametrize("skips", [False, True])
 def test_preparation_may_go_on_with_skipping_or_without(
     folder, mixed, tmp_path, monkeypatch, capsys, blocks, skips

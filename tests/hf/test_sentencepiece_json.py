@@ -94,7 +94,8 @@ def own(request):
 def test_decoding_restores_the_text(own, text):
     theirs, ours = own
     ids = ours.encode(text, add_special_tokens=False).ids
-    assert ours.decode(ids) == theirs.decode(ids)
+    if "<unk>" not in text:  # the id of unk has the text " ⁇ " in SentencePiece, and none in tokenizers
+        assert ours.decode(ids) == theirs.decode(ids)
     if not any(name in text for name in ("<pad>", "</s>", "<unk>")):
         assert ours.decode(ids) == text
 
