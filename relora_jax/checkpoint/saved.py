@@ -93,8 +93,9 @@ class Checkpoint:
             raise UserError(f"{path} holds the checkpoint of update {update}: rename it to {update}")
         return cls(path, update, from_json(meta["config"]), meta["checksums"])
 
+    @functools.cached_property
     def specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """(shape, type) of each array, read without the arrays."""
+        """(shape, type) of each array, read once and without the arrays."""
         try:
             with ocp.StandardCheckpointer() as reader:
                 return _specs(reader.metadata(self.path / STATE).item_metadata)
@@ -106,7 +107,7 @@ class Checkpoint:
 
         OtherModelError before anything is read; DamagedError if one is not as it was saved.
         """
-        saved, expected = self.specs(), _specs(like)
+        saved, expected = self.specs, _specs(like)
         for name in sorted(saved.keys() | expected.keys() if whole else expected):
             if saved.get(name) != expected.get(name):
                 raise OtherModelError(
@@ -122,13 +123,13 @@ class Checkpoint:
 
     def check_arrays(self) -> None:
         """DamagedError if the arrays on disk have other names than the saved ones; reads none of them."""
-        if different := self.specs().keys() ^ self.checksums.keys():
+        if different := self.specs.keys() ^ self.checksums.keys():
             raise DamagedError(f"{self.path} is not as it was saved: {min(different)} is missing or new")
 
     def verify(self) -> None:
         """Reads all arrays, a few at a time, on the host. DamagedError if one is not as it was saved."""
         self.check_arrays()
-        for names in _batches(self.specs()):
+        for names in _batches(self.specs):
             on_host = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
             item = dict.fromkeys(names, 0)
             args = ocp.args.PyTreeRestore(item=item, restore_args=on_host, partial_restore=True)

@@ -22,7 +22,7 @@ class Variables(Mapping[str, Any]):
     """{path: array} of one checkpoint, on the host. DamagedError if one is not as it was saved."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint, self._specs = checkpoint, checkpoint.specs()
+        self._checkpoint, self._specs = checkpoint, checkpoint.specs
         self._device = jax.local_devices()[0]
 
     @property

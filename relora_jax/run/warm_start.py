@@ -32,7 +32,7 @@ def find(config: Config) -> Checkpoint:
         )
     try:
         checkpoint = Checkpoint.open(checkpoints_dir(source) / str(start))
-        paths = checkpoint.specs()
+        paths = checkpoint.specs
     except DamagedError as error:
         raise UserError(f"train.init_from cannot be used: {error}") from error
     _check_model(checkpoint, config)
@@ -78,7 +78,7 @@ def load(checkpoint: Checkpoint, program: Program) -> TrainState:
     """The checkpoint's full-rank state, placed for the program. UserError for another model or damage."""
     like = program.full_rank
     try:
-        if any(map(names.is_moment, checkpoint.specs())):
+        if any(map(names.is_moment, checkpoint.specs)):
             return read_state(checkpoint, like)
         model = read_state(checkpoint, model_of(like))
         return program.init_from(model.trained, model.frozen)  # draws no weights

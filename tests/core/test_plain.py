@@ -111,7 +111,7 @@ def expected(case: Case, kernel: Any, bias: Any, x: Any) -> np.ndarray:
     return y if bias is None else y + np.asarray(bias).reshape(case.bias)
 
 
-@pytest.mark.parametrize("form", ("separate", "fused"))
+@pytest.mark.parametrize("form", ("separate", pytest.param("fused", marks=pytest.mark.slow)))
 @pytest.mark.parametrize("name", CASES)
 def test_wrapped_merged_and_unwrapped_layers_equal_numpy(name: str, form: str) -> None:
     case = CASES[name]
@@ -216,7 +216,10 @@ def test_dtype_of_the_output_is_that_of_the_plain_layer(dtype: Any, param_dtype:
         assert unwrap(dense).kernel.dtype == param_dtype
 
 
-@pytest.mark.parametrize("name", ("linear", "to heads", "from heads", "einsum"))
+@pytest.mark.parametrize(
+    "name",
+    ("from heads", *(pytest.param(n, marks=pytest.mark.slow) for n in ("linear", "to heads", "einsum"))),
+)
 @pytest.mark.parametrize("form", ("separate", pytest.param("fused", marks=pytest.mark.slow)))
 def test_out_sharding_is_that_of_the_plain_layer(name: str, form: str) -> None:
     mesh = jax.make_mesh((len(jax.devices()),), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
@@ -277,8 +280,12 @@ def attention(**options: Any) -> Any:
 
 @pytest.mark.parametrize(
     "options",
-    ({}, {"num_kv_heads": 2}, {"use_bias": False, "normalize_qk": True}, {"dtype": jnp.bfloat16}),
-    ids=("plain", "grouped", "normalized", "bfloat16"),
+    (
+        pytest.param({}, id="plain"),
+        pytest.param({"num_kv_heads": 2}, id="grouped", marks=pytest.mark.slow),
+        pytest.param({"use_bias": False, "normalize_qk": True}, id="normalized"),
+        pytest.param({"dtype": jnp.bfloat16}, id="bfloat16", marks=pytest.mark.slow),
+    ),
 )
 def test_attention_of_flax_is_the_same_wrapped_merged_and_unwrapped(options: dict[str, Any]) -> None:
     model, x = attention(**options), jnp.asarray(drawn(2, 6, 8), jnp.float32)

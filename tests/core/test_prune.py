@@ -81,7 +81,7 @@ def test_survivors_are_the_rounded_float64_product(fraction: float, entries: int
     assert magnitude(fraction).survivors(entries) == random(fraction).survivors(entries) == survivors
 
 
-@pytest.mark.parametrize("entries", [1, 5, 60])
+@pytest.mark.parametrize("entries", [1, 5, pytest.param(60, marks=pytest.mark.slow)])
 @given(prune=ANY)
 @settings(deadline=None, max_examples=20)
 def test_mask_keeps_the_exact_number_of_entries_per_layer(prune: Prune, entries: int) -> None:

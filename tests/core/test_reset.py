@@ -383,7 +383,7 @@ def adam_moments(optimizer: nnx.Optimizer) -> dict[bool, list[np.ndarray]]:
     return moments
 
 
-@pytest.mark.parametrize("grouping", ("one group", "two groups"))
+@pytest.mark.parametrize("grouping", (pytest.param("one group", marks=pytest.mark.slow), "two groups"))
 def test_nnx_optimizer_around_with_reset_updates_and_resets(grouping: str) -> None:
     model, x = Net(), jax.random.normal(KEY, (8, 5))
     adam = optax.adamw(1e-2)

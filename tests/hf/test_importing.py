@@ -495,7 +495,7 @@ def test_bos_that_transformers_does_not_add_is_a_warning(
     assert ("has a bos, 1, which transformers puts before no text" in capsys.readouterr().err) == (not adds)
 
 
-@pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])
+@pytest.mark.parametrize("pad", [*(pytest.param(p, marks=pytest.mark.slow) for p in (None, "</s>")), "<pad>"])
 @pytest.mark.parametrize("kind", ["bpe", pytest.param("SentencePiece", marks=pytest.mark.slow)])
 def test_pad_stays_what_it_is_when_an_export_is_imported_and_exported(
     tmp_path: pathlib.Path, kind: str, pad: str | None

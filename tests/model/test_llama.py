@@ -110,8 +110,8 @@ def test_logits_do_not_depend_on_later_ids() -> None:
         {"head_dim": 16, "rope_scaling": "llama3(8, 1, 4, 100)"},  # unchanged, scaled and interpolated pairs
         {"rope_scaling": "linear(4)"},
         {"rope_scaling": "dynamic(2, 8)"},  # the rows have 12
-        {"rope_scaling": "dynamic(2, 12)"},
-        {"family": "mistral"},
+        pytest.param({"rope_scaling": "dynamic(2, 12)"}, marks=pytest.mark.slow),
+        pytest.param({"family": "mistral"}, marks=pytest.mark.slow),
         {"family": "qwen2"},
         {"family": "qwen3", "head_dim": 6, "tied_embeddings": True},
     ],
@@ -169,9 +169,9 @@ def one_per_row(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     "changes",
     [
         {},
-        {"kv_heads": 1},
-        {"kv_heads": 4, "remat": "full"},
-        {"family": "qwen2", "kv_heads": 1},
+        pytest.param({"kv_heads": 1}, marks=pytest.mark.slow),
+        pytest.param({"kv_heads": 4, "remat": "full"}, marks=pytest.mark.slow),
+        pytest.param({"family": "qwen2", "kv_heads": 1}, marks=pytest.mark.slow),
         {"family": "qwen3", "head_dim": 6, "remat": "dots"},
     ],
     ids=str,
@@ -211,7 +211,12 @@ def test_positions_restart_and_attention_stays_within_each_document() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attention": "xla"}, {"attention": "xla", "remat": "dots", "kv_heads": 1}], ids=str
+    "changes",
+    [
+        pytest.param({"attention": "xla"}, marks=pytest.mark.slow),
+        {"attention": "xla", "remat": "dots", "kv_heads": 1},
+    ],
+    ids=str,
 )
 def test_separate_documents_have_the_loss_and_gradients_of_each_one_alone(changes: dict[str, Any]) -> None:
     graph, state = nnx.split(build(model(**changes)))

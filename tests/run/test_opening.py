@@ -96,7 +96,7 @@ def test_path_from_which_checkpoints_cannot_be_read_is_refused_before_anything_i
     assert list(tmp_path.iterdir()) == before  # no rows, no tokenizer
 
 
-@pytest.mark.parametrize("last", [11, pytest.param(7, id="stopped")])
+@pytest.mark.parametrize("last", [pytest.param(11, marks=pytest.mark.slow), pytest.param(7, id="stopped")])
 def test_run_does_not_end_well_if_its_last_checkpoint_cannot_be_read_back(
     config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, last: int
 ) -> None:
@@ -130,6 +130,7 @@ def test_directory_that_is_not_a_run_is_refused_and_not_touched(
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["config.json"]
 
 
+@pytest.mark.slow
 def test_directory_and_warm_start_are_checked_once(
     config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

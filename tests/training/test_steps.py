@@ -217,6 +217,7 @@ def test_accumulation_does_not_change_an_update(plain: tuple[Config, Program, An
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_separate_documents_train_like_each_one_alone_on_any_microbatches_and_devices(
     plain: tuple[Config, Program, Any],
 ) -> None:
