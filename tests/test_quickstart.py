@@ -23,7 +23,6 @@ SHORT = {
 
 def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c"), "TFDS_DATA_DIR": str(tmp_path / "d")}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in conftest.py
     command = [sys.executable, "-m", "relora_jax.train", "--config=configs/quickstart.py"]
     command += [f"--config.{group}.{setting}" for group, line in SHORT.items() for setting in line.split()]
 
@@ -66,7 +65,6 @@ def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
 )
 def test_published_size_without_its_data_names_what_is_missing(name: str, tmp_path: pathlib.Path) -> None:
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "c"), "TFDS_DATA_DIR": str(tmp_path / "d")}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as in conftest.py
     args = [sys.executable, "-m", "relora_jax.train", f"--config=configs/{name}.py"]
     args += [f"--workdir={tmp_path / 'r'}"]
     run = subprocess.run(args, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -70,6 +70,10 @@ CASES = {
 }
 
 
+FAST = {"linear", "linear of no rows", "from heads", "axes in another order", "einsum that permutes"}
+NAMES = [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CASES]
+
+
 def drawn(*shape: int) -> Any:
     return jnp.asarray(np.random.default_rng(len(shape) + sum(shape)).normal(size=shape))
 
@@ -112,7 +116,7 @@ def expected(case: Case, kernel: Any, bias: Any, x: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", ("separate", pytest.param("fused", marks=pytest.mark.slow)))
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_wrapped_merged_and_unwrapped_layers_equal_numpy(name: str, form: str) -> None:
     case = CASES[name]
     with jax.enable_x64(True):
@@ -139,7 +143,7 @@ def test_wrapped_merged_and_unwrapped_layers_equal_numpy(name: str, form: str) -
     assert back.kernel.shape == kernel.shape and back.kernel.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_stacked_layers_equal_numpy_layer_by_layer(name: str) -> None:
     case, layers = CASES[name], 3
     with jax.enable_x64(True):
@@ -168,7 +172,7 @@ def test_stacked_layers_equal_numpy_layer_by_layer(name: str) -> None:
 # --- the user's own code runs as before
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_wrapped_layer_has_the_attributes_of_the_plain_one(name: str) -> None:
     layer = CASES[name].make(rngs=nnx.Rngs(0))
     dense = lower(layer, base_dtype="float32")

@@ -199,7 +199,7 @@ def test_checkpoint_deleted_during_export_is_reported(
         (run / "checkpoints" / "6").rename(run / "gone")
         raise DamagedError("cut")
 
-    monkeypatch.setattr(Checkpoint, "specs", deleting)
+    monkeypatch.setattr(Checkpoint, "specs", property(deleting))
     line = output_line(capsys, f"--workdir={run}", f"--output={tmp_path}/out", code=2)
     assert "has deleted its checkpoint at update 6: use a newer one" in line
 

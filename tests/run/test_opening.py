@@ -38,6 +38,7 @@ def run(config: Config, workdir: pathlib.Path) -> int:
         return loop.run(config, workdir, PrepareOptions(), signals)
 
 
+@pytest.mark.slow
 def test_inactive_process_computes_the_same_and_writes_only_its_shards(
     config: Config,
     tmp_path: pathlib.Path,
@@ -96,7 +97,8 @@ def test_path_from_which_checkpoints_cannot_be_read_is_refused_before_anything_i
     assert list(tmp_path.iterdir()) == before  # no rows, no tokenizer
 
 
-@pytest.mark.parametrize("last", [pytest.param(11, marks=pytest.mark.slow), pytest.param(7, id="stopped")])
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [11, pytest.param(7, id="stopped")])
 def test_run_does_not_end_well_if_its_last_checkpoint_cannot_be_read_back(
     config: Config, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, last: int
 ) -> None:

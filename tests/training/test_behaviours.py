@@ -50,7 +50,8 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tables")
-@pytest.mark.parametrize("form", ["separate", pytest.param("fused", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["separate", "fused"])
 def test_custom_choices_train_and_are_saved_and_restored(tmp_path: pathlib.Path, form: str) -> None:
     changes: dict[str, Any] = {"relora__base_dtype": "int8_toy", "relora__prune": EveryNth(3.0)}
     config = small.config(relora__product=form, relora__peak_lr=3e-2, **changes)

@@ -66,10 +66,9 @@ def runs_on_devices() -> dict[Any, Any]:
     return {}
 
 
-@pytest.mark.parametrize("shape", [MESHES[2], *(pytest.param(m, marks=pytest.mark.slow) for m in MESHES[:2])])
-@pytest.mark.parametrize(
-    "choice", [prune.magnitude(0.9), pytest.param(prune.random(0.5), marks=pytest.mark.slow)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize("choice", [prune.magnitude(0.9), prune.random(0.5)], ids=str)
 def test_devices_share_a_run_without_changing_it(
     shape: tuple[int, int], choice: prune.Prune, runs_on_devices: dict[Any, Any]
 ) -> None:
