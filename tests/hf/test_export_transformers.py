@@ -102,6 +102,7 @@ def test_logits_of_an_export_equal_the_runs(
     assert_close(logits_of(model, ids(3)), np.asarray(run.model(jnp.asarray(ids(3)))))
 
 
+@pytest.mark.ci
 def test_perplexity_of_a_mid_cycle_export_equals_the_runs(
     mid_cycle: SavedRun, tmp_path: pathlib.Path, capsys: Any
 ) -> None:
@@ -170,6 +171,7 @@ def test_model_of_a_family_is_trained_through_restarts_and_exported_as_its_own_c
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # raised by peft
+@pytest.mark.ci
 def test_factors_on_a_base_with_biases_give_the_logits_of_the_run(tmp_path: pathlib.Path) -> None:
     peft = pytest.importorskip("peft", reason="needs the extra hf-test")
     workdir, program, state = trained_through_restarts(tmp_path, **TRANSFORMERS_MODELS["qwen2"])

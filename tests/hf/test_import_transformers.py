@@ -34,7 +34,12 @@ def imported_model(workdir: pathlib.Path) -> Llama:
     return model
 
 
-@pytest.mark.parametrize("name", MODELS)
+IN_CI = ("grouped-query", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.ci] if name in IN_CI else []) for name in MODELS]
+)
 def test_logits_equal_those_of_transformers(tmp_path: pathlib.Path, name: str) -> None:
     theirs = save_model(tmp_path / "model", **MODELS[name])
     assert import_command(tmp_path / "model", tmp_path / "run") == 0
