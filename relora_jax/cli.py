@@ -105,8 +105,14 @@ def count(name: str, value: str, *, at_least: int) -> int:
     return int(value)
 
 
-def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | None = None) -> None:
-    """Exits with the code of `run(argv)`, or with one line and 2 for a UserError, 74 for an OSError.
+def main(
+    run: Callable[[list[str]], int],
+    usage: str | None,
+    argv: list[str] | None = None,
+    *,
+    leave: Callable[[int], Any] = sys.exit,
+) -> None:
+    """Leaves with the code of `run(argv)`, or with one line and 2 for a UserError, 74 for an OSError.
 
     Any other exception is a bug and shows its traceback.
     """
@@ -127,7 +133,7 @@ def main(run: Callable[[list[str]], int], usage: str | None, argv: list[str] | N
     except KeyboardInterrupt:
         print("interrupted: run the same command again to resume", file=sys.stderr)
         code = 130
-    sys.exit(code)
+    leave(code)
 
 
 def command(module: str, argv: Sequence[str]) -> str:

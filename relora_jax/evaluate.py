@@ -14,6 +14,7 @@ Nothing is written into RUN, which may still be training.
 --validation_text=PATTERN  with --text: the run's held-out files, if it has any
 --tokenizer=PATH           the run's tokenizer, if it was moved
 --json                     print the result as JSON
+--coordinator, --processes, --process, --heartbeat: as in `train`
 
 Exit codes: 0 finished, 2 wrong usage or nothing to evaluate, 74 data or disk failed.
 """
@@ -37,6 +38,7 @@ from relora_jax.data import batches
 from relora_jax.errors import UserError
 from relora_jax.run import restored
 from relora_jax.run.restored import OWN_SPLITS
+from relora_jax.training import processes
 from relora_jax.training.evaluation import evaluate
 from relora_jax.training.program import Program, enable_compilation_cache
 
@@ -46,6 +48,11 @@ _UNITS = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 def main(argv: Sequence[str]) -> int:
     """Evaluates the checkpoint and prints one line; returns the exit code."""
     args = _parse(argv[1:])
+    with processes.joined(vars(args)):
+        return _evaluate(args)
+
+
+def _evaluate(args: Any) -> int:
     workdir, split = args.workdir.expanduser(), args.split
     config = restored.config_of(workdir)
     if args.text:
@@ -74,7 +81,10 @@ def main(argv: Sequence[str]) -> int:
         across_documents=config.data.attend_across_documents,
     )
     bar = {"desc": split, "unit": " batches", "total": -(-rows // microbatch), "leave": False}
-    result = evaluate(program, state, iter(tqdm(stream, **bar, disable=None)))
+    hidden = None if processes.is_writer() else True  # None: unless it is a terminal
+    result = evaluate(program, state, iter(tqdm(stream, **bar, disable=hidden)))
+    if not processes.is_writer():
+        return 0
     if args.json:
         values = {key: value if math.isfinite(value) else None for key, value in result._asdict().items()}
         about = {"workdir": str(workdir), "arm": config.arm, "update": u, "split": split}
@@ -99,6 +109,8 @@ def _parse(args: Sequence[str]) -> Any:
     parser.add_argument("--validation_text", type=_not_empty)
     parser.add_argument("--tokenizer", default="")
     parser.add_argument("--json", action="store_true")
+    for name, default in processes.FLAGS.items():
+        parser.add_argument(f"--{name}", default=default)
     return parser.parse_args(args)
 
 
@@ -129,4 +141,4 @@ def _microbatch(config: Config, requested: int | None) -> int:
 
 
 if __name__ == "__main__":
-    cli.main(main, __doc__)
+    cli.main(main, __doc__, leave=processes.leave)

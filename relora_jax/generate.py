@@ -14,12 +14,12 @@ several) or, which a note says, at the model's length.
 --update=U          the checkpoint (default: the newest)
 --tokenizer=PATH    the run's tokenizer, if it was moved
 --json              print each sample as a line of JSON
+--coordinator, --processes, --process, --heartbeat: as in `train`
 
 Exit codes: 0 finished, 2 wrong usage or nothing to sample from, 74 data or disk failed.
 """
 
 import json
-import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +32,9 @@ from relora_jax.config import DataConfig
 from relora_jax.errors import UserError
 from relora_jax.model.sampling import Request, prompt_rows, split_text
 from relora_jax.run import record, restored
+from relora_jax.storage.writer import Writer
 from relora_jax.tokenizer.tokenizer import Tokenizer
+from relora_jax.training import processes
 from relora_jax.training.program import Program, enable_compilation_cache
 
 MAX_TOKENS = 128  # default
@@ -43,8 +45,13 @@ AT_ONCE = 16  # samples per group; groups are drawn one after another
 def main(argv: Sequence[str]) -> int:
     """Prints the samples; returns the exit code."""
     args = _parse(argv[1:])
+    with processes.joined(vars(args)):
+        return _generate(args)
+
+
+def _generate(args: Any) -> int:
     workdir = args.workdir.expanduser()
-    config = restored.config_of(workdir)
+    config, writer = restored.config_of(workdir), Writer(workdir, active=processes.is_writer())
     u, length = restored.update_of(workdir, args.update), config.data.sequence_length
     tokenizer = restored.tokenizer_of(workdir, config, args.tokenizer)
     prompt = prompt_ids(args.prompt, tokenizer, config.data)
@@ -55,10 +62,10 @@ def main(argv: Sequence[str]) -> int:
     if args.max_tokens is None:
         args.max_tokens = min(MAX_TOKENS, room)
     elif is_cut:
-        print(
+        writer.print(
             f"note: --max_tokens={args.max_tokens} is reduced to {room}: the prompt has {len(prompt)} tokens "
             f"and the model's length is {length}",
-            file=sys.stderr,
+            warning=True,
         )
     enable_compilation_cache()
     program = Program(config, restored.mesh_of(config))
@@ -74,12 +81,12 @@ def main(argv: Sequence[str]) -> int:
                 cut.append(str(number + 1))
             if args.json:
                 sample = {"prompt": args.prompt, "text": text, "tokens": int(end) - len(prompt)}
-                print(json.dumps({**about, "sample": int(number), **sample, "document_ended": ended}))
+                writer.print(json.dumps({**about, "sample": int(number), **sample, "document_ended": ended}))
             else:
-                print(f"--- {number + 1} of {args.n}, update {u} of {workdir}")
-                print(_printable(f"[{before}]{text}"), flush=True)
+                writer.print(f"--- {number + 1} of {args.n}, update {u} of {workdir}")
+                writer.print(_printable(f"[{before}]{text}"))
     if cut:
-        print(f"note: sample {', '.join(cut)} ended at the model's length, {length}", file=sys.stderr)
+        writer.print(f"note: sample {', '.join(cut)} ended at the model's length, {length}", warning=True)
     return 0
 
 
@@ -142,6 +149,8 @@ def _parse(args: Sequence[str]) -> Any:
     parser.add_argument("--update", type=int)
     parser.add_argument("--tokenizer", default="")
     parser.add_argument("--json", action="store_true")
+    for name, default in processes.FLAGS.items():
+        parser.add_argument(f"--{name}", default=default)
     values = parser.parse_args(args)
     for name in ("n", "max_tokens"):
         if getattr(values, name) is not None and getattr(values, name) < 1:
@@ -171,4 +180,4 @@ def _utf8(text: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.main(main, __doc__)
+    cli.main(main, __doc__, leave=processes.leave)

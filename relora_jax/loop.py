@@ -115,10 +115,10 @@ class Recorder:
         """
         cadence, evaluated = self.config.train, self.metrics.evaluated
         due = evaluated < 0 or u % cadence.evaluate_every_updates == 0 or u == cadence.updates
-        if due and u > evaluated and not self.signals.stop_requested:
+        if due and u > evaluated and not self.signals.should_stop():
             with self.metrics.pause(state.update):
                 self._evaluate(u, state)
-        stop = self.signals.stop_requested
+        stop = self.signals.should_stop()
         if stop or self.checkpoints.due(u):
             with self.metrics.pause(state.update):
                 self.metrics.flush()
@@ -128,8 +128,8 @@ class Recorder:
     def _evaluate(self, u: int, state: TrainState) -> None:
         """Writes the eval and sample rows, or none if a signal comes before all of them are computed."""
         result = evaluate(self.program, state, self._until_signal())
-        samples = [] if self.signals.stop_requested else self.prompts.continuations(self.program, state)
-        if not self.signals.stop_requested:
+        samples = [] if self.signals.should_stop() else self.prompts.continuations(self.program, state)
+        if not self.signals.should_stop():
             self.metrics.eval(u, **result._asdict())
             for prompt, text in samples:
                 self.metrics.sample(u, prompt=prompt, text=text)
@@ -138,7 +138,7 @@ class Recorder:
         """The validation batches, at least one, until a signal."""
         for batch in self.validation:
             yield batch
-            if self.signals.stop_requested:
+            if self.signals.should_stop():
                 return
 
 

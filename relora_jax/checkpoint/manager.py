@@ -24,6 +24,7 @@ from relora_jax.checkpoint.saved import (
 )
 from relora_jax.config import Config
 from relora_jax.errors import UserError
+from relora_jax.training import processes
 from relora_jax.training.state import TrainState, flatten
 
 
@@ -82,7 +83,7 @@ class Checkpoints:
         self._finish()
         with _as_os_error(self._folder):
             if self._last is not None:
-                self._opened(self._last).check_arrays()
+                processes.together(self._opened(self._last).check_arrays, DamagedError)
 
     def _finish(self) -> None:
         with _as_os_error(self._folder):
@@ -102,7 +103,10 @@ class Checkpoints:
             self.wait()
             with _as_os_error(self._folder):
                 if self._last is not None:
-                    self._opened(self._last).verify()
+                    checkpoint = self._opened(self._last)
+                    processes.together(
+                        lambda: checkpoint.verify() if processes.is_writer() else None, DamagedError
+                    )
         finally:
             self._manager.close()
 

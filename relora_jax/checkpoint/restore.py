@@ -13,6 +13,7 @@ from relora_jax.checkpoint.saved import (
 from relora_jax.config import Config, changed_results
 from relora_jax.errors import UserError
 from relora_jax.storage.writer import Writer
+from relora_jax.training import processes
 from relora_jax.training.state import TrainState, flatten, unflatten
 
 
@@ -21,7 +22,8 @@ def read_state(checkpoint: Checkpoint, like: TrainState) -> TrainState:
 
     OtherModelError if the arrays do not match `like`, DamagedError if one is not as it was saved.
     """
-    return unflatten(checkpoint.read(flatten(like), whole=like.opt_state is not None), like)
+    whole = like.opt_state is not None
+    return unflatten(checkpoint.read(flatten(like), whole=whole, together=processes.together), like)
 
 
 def open_checkpoint(workdir: Path, u: int, config: Config) -> Checkpoint:
@@ -39,7 +41,7 @@ def open_checkpoint(workdir: Path, u: int, config: Config) -> Checkpoint:
 
 def restore(workdir: Path, u: int, config: Config, like: TrainState) -> TrainState:
     """The state of a run after u updates, as in `read_state`; errors as in `open_checkpoint`."""
-    checkpoint = open_checkpoint(workdir, u, config)
+    checkpoint = processes.together(lambda: open_checkpoint(workdir, u, config), DamagedError)
     try:
         return read_state(checkpoint, like)
     except OtherModelError as error:  # its config is this run's, so its arrays should be, too
@@ -64,7 +66,8 @@ def restore_newest(
         for damaged_u, error in damaged:
             # Orbax would neither overwrite the step nor save an earlier one
             path = _free_path(workdir / "damaged", damaged_u)
-            writer.rename(checkpoints_dir(workdir) / str(damaged_u), path)
+            source = checkpoints_dir(workdir) / str(damaged_u)
+            processes.together(lambda: writer.rename(source, path))  # noqa: B023 (called at once)
             writer.print(f"warning: {error}: moved to {path}, restoring an earlier checkpoint", warning=True)
         return u, state
     if damaged:

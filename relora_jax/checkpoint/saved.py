@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,10 @@ def make_meta(update: int, config: Config, arrays: dict[str, jax.Array]) -> dict
     return {**meta, "digest": _digest(meta)}
 
 
+def _alone(step: Callable[[], Any], *_: type[Exception]) -> Any:
+    return step()
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose meta is intact and whose directory holds no foreign files."""
@@ -97,16 +101,26 @@ class Checkpoint:
     def specs(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """(shape, type) of each array, read once and without the arrays."""
         try:
-            with ocp.StandardCheckpointer() as reader:
+            handler = ocp.StandardCheckpointHandler(multiprocessing_options=_this_process())
+            with ocp.Checkpointer(handler, multiprocessing_options=_this_process()) as reader:
                 return _specs(reader.metadata(self.path / STATE).item_metadata)
         except Exception as error:  # its type depends on which file is damaged
             raise _damaged(self.path, error) from error
 
-    def read(self, like: dict[str, Any], *, whole: bool = True) -> dict[str, jax.Array]:
+    def read(
+        self, like: dict[str, Any], *, whole: bool = True, together: Callable[..., Any] = _alone
+    ) -> dict[str, jax.Array]:
         """The arrays in `like`, with its shapes, types and shardings; with `whole`, no others may exist.
 
-        OtherModelError before anything is read; DamagedError if one is not as it was saved.
+        OtherModelError before anything is read; DamagedError if one is not as it was saved. Arrays on the
+        devices of several processes are read by all of them, `processes.together`.
         """
+        arrays = together(lambda: self._read(like, whole=whole), OtherModelError, DamagedError)
+        for name, value in jax.device_get(checksums(arrays)).items():
+            self._check_sum(name, int(value))
+        return arrays
+
+    def _read(self, like: dict[str, Any], *, whole: bool) -> dict[str, jax.Array]:
         saved, expected = self.specs, _specs(like)
         for name in sorted(saved.keys() | expected.keys() if whole else expected):
             if saved.get(name) != expected.get(name):
@@ -116,10 +130,7 @@ class Checkpoint:
                 )
         restore_args = ocp.checkpoint_utils.construct_restore_args(like)
         args = ocp.args.PyTreeRestore(item=like, restore_args=restore_args, partial_restore=True)
-        arrays = self._restore(args)
-        for name, value in jax.device_get(checksums(arrays)).items():
-            self._check_sum(name, int(value))
-        return arrays
+        return self._restore(args)
 
     def check_arrays(self) -> None:
         """DamagedError if the arrays on disk have other names than the saved ones; reads none of them."""
@@ -138,7 +149,8 @@ class Checkpoint:
 
     def _restore(self, args: ocp.args.PyTreeRestore) -> dict[str, Any]:
         try:
-            with ocp.PyTreeCheckpointer() as reader:
+            handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_this_process())
+            with ocp.Checkpointer(handler, multiprocessing_options=_this_process()) as reader:
                 return reader.restore(self.path / STATE, args=args)
         except Exception as error:
             raise _damaged(self.path, error) from error
@@ -146,6 +158,14 @@ class Checkpoint:
     def _check_sum(self, name: str, value: int) -> None:
         if self.checksums.get(name) != value:
             raise DamagedError(f"{self.path} was altered: {name} does not match its checksum")
+
+
+def _this_process() -> ocp.options.MultiprocessingOptions:
+    """Reading by one of several processes, while the others may not."""
+    own = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process{own}"
+    )
 
 
 def checkpoints_dir(workdir: Path) -> Path:
@@ -195,7 +215,8 @@ def _check_entries(path: Path) -> None:
 
 def _read_meta(path: Path) -> dict[str, Any]:
     try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        handler = ocp.JsonCheckpointHandler(multiprocessing_options=_this_process())
+        with ocp.Checkpointer(handler, multiprocessing_options=_this_process()) as reader:
             meta = reader.restore(path / META)
     except Exception as error:
         raise _damaged(path, error) from error

@@ -66,6 +66,15 @@ def locked(writer: Writer, config: Config) -> Iterator[None]:
             raise
 
 
+def check_is_shared(workdir: Path, pid: int) -> None:
+    """UserError if the process `pid`, which holds the lock, did not write it into this directory."""
+    file = workdir / LOCK
+    if not file.is_file() or file.read_text() != f"{pid}\n":
+        raise UserError(
+            f"workdir {str(workdir)!r} is not the directory of process 0: pass one that all processes share"
+        )
+
+
 def _check_is_run_or_empty(workdir: Path) -> None:
     """UserError if the directory exists, is not empty, and is not a run's."""
     if workdir.is_symlink() and not workdir.exists():

@@ -31,6 +31,7 @@ from relora_jax.run.progress import Progress, Stream
 from relora_jax.run.tensorboard_sink import Board
 from relora_jax.run.wandb_sink import WeightsAndBiases
 from relora_jax.storage.writer import Writer
+from relora_jax.training import processes
 
 MAX_PENDING_ROWS = 2  # older rows are waited for; the device still has these to compute
 
@@ -66,7 +67,8 @@ class Metrics:
         self._writer = writer
         rows = metrics_file.cut(writer, -1 if fresh else restored_update)
         train_rows = [row for row in rows if row["kind"] == "train"]
-        self.evaluated = max((row["update"] for row in rows if row["kind"] == "eval"), default=-1)
+        evaluated = max((row["update"] for row in rows if row["kind"] == "eval"), default=-1)
+        self.evaluated = processes.from_writer(evaluated)
         self._last: Row = train_rows[-1] if train_rows else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
         self._elapsed_s, self._opened = self._last["elapsed_s"], _clock()
         self._start, self._last_time, self._paused_s = restored_update, self._opened, 0.0

@@ -2,20 +2,26 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 
+import relora_jax
 from relora_jax import shapes
 from relora_jax.checkpoint.restore import restore_newest
 from relora_jax.checkpoint.saved import updates_saved
-from relora_jax.config import Config
+from relora_jax.config import Config, flatten
 from relora_jax.data.patterns import NoFilesError
 from relora_jax.data.prepared import Prepared, check_rows, check_vocabulary, prepare
 from relora_jax.data.stores import PrepareOptions
 from relora_jax.run import directory, record, warm_start
 from relora_jax.storage.writer import Writer
+from relora_jax.training import processes
 from relora_jax.training.program import Program, enable_compilation_cache
 from relora_jax.training.sharding import make_mesh
 from relora_jax.training.state import TrainState
@@ -44,21 +50,25 @@ def open_run(config: Config, workdir: Path, options: PrepareOptions) -> Iterator
     """Yields the run of a valid config in `workdir`, locked inside the `with`; None if it is finished.
 
     Missing rows are prepared with `options`. UserError, before anything is computed or written, if the
-    directory, rows or warm start do not fit this run.
+    directory, rows or warm start do not fit this run, or if one of several processes has others.
     """
-    writer = Writer(workdir, active=jax.process_index() == 0)
-    if config.train.updates in updates_saved(workdir) and (workdir / record.REPORT).is_file():
-        directory.check(workdir, config)
+    writer = Writer(workdir, active=processes.is_writer())
+    if processes.together(lambda: _is_finished(workdir, config)):
         updates = config.train.updates
         writer.print(f"{workdir} is finished, {updates} updates done: {record.summary(workdir)}")
         yield None
         return
-    with directory.locked(writer, config):
+    with contextlib.ExitStack() as stack:
+        processes.together(lambda: stack.enter_context(directory.locked(writer, config)))
+        pid = processes.from_writer(os.getpid())
+        processes.together(lambda: directory.check_is_shared(workdir, pid))
         saved = updates_saved(workdir)
-        source = warm_start.find(config) if config.train.init_from and not saved else None
-        prepared = _prepare(config, workdir, options, has_checkpoint=bool(saved))
-        if source:
-            warm_start.check_tokenizer(config, directory.keys_of(prepared))
+        has_source = config.train.init_from and not saved
+        source = processes.together(lambda: warm_start.find(config)) if has_source else None
+        prepared = processes.together(
+            lambda: _prepare(config, workdir, options, has_checkpoint=bool(saved), source=bool(source))
+        )
+        processes.agree(_facts(config, directory.keys_of(prepared), saved))
         enable_compilation_cache()
         writer.print(_describe(config))
         program = Program(config, make_mesh(**vars(config.mesh), devices=jax.devices()))
@@ -72,7 +82,28 @@ def open_run(config: Config, workdir: Path, options: PrepareOptions) -> Iterator
         yield OpenRun(config, writer, prepared, program, u, state, resumed=restored is not None)
 
 
-def _prepare(config: Config, workdir: Path, options: PrepareOptions, *, has_checkpoint: bool) -> Prepared:
+def _is_finished(workdir: Path, config: Config) -> bool:
+    """Whether this run has ended and been reported. UserError if another run has."""
+    finished = config.train.updates in updates_saved(workdir) and (workdir / record.REPORT).is_file()
+    if finished:
+        directory.check(workdir, config)
+    return finished
+
+
+def _facts(config: Config, rows: dict[str, Any], saved: list[int]) -> dict[str, Any]:
+    """Whatever all processes must have in common."""
+    code = hashlib.sha256()
+    package = Path(relora_jax.__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        code.update(file.read_bytes())
+    settings = {key: str(value) for key, value, _ in flatten(config)}
+    versions = {name: version(name) for name in directory.PACKAGES}
+    return {**settings, "rows": rows, "checkpoints": saved, "code": code.hexdigest()[:12], **versions}
+
+
+def _prepare(
+    config: Config, workdir: Path, options: PrepareOptions, *, has_checkpoint: bool, source: bool
+) -> Prepared:
     """The run's tokenizer and rows, checked against the config and against earlier starts of the run."""
     try:
         prepared = prepare(config.data, options)
@@ -83,6 +114,8 @@ def _prepare(config: Config, workdir: Path, options: PrepareOptions, *, has_chec
     check_vocabulary(config, prepared.tokenizer)
     check_rows(config, prepared.train)
     directory.check_rows(workdir, directory.keys_of(prepared))
+    if source:
+        warm_start.check_tokenizer(config, directory.keys_of(prepared))
     return prepared
 
 

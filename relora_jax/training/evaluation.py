@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Int64
 
 from relora_jax.data.batches import Batch
@@ -45,7 +46,7 @@ def unigram_perplexity(counts: Int64[np.ndarray, " pieces"], batches: Iterable[B
     """
     targets = np.zeros(len(counts), np.int64)
     for batch in batches:
-        ids, lengths, segment_ids = jax.device_get(batch)
+        ids, lengths, segment_ids = multihost_utils.process_allgather(batch, tiled=True)
         counted = counted_targets(ids, lengths, segment_ids)
         targets += np.bincount(ids[..., 1:][counted], minlength=len(counts))
     smoothed = counts.astype(np.float64) + 1
