@@ -19,7 +19,8 @@ from relora_jax.run.metrics import Diverged, Metrics, Sink
 from relora_jax.run.opening import OpenRun, open_run
 from relora_jax.run.signals import Signals
 from relora_jax.run.tensorboard_sink import Board
-from relora_jax.training import steps
+from relora_jax.storage.writer import Writer
+from relora_jax.training import processes, steps
 from relora_jax.training.eval_prompts import EvalPrompts
 from relora_jax.training.evaluation import evaluate, unigram_perplexity
 from relora_jax.training.program import Program
@@ -44,10 +45,14 @@ def run(config: Config, workdir: Path, options: PrepareOptions, signals: Signals
         if stopped_at is not None:
             writer.print(f"stopped and saved after update {stopped_at}: run the same command again to resume")
             return STOPPED
-        if writer.active:
-            page.write(workdir)
-            writer.print(record.summary(workdir))
+        processes.together(lambda: _report(writer))  # the others wait: a report may take minutes
         return 0
+
+
+def _report(writer: Writer) -> None:
+    if writer.active:
+        page.write(writer.folder)
+        writer.print(record.summary(writer.folder))
 
 
 def train(run: OpenRun, signals: Signals) -> int | None:
