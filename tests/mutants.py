@@ -505,7 +505,7 @@ MUTANTS = [
     Mutant(
         "a signal waits for the end of an evaluation",
         "loop.py",
-        "            yield batch\n            if self.signals.stop_requested:",
+        "            yield batch\n            if self.signals.should_stop():",
         "            yield batch\n            if False:",
         "tests/test_train.py::test_signal_postpones_an_evaluation_and_due_work_is_done_once",
     ),

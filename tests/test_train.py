@@ -31,6 +31,7 @@ class Harness:
     def __init__(self, *, evaluated: int, signal_at: int | None) -> None:
         self.steps, self.events, self._signal_at = 0, list[str](), signal_at
         self.signals = Mock(spec=Signals, stop_requested=signal_at == 0)
+        self.signals.should_stop.side_effect = lambda: self.signals.stop_requested
         program, checkpoints = Mock(spec=Program), Mock(spec=Checkpoints)
         metrics, openings = Mock(spec=Metrics, evaluated=evaluated), Mock(spec=EvalPrompts)
         program.eval_step.side_effect = lambda *_: self._step((np.float32(2.0), np.int32(1)))
