@@ -273,14 +273,14 @@ MUTANTS = [
     Mutant(
         "the last save is not read back",
         "checkpoint/manager.py",
-        "                    self._opened(self._last).verify()",
-        "                    self._opened(self._last)",
+        "            self._opened(self._last).verify()",
+        "            self._opened(self._last)",
         "tests/checkpoint/test_manager.py::test_last_save_is_read_back_when_saving_ends",
     ),
     Mutant(
         "a save begins without a look at the one before",
         "checkpoint/manager.py",
-        "                self._opened(self._last).check_arrays()",
+        "                processes.together(self._opened(self._last).check_arrays, DamagedError)",
         "                pass",
         "tests/checkpoint/test_manager.py::test_save_that_did_not_become_whole_is_an_error_at_the_next_save",
     ),

@@ -89,6 +89,10 @@ class Checkpoints:
         with _as_os_error(self._folder):
             self._manager.wait_until_finished()
 
+    def _verify(self) -> None:
+        if self._last is not None and processes.is_writer():
+            self._opened(self._last).verify()
+
     def _opened(self, u: int) -> Checkpoint:
         return Checkpoint.open(self._folder / str(u))
 
@@ -102,11 +106,7 @@ class Checkpoints:
                 return
             self.wait()
             with _as_os_error(self._folder):
-                if self._last is not None:
-                    checkpoint = self._opened(self._last)
-                    processes.together(
-                        lambda: checkpoint.verify() if processes.is_writer() else None, DamagedError
-                    )
+                processes.together(self._verify, DamagedError)
         finally:
             self._manager.close()
 

@@ -15,6 +15,7 @@ from relora_jax.training import processes
 from tests.support.commands import Sandbox
 
 HEARTBEAT_S = 10
+MICROBATCH = "--config.train.microbatch=8"  # of up to eight devices
 COMMAND = {"coordinator": "host:1234", "processes": "3", "process": "2", "heartbeat": "100"}
 
 
@@ -91,10 +92,10 @@ class Job:
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Sandbox:
-    """With the run of one process with four devices in "one", and that of two processes in "two"."""
+    """With the run of one process with one device in "one", and that of two processes in "two"."""
     sandbox = Sandbox(tmp_path_factory.mktemp("processes"))
     config = f"--config={sandbox.folder / 'toy.py'}"
-    one = sandbox.train(config, workdir="one", JAX_NUM_CPU_DEVICES="4")
+    one = sandbox.train(config, MICROBATCH, workdir="one", JAX_NUM_CPU_DEVICES="1")
     assert one.returncode == 0, one.stderr
     job = Job(sandbox, 2, "two")
     assert job.codes() == [0, 0], job.errors
