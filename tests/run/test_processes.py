@@ -75,7 +75,13 @@ class Job:
             config = f"--config={sandbox.folder / 'toy.py'}"
             self.processes.append(
                 sandbox.start(
-                    config, *args, *more, *(flags if count > 1 else []), workdir=folder, **environment
+                    config,
+                    MICROBATCH,
+                    *args,
+                    *more,
+                    *(flags if count > 1 else []),
+                    workdir=folder,
+                    **environment,
                 )
             )
 
