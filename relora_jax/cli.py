@@ -128,6 +128,7 @@ def main(
     except OSError as error:
         too_many = os.strerror(errno.EMFILE) in str(error)
         remedy = "raise the limit on open files (ulimit -n)" if too_many else "fix the disk or the data"
+        remedy = "start them all" if isinstance(error, ConnectionError) else remedy
         print(f"error: {_one_line(error)}: {remedy}, then run the same command again", file=sys.stderr)
         code = NO_DATA
     except KeyboardInterrupt:

@@ -60,8 +60,8 @@ class Run:
         self.errors: list[str] = []  # lines of standard error
         self.out = ""  # of the last process to end
 
-    def start(self) -> subprocess.Popen[str]:
-        """Starts the training command."""
+    def start(self, *flags: str) -> subprocess.Popen[str]:
+        """Starts the training command, with further flags."""
         args = ["-c", WITH_NAN] if self.nan else ["-m", "relora_jax.train"]
         args += [f"--config={CONFIG}", *(f"--config.{setting}" for setting in SETTINGS.split())]
         environment = {"XDG_CACHE_HOME": str(self.folder / "cache"), "PYTHONPATH": str(ROOT)}
@@ -69,7 +69,7 @@ class Run:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(self.programs)
         environment["OPENBLAS_NUM_THREADS"] = "1"  # the report's idle threads would use half a core
         process = subprocess.Popen(
-            [sys.executable, *args, f"--workdir={self.workdir}"],
+            [sys.executable, *args, f"--workdir={self.workdir}", *flags],
             env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -28,6 +28,8 @@ from relora_jax.errors import STOPPED, UserError
 FLAGS = {"coordinator": "", "processes": "", "process": "", "heartbeat": "100"}
 AGREE_TIMEOUT_S = 7 * 24 * 3600  # one process may prepare rows for days while the others wait
 LEAVE_TIMEOUT_S = 10  # until one that failed alone leaves without the others
+# no cluster is detected, or JAX has already started its devices, as a library
+_NO_CLUSTER = ("coordinator_address should be defined", "must be called before any JAX calls")
 _T = TypeVar("_T")
 _exit_code: int | None = None  # once the work is done and only the other processes are waited for
 _heartbeat_s = 0
@@ -50,7 +52,7 @@ def start(flags: dict[str, Any]) -> Callable[[], None] | None:
     """Joins the processes of `FLAGS`, or those of a cluster that JAX detects; before any other use of JAX.
 
     Returns a function that tells all processes to stop at the same `should_stop`, or None if this is the only
-    process. UserError if a flag is missing, wrong, or if the others cannot be reached.
+    process. UserError if a flag is missing or wrong, ConnectionError if the others cannot be reached.
     """
     global _heartbeat_s
     own, _heartbeat_s = _check(flags), int(flags["heartbeat"])
@@ -64,12 +66,15 @@ def start(flags: dict[str, Any]) -> Callable[[], None] | None:
         with warnings.catch_warnings(action="ignore"):  # of a cluster that JAX detects only in part
             jax.distributed.initialize(**own, heartbeat_timeout_seconds=_heartbeat_s)
     except Exception as error:
-        if not own and "coordinator_address should be defined" in str(error):
+        if not own and any(text in str(error) for text in _NO_CLUSTER):
             libc.signal(signal.SIGABRT, None)
-            return None  # no cluster
+            return None
         reason = str(error).partition("\n")[0]
-        remedy = "check --coordinator, and that all processes are started" if own else "pass --processes=1"
-        raise UserError(f"cannot join the other processes ({reason}): {remedy}") from error
+        if own:
+            raise ConnectionError(
+                f"the other processes of --coordinator cannot be joined ({reason})"
+            ) from error
+        raise UserError(f"the other processes cannot be joined ({reason}): pass --processes=1") from error
     handler = libc.signal(signal.SIGTERM, None)  # JAX's; the caller sets its own, which may call this one
     if jax.process_count() == 1:
         return None
