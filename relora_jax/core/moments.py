@@ -91,6 +91,20 @@ def owner_of_factor(tree: Any, path: Path, factors: Collection[Path]) -> str:
     return owner if any(_contains(inner_path, factor) for factor in factors if factor) else ""
 
 
+def owner_outside(tree: Any, path: Path, node: Any, factors: Collection[Path]) -> str:
+    """As `owner_of_factor`, for a leaf or a state that no `with_reset` contains."""
+    owner, fields = _owner(tree, path)[0], fields_of(node)
+    if "LookaheadState" in owner:  # a slow copy of each factor is among the parameters, and never merged
+        return owner
+    if fields is None:
+        return owner_of_factor(tree, path, factors)
+    for name in fields.statistics:
+        # a statistic without a path is that of all parameters, flattened into one array
+        if any(p in factors or not p for p, _ in leaves(getattr(node, name))):
+            return _owner(tree, (*path, name))[0]
+    return ""
+
+
 def check_count(tree: Any, *, factors: Collection[Path]) -> None:
     """Raises ValueError if the factors have no count, or share it with other parameters."""
     has_count = False

@@ -84,7 +84,8 @@ def reset(opt_state: Any, key: jax.Array) -> Any:
     moment (or else its first statistic) and applied to all statistics of the factor's shape; those of
     another shape (rows and columns of a factored second moment) are zeroed, and so are the gradients of the
     old factors that an `optax.MultiSteps` around `with_reset` has accumulated. ValueError if there is nothing
-    to reset, or if a transformation around `with_reset` stores anything else of a factor.
+    to reset, or if a transformation around `with_reset` stores anything else of a factor: a momentum, an
+    average, a copy.
     """
     states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_reset_state) if _is_reset_state(s)]
     if not states:
@@ -96,15 +97,16 @@ def reset(opt_state: Any, key: jax.Array) -> Any:
     factors = {path for state in states for path, _ in state.factors}
 
     def reset_node(path: Any, node: Any) -> Any:
-        if _is_reset_state(node):
+        stored = () if _is_reset_state(node) else factors
+        owner = moments.owner_outside(opt_state, names(path), node, stored)
+        if _is_reset_state(node) and not owner:
             return _reset(node, key)
-        owner = "" if moments.is_known(node) else moments.owner_of_factor(opt_state, names(path), factors)
         if owner.endswith("MultiStepsState.acc_grads"):
             return with_value(node, jnp.zeros_like(value_of(node)))
         if owner:
             raise ValueError(
                 f"reset does not support {owner}, which stores something of a factor around with_reset: use "
-                "another transformation"
+                "another transformation, or put with_reset around a momentum or an average"
             )
         return node
 

@@ -282,6 +282,19 @@ AROUND: dict[str, tuple[Callable[[Any], Any], str]] = {
     "schedule_free": (lambda tx: optax.contrib.schedule_free(tx, 1e-2), "ScheduleFreeState.z"),
     "sam": (lambda tx: optax.contrib.sam(tx, optax.sgd(1e-2)), "SAMState.cache"),
     "custom": (lambda tx: optax.chain(tx, pairs()), "Pairs.slots"),
+    "momentum before": (lambda tx: optax.chain(optax.trace(0.9), tx), "TraceState.trace"),
+    "average after": (lambda tx: optax.chain(tx, optax.ema(0.9)), "EmaState.ema"),
+    "momentum of the factors alone": (
+        lambda tx: optax.chain(
+            optax.masked(optax.trace(0.9), jax.tree.map(lambda label: label == "factors", LABELS)), tx
+        ),
+        "MaskedState > TraceState.trace",
+    ),
+    "flattened": (lambda tx: optax.chain(optax.flatten(optax.trace(0.9)), tx), "TraceState.trace"),
+    "in MultiSteps": (
+        lambda tx: optax.MultiSteps(optax.chain(tx, optax.ema(0.9)), 2).gradient_transformation(),
+        "MultiStepsState > EmaState.ema",
+    ),
 }
 
 
@@ -291,6 +304,12 @@ def test_reset_rejects_what_an_outer_transformation_stores_of_a_factor(name: str
     state = make(with_reset(optax.adam(1e-2), prune=zero(), is_factor=is_factor)).init(PARAMS)
     with pytest.raises(ValueError, match=f"does not support {re.escape(owner)}, .* use another transf"):
         reset(state, KEY)
+
+
+def test_reset_rejects_lookahead_whose_slow_parameters_no_restart_merges() -> None:
+    tx = optax.lookahead(with_reset(optax.adam(1e-2), prune=zero(), is_factor=is_factor), 5, 0.5)
+    with pytest.raises(ValueError, match=r"does not support LookaheadState\.fast_state"):
+        reset(tx.init(optax.LookaheadParams.init_synced(PARAMS)), KEY)
 
 
 REST = jax.tree.map(lambda label: label == "rest", LABELS)
@@ -323,7 +342,7 @@ def inner() -> optax.GradientTransformationExtraArgs:
 
 
 OUTSIDE: dict[str, Callable[[], Any]] = {
-    "chain": lambda: optax.chain(optax.clip(1.0), inner(), optax.ema(0.9)),
+    "chain": lambda: optax.chain(optax.clip(1.0), inner(), optax.scale(-1.0)),
     "partition": lambda: optax.partition({"factors": inner(), "rest": optax.adam(1e-2)}, LABELS),
     "masked": lambda: optax.masked(inner(), jax.tree.map(lambda rest: not rest, REST)),
     "MultiSteps": lambda: optax.MultiSteps(inner(), 3).gradient_transformation(),
