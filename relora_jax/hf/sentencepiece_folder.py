@@ -16,15 +16,23 @@ from tokenizers import AddedToken, pre_tokenizers, processors
 from relora_jax.errors import UserError
 from relora_jax.hf import probes, sentencepiece_json, tokenizer_files
 from relora_jax.hf.sentencepiece_json import BPE, BYTE, CONTROL, SPACE, SYMBOL
-from relora_jax.hf.tokenizer_files import CONFIG, FOLDER, SPECIAL, TEMPLATES
+from relora_jax.tokenizer import sidecars
 from relora_jax.tokenizer import tokenizer as loading
-from relora_jax.tokenizer.hugging_face import FILE, read_sidecar
+from relora_jax.tokenizer.hugging_face import FILE
+from relora_jax.tokenizer.sidecars import (
+    ADDED,
+    CONFIG,
+    DECODER,
+    EXTRA,
+    FLAGS,
+    FOLDER,
+    NAMES,
+    SPECIAL,
+    TEMPLATES,
+)
 
-ADDED = "added_tokens.json"
 CONVERTED = (CONFIG, SPECIAL, ADDED)  # what tokenizer.json and tokenizer_config.json stand for
 NEXT_TO_IT = (*CONVERTED, *TEMPLATES, FOLDER)  # any of these makes it transformers' tokenizer
-NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-EXTRA = ("extra_special_tokens", "additional_special_tokens")
 LLAMA = "LlamaTokenizer"
 PLAIN = (None, "PreTrainedTokenizer", "TokenizersBackend")  # classes without rules of their own
 MODEL_TYPES = ("llama", "mistral")  # in other models, transformers takes their own class
@@ -67,7 +75,7 @@ def note(path: Path, content: bytes) -> str:
 
 
 def _files(path: Path) -> dict[str, bytes]:
-    config, model = read_sidecar(path.parent / CONFIG), sentencepiece_json.parse(path.read_bytes())
+    config, model = sidecars.read(path.parent / CONFIG), sentencepiece_json.parse(path.read_bytes())
     is_llama = _is_llama(path.parent, config)
     space = _space(model, config, is_llama=is_llama)
     tokenizer_files.check(loading.load(path, eos_id=0))  # that the conversion has SentencePiece's ids
@@ -83,14 +91,14 @@ def _files(path: Path) -> dict[str, bytes]:
     config |= {
         EXTRA[1]: [token.content for token in tokens.extra],
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "added_tokens_decoder": decoder,
+        DECODER: decoder,
     }
     return {FILE: tokenizer.to_str().encode(), CONFIG: json.dumps(config, ensure_ascii=False).encode()}
 
 
 def _is_llama(folder: Path, config: dict[str, Any]) -> bool:
     """Whether AutoTokenizer takes LlamaTokenizer; ValueError if it takes another class with own rules."""
-    settings = read_sidecar(folder / "config.json")
+    settings = sidecars.read(folder / "config.json")
     name = config.get("tokenizer_class") or settings.get("tokenizer_class")
     name = name.removesuffix("Fast") if isinstance(name, str) else name
     kind = settings.get("model_type")
@@ -132,14 +140,14 @@ def _tokens(folder: Path, model: Any, config: dict[str, Any], *, is_llama: bool)
         ids = {"bos": spec.bos_id, "eos": spec.eos_id, "unk": spec.unk_id}
         defaults = {f"{name}_token": getattr(spec, f"{name}_piece") for name, i in ids.items() if i >= 0}
     settings, by_id = defaults | config, {}
-    if decoder := config.get("added_tokens_decoder"):
+    if decoder := config.get(DECODER):
         by_id = {int(i): _token(token) for i, token in decoder.items()}
     else:  # as files were before
-        special = read_sidecar(folder / SPECIAL)
+        special = sidecars.read(folder / SPECIAL)
         settings |= {name: value for name, value in special.items() if name not in EXTRA}
         texts = {_token(settings[name]).content for name in NAMES if settings.get(name)}
         texts |= {_token(value).content for value in _extra(config)}
-        for text, i in read_sidecar(folder / ADDED).items():
+        for text, i in sidecars.read(folder / ADDED).items():
             by_id[i] = _token({"content": text, "special": text in texts})
     if not is_llama and model.normalizer_spec.add_dummy_prefix:
         by_id = {i: _token(_flags(token) | {"normalized": False}) for i, token in by_id.items()}
@@ -170,8 +178,7 @@ def _token(value: Any) -> AddedToken:
 
 
 def _flags(token: AddedToken) -> dict[str, Any]:
-    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    return {"content": token.content, **{name: getattr(token, name) for name in flags}}
+    return {"content": token.content, **{name: getattr(token, name) for name in FLAGS}}
 
 
 def _tokenizer(model: Any, space: str | None, tokens: _Tokens, *, is_llama: bool) -> tokenizers.Tokenizer:

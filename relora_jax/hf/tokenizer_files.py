@@ -16,15 +16,15 @@ import tokenizers
 from relora_jax.errors import UserError
 from relora_jax.hf import probes, sentencepiece_json
 from relora_jax.hf.sentencepiece_json import BPE, NORMAL, UNKNOWN
-from relora_jax.tokenizer.hugging_face import FILE, HuggingFace, read_sidecar
+from relora_jax.tokenizer import sidecars
+from relora_jax.tokenizer.hugging_face import FILE, HuggingFace
+from relora_jax.tokenizer.sidecars import ADDED, CONFIG, FOLDER, SPECIAL, TEMPLATES
 from relora_jax.tokenizer.tokenizer import Tokenizer
 
-CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 MODEL = "tokenizer.model"  # a SentencePiece model, which llama.cpp reads as BPE
 UNIGRAM_MODEL = "spiece.model"  # which llama.cpp does not read: it would give it other ids
-TEMPLATES, FOLDER = ("chat_template.jinja", "chat_template.json"), "additional_chat_templates"
 MORE_TEMPLATES = f"{FOLDER}/*.jinja"
-COPIED = (MODEL, "added_tokens.json", *TEMPLATES)  # along with a tokenizer.json
+COPIED = (MODEL, ADDED, *TEMPLATES)  # along with a tokenizer.json
 FILES = (FILE, CONFIG, SPECIAL, UNIGRAM_MODEL, *COPIED, MORE_TEMPLATES)  # all that may be written
 
 
@@ -151,7 +151,7 @@ def _of_hugging_face(tokenizer: Tokenizer, content: bytes, ours: dict[str, Any])
             raise UserError(f"tokenizer {tokenizer.path} has no token {i}, which the run uses as {name}")
         tokens[name] = token
     folder = tokenizer.path.parent if tokenizer.path.name == FILE else None
-    config = read_sidecar(folder / CONFIG) if folder else {}
+    config = sidecars.read(folder / CONFIG) if folder else {}
     config.pop("auto_map", None)  # custom code
     config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     added = {token.content for token in raw.get_added_tokens_decoder().values()}
@@ -159,7 +159,7 @@ def _of_hugging_face(tokenizer: Tokenizer, content: bytes, ours: dict[str, Any])
         config["split_special_tokens"] = True  # ordinary text contains them
     result = {FILE: content, CONFIG: _json(_with_tokens(config | ours, tokens))}
     if folder and (folder / SPECIAL).is_file():
-        result[SPECIAL] = _json(_with_tokens(read_sidecar(folder / SPECIAL), tokens))
+        result[SPECIAL] = _json(_with_tokens(sidecars.read(folder / SPECIAL), tokens))
     if folder:
         copied = [folder / name for name in COPIED if (folder / name).is_file()]
         copied += folder.glob(MORE_TEMPLATES)
@@ -171,7 +171,7 @@ def _with_tokens(config: dict[str, Any], tokens: dict[str, str]) -> dict[str, An
     """The config with these tokens; an equal one keeps its form, which may be an object."""
     for name, token in tokens.items():
         value = config.get(name)
-        if (value.get("content") if isinstance(value, dict) else value) != token:
+        if sidecars.content(value) != token:
             config[name] = token
     return config
 

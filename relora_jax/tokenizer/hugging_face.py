@@ -13,13 +13,12 @@ from typing import Any
 import tokenizers
 
 from relora_jax.errors import UserError
+from relora_jax.tokenizer import sidecars
 
 FILE = "tokenizer.json"
 HIGHEST_ID = 2**24  # above it, the file counts as damaged: counts of pieces are arrays of this length
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
-# Files next to a tokenizer.json that may define the special ids, in order of precedence.
-_SIDECARS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
 
 
 class HuggingFace:
@@ -45,11 +44,11 @@ class HuggingFace:
             )
         added = self._model.get_added_tokens_decoder()
         special = {token.content: i for i, token in sorted(added.items()) if token.special}
-        sidecars = [read_sidecar(path.parent / name) for name in _SIDECARS] if path.name == FILE else []
-        self.eos = self._special_id("eos", EOS_NAMES, sidecars, special)
-        self.pad = self._special_id("pad", PAD_NAMES, sidecars, special)
+        settings = [sidecars.read(path.parent / name) for name in sidecars.FILES if path.name == FILE]
+        self.eos = self._special_id("eos", EOS_NAMES, settings, special)
+        self.pad = self._special_id("pad", PAD_NAMES, settings, special)
         hidden = {*special.values(), *(added.keys() & {self.eos, self.pad, *set_ids})}
-        named = {_content(sidecar.get(f"{name}_token")) for sidecar in sidecars for name in ("eos", "pad")}
+        named = {sidecars.content(each.get(f"{name}_token")) for each in settings for name in ("eos", "pad")}
         hidden |= {i for i in (self.eos, self.pad) if i is not None and self._model.id_to_token(i) in named}
         self._model = _parse(path, content, hidden=hidden)
         unknown = getattr(self._model.model, "unk_token", None)
@@ -70,11 +69,11 @@ class HuggingFace:
         return self._model.decode(ids, skip_special_tokens=True)
 
     def _special_id(
-        self, name: str, defaults: Sequence[str], sidecars: list[dict[str, Any]], special: dict[str, int]
+        self, name: str, defaults: Sequence[str], settings: list[dict[str, Any]], special: dict[str, int]
     ) -> int | None:
-        """The id of `name` from the sidecar files, else of one of the `defaults`; None if there is none."""
-        for sidecar in sidecars:
-            token, number = _content(sidecar.get(f"{name}_token")), sidecar.get(f"{name}_token_id")
+        """The id of `name` from the files' `settings`, else of one of the `defaults`; None without one."""
+        for each in settings:
+            token, number = sidecars.content(each.get(f"{name}_token")), each.get(f"{name}_token_id")
             number = number[0] if isinstance(number, list) and number else number
             if isinstance(token, str):
                 number = special.get(token, self._model.token_to_id(token))
@@ -153,25 +152,5 @@ def _formed(merge: str | list[str], cut: int) -> tuple[str, str, str]:
     return left, right, left + right[cut:]
 
 
-def _content(token: Any) -> Any:
-    """The text of a special token in a settings file, where it may be an object."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _unhidden(content: str) -> str:
     return content.strip("\0")
-
-
-def read_sidecar(path: Path) -> dict[str, Any]:
-    """The object in a JSON file next to a tokenizer.json; empty if there is no file."""
-    try:
-        settings = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}, which defines a tokenizer's special tokens, cannot be read: {error}"
-        ) from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}, which defines a tokenizer's special tokens, is not a JSON object")
-    return settings

@@ -19,7 +19,7 @@ from jaxtyping import Int32
 
 from relora_jax.errors import UserError
 from relora_jax.storage import atomic, places
-from relora_jax.tokenizer import hugging_face
+from relora_jax.tokenizer import hugging_face, sidecars
 from relora_jax.tokenizer.hugging_face import FILE, HuggingFace
 from relora_jax.tokenizer.sentencepiece import SentencePiece
 
@@ -212,9 +212,9 @@ def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: Any
 def _check_no_added_tokens(tokenizer: Tokenizer) -> None:
     """UserError if files next to a SentencePiece model add tokens to it, as transformers' do."""
     folder = tokenizer.path.parent
-    decoder = hugging_face.read_sidecar(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    decoder = sidecars.read(folder / sidecars.CONFIG).get(sidecars.DECODER) or {}
     added = [token["content"] for token in decoder.values()]
-    added += hugging_face.read_sidecar(folder / "added_tokens.json")
+    added += sidecars.read(folder / sidecars.ADDED)
     pieces = {tokenizer.model.piece(i) for i in range(tokenizer.vocab_size)}
     if missing := [token for token in added if token not in pieces]:
         raise UserError(

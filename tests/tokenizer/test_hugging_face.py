@@ -10,7 +10,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from relora_jax.tokenizer import tokenizer
+from relora_jax.errors import UserError
+from relora_jax.tokenizer import sidecars, tokenizer
 from relora_jax.tokenizer.hugging_face import prefix
 from tests.support.documents import texts
 from tests.support.tokenizers import SPECIAL, json_file
@@ -226,6 +227,43 @@ def test_damaged_sidecar_file_is_named(content, tmp_path):
     ) as raised:
         tokenizer.load(path)
     assert "\n" not in str(raised.value)
+
+
+INVALID = {
+    "tokenizer_config": [
+        {"bos_token": 5},
+        {"bos_token": True},
+        {"eos_token": ["a"]},
+        {"pad_token": {"content": ["a"]}},
+        {"image_token": {"text": "a"}},
+        {"added_tokens_decoder": ["a"]},
+        {"added_tokens_decoder": {"330": {}}},
+        {"added_tokens_decoder": {"330": "<x>"}},
+        {"added_tokens_decoder": {"x": {"content": "<x>"}}},
+        {"added_tokens_decoder": {"330": {"content": "<x>", "lstrip": 1}}},
+        {"additional_special_tokens": [1]},
+    ],
+    "special_tokens_map": [{"pad_token": 5}],
+    "added_tokens": [{"<x>": "330"}, {"<x>": None}],
+}
+INVALID_FILES = [(name, settings) for name, each in INVALID.items() for settings in each]
+
+
+@pytest.mark.parametrize(("name", "settings"), INVALID_FILES)
+def test_tokens_in_another_form_are_named_with_their_file(name, settings, tmp_path):
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(settings))
+    key = next(iter(settings))
+    with pytest.raises(UserError, match=rf"/{name}\.json defines .*, and '?{key}'? in it is not valid: corr"):
+        sidecars.read(path)
+
+
+def test_tokens_in_the_form_of_transformers_are_read(tmp_path):
+    token = {"content": "<x>", "lstrip": False}
+    settings = {"bos_token": None, "eos_token": "a", "pad_token": token, "add_bos_token": True}
+    settings |= {"added_tokens_decoder": {"3": token}, "additional_special_tokens": ["a", token]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert sidecars.read(tmp_path / "tokenizer_config.json") == settings
 
 
 def test_fork_after_encoding_prints_nothing(tmp_path):
