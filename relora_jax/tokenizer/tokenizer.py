@@ -199,7 +199,7 @@ def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: Any
     if path := locate(spec):
         tokenizer = load(path, **ids)
         if path.suffix == ".model" and path != Path(spec).expanduser():
-            _check_no_added_tokens(tokenizer)
+            _check_files(tokenizer, **ids)
         return tokenizer
     is_directory = Path(spec).expanduser().is_dir()
     problem = f"is a directory without {', '.join(FILES)}" if is_directory else "not found"
@@ -209,18 +209,28 @@ def find(spec: str, documents: Callable[[], Iterable[str]], key: str, **ids: Any
     )
 
 
-def _check_no_added_tokens(tokenizer: Tokenizer) -> None:
-    """UserError if files next to a SentencePiece model add tokens to it, as transformers' do."""
-    folder = tokenizer.path.parent
-    decoder = sidecars.read(folder / sidecars.CONFIG).get(sidecars.DECODER) or {}
-    added = [token["content"] for token in decoder.values()]
+def _check_files(tokenizer: Tokenizer, *, eos_id: int = -1, pad_id: int = -1, **_: int) -> None:
+    """UserError if files next to a SentencePiece model, as transformers', say more or other than it does."""
+    folder, model = tokenizer.path.parent, tokenizer.path.name
+    config, special = (sidecars.read(folder / name) for name in (sidecars.CONFIG, sidecars.SPECIAL))
+    added = [token["content"] for token in (config.get(sidecars.DECODER) or {}).values()]
     added += sidecars.read(folder / sidecars.ADDED)
     pieces = {tokenizer.model.piece(i) for i in range(tokenizer.vocab_size)}
-    if missing := [token for token in added if token not in pieces]:
+    problems = [f"adds {token!r} to its {model}, which is not read" for token in added if token not in pieces]
+    for name, id_set, own in (("eos", eos_id, tokenizer.eos), ("pad", pad_id, tokenizer.pad)):
+        for settings in (config, special):
+            token = sidecars.content(settings.get(f"{name}_token"))
+            if id_set < 0 and token not in (None, tokenizer.model.piece(own)):
+                problem = (
+                    f"names {token!r} as its {name}, which is {tokenizer.model.piece(own)!r} in its {model}"
+                )
+                problems.append(f"{problem} (data.{name}_id can choose it)")
+    if sidecars.has_template(folder):
+        problems.append(f"has a chat template, which is not kept with its {model}")
+    if problems:
         raise UserError(
-            f"tokenizer {folder} adds {missing[0]!r} to its {tokenizer.path.name}, which is not read: let "
-            f"transformers write a {FILE} (AutoTokenizer.from_pretrained(...).save_pretrained(...)), "
-            f"or pass {tokenizer.path} to do without"
+            f"tokenizer {folder} {problems[0]}: let transformers write a {FILE} (AutoTokenizer."
+            f"from_pretrained(...).save_pretrained(...)), or pass {tokenizer.path} to do without"
         )
 
 

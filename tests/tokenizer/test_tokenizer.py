@@ -159,6 +159,45 @@ def test_directory_whose_files_add_tokens_to_a_sentencepiece_model_is_refused(tr
     assert tokenizer.find(str(model), list, "k").path == model
 
 
+@pytest.mark.parametrize("file", ["special_tokens_map", "tokenizer_config"])
+def test_directory_whose_files_name_another_eos_or_pad_than_its_model_is_refused(trained, file, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(trained.path.read_bytes())
+
+    def find(settings, **ids):
+        (tmp_path / f"{file}.json").write_text(json.dumps(settings))
+        return tokenizer.find(str(tmp_path), list, "k", **ids)
+
+    assert find({"eos_token": "</s>", "pad_token": {"content": "<pad>"}, "bos_token": None}).eos == 1
+    for name, other, own in (("eos", "<pad>", "</s>"), ("pad", "</s>", "<pad>")):
+        problem = rf"names '{other}' as its {name}, which is '{own}' in its tokenizer\.model .*: let transf"
+        for token in (other, {"content": other}):
+            with pytest.raises(ValueError, match=problem):
+                find({f"{name}_token": token})
+        assert getattr(find({f"{name}_token": other}, **{f"{name}_id": 2}), name) == 2
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "chat_template.jinja",
+        "chat_template.json",
+        "tokenizer_config.json",
+        "additional_chat_templates/tool.jinja",
+    ],
+)
+def test_directory_with_a_chat_template_next_to_a_sentencepiece_model_is_refused(trained, file, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(trained.path.read_bytes())
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text('{"chat_template": "{{ messages }}"}')
+    with pytest.raises(
+        ValueError, match=r"has a chat template, which is not kept .*: let transf.*\.model to do"
+    ):
+        tokenizer.find(str(tmp_path), list, "k")
+    (tmp_path / file).write_text('{"chat_template": null}')
+    if file == "tokenizer_config.json":
+        assert tokenizer.find(str(tmp_path), list, "k").path == tmp_path / "tokenizer.model"
+
+
 def test_configured_ids_replace_the_files_own(tmp_path):
     path = model_file(tmp_path / "endless.model", eos_id=-1)
     configured = tokenizer.find(str(path), list, "k", eos_id=7, pad_id=109)
