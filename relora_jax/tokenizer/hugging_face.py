@@ -6,6 +6,7 @@ token spelled out in a text is encoded as text, and so are eos, pad and bos if t
 
 import json
 import os
+import secrets
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ FILE = "tokenizer.json"
 HIGHEST_ID = 2**24  # above it, the file counts as damaged: counts of pieces are arrays of this length
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eot_id|>")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+_HIDDEN = secrets.token_hex(16)  # before the name of a piece that no text contains: no text has it by chance
 
 
 class HuggingFace:
     """A tokenizer.json: `vocab_size` is the highest id + 1; `eos` and `pad` are None if not defined.
 
     `highest` is the highest id that a text can contain: of the model's pieces and of added tokens that are
-    not special; `unknown` is what it cannot spell. `set_ids` are ids that the user set as eos, pad or bos.
+    not special; `unknown` is what it cannot spell. `set_ids` are ids that the user set as eos, pad or bos;
+    `hidden` are the ids that no text contains, though the file does not mark them as special.
     """
 
     def __init__(
@@ -50,9 +53,13 @@ class HuggingFace:
         hidden = {*special.values(), *(added.keys() & {self.eos, self.pad, *set_ids})}
         named = {sidecars.content(each.get(f"{name}_token")) for each in settings for name in ("eos", "pad")}
         hidden |= {i for i in (self.eos, self.pad) if i is not None and self._model.id_to_token(i) in named}
+        self.hidden = sorted(hidden - {*special.values()})
+        self._texts = {i: self._model.decode([i], skip_special_tokens=False) for i in hidden}
         self._model = _parse(path, content, hidden=hidden)
         unknown = getattr(self._model.model, "unk_token", None)
         self.unknown = None if unknown is None else self._model.token_to_id(unknown)
+        if isinstance(self._model.model, tokenizers.models.Unigram):  # which does not say
+            self.unknown = json.loads(content)["model"].get("unk_id")
         pieces = self._model.get_vocab(with_added_tokens=False).values()
         self.highest = max((added.keys() - hidden).union(pieces), default=0)
 
@@ -62,7 +69,11 @@ class HuggingFace:
 
     def piece(self, i: int) -> str:
         """The piece of an id, as spelled in the file."""
-        return _unhidden(self._model.id_to_token(i) or "")
+        return (self._model.id_to_token(i) or "").removeprefix(_HIDDEN)
+
+    def spelled(self, i: int) -> str:
+        """The text of one id, even of a special token."""
+        return self._texts.get(i) or self._model.decode([i], skip_special_tokens=False) or self.piece(i)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids, without special tokens."""
@@ -130,7 +141,7 @@ def _hide_special_pieces(added: list[dict[str, Any]], model: dict[str, Any], ids
     added += [{"id": i, "content": pieces[i], **plain} for i in unlisted]
     keeps_characters = "merges" in model and not model.get("byte_fallback")
     hidden = {
-        piece: f"\0{piece}\0" for piece in pieces.values() if not (keeps_characters and len(piece) == 1)
+        piece: _HIDDEN + piece for piece in pieces.values() if not (keeps_characters and len(piece) == 1)
     }
     for token in added:
         if token["id"] in ids:
@@ -150,7 +161,3 @@ def _formed(merge: str | list[str], cut: int) -> tuple[str, str, str]:
     """The two parts of a merge, and the piece that it forms; `cut` characters mark a part inside a word."""
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left, right, left + right[cut:]
-
-
-def _unhidden(content: str) -> str:
-    return content.strip("\0")

@@ -27,7 +27,7 @@ class SentencePiece:
         self.eos, self.pad, self.bos = (i if i >= 0 else None for i in ids)
         self.unknown = self._model.unk_id()
         ordinary = (i for i in reversed(range(self.vocab_size)) if not self._model.is_control(i))  # pyright: ignore
-        self.highest = next(ordinary)
+        self.highest, self.hidden = next(ordinary), list[int]()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text."""
@@ -36,6 +36,10 @@ class SentencePiece:
     def piece(self, i: int) -> str:
         """The piece of an id, as spelled in the file."""
         return self._model.id_to_piece(i)  # pyright: ignore
+
+    def spelled(self, i: int) -> str:
+        """The text of one id, even of a control piece."""
+        return self.decode([i]) or self.piece(i)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""

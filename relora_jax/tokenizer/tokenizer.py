@@ -68,7 +68,8 @@ class Tokenizer:
     def key(self) -> dict[str, Any]:
         """What rows of ids depend on, as stored in a row store's manifest and in run.json."""
         bos = {} if self.bos is None else {"bos": self.bos}
-        return {"tokenizer": self.sha256, "eos": self.eos, "pad": self.pad, **bos}
+        hidden = {"hidden": self.model.hidden} if self.model.hidden else {}  # files beside it may name them
+        return {"tokenizer": self.sha256, "eos": self.eos, "pad": self.pad, **bos, **hidden}
 
     @property
     def highest(self) -> int:
@@ -139,11 +140,11 @@ def control_in_text(tokenizer: Tokenizer) -> list[str]:
             names.setdefault(i, name)
     lines = []
     for i, name in names.items():
-        text = tokenizer.model.decode([i]) or tokenizer.model.piece(i)
+        text = tokenizer.model.spelled(i)
         ids = tokenizer.encode_documents([text])[0].tolist()
         if i in ids:
             lines.append(f"{text!r} in a text has the id of {name}, {i}, in the middle of a document")
-        elif all(j == tokenizer.model.unknown for j in ids):
+        elif all(j == tokenizer.model.unknown or not tokenizer.decode([j]).strip() for j in ids):
             lines.append(f"{text!r}, the {name}, cannot be spelled as text: in a text it is lost")
     return [f"note: tokenizer {tokenizer.path}: {line}" for line in lines]
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from relora_jax.errors import UserError
 from relora_jax.tokenizer import sidecars, tokenizer
@@ -91,6 +91,56 @@ def test_added_token_that_is_not_special_is_plain_text_where_it_ends_or_pads(ids
         path.with_name("tokenizer_config.json").write_text('{"eos_token": "<end>"}')
     assert raw.encode("a<end>").ids == [5, 7]
     assert tokenizer.load(path, **ids).encode_documents(["a<end>"])[0].tolist() == [5, 0, 1, 2, 3, 4]
+
+
+def test_text_never_contains_the_id_of_eos_whatever_it_contains(tmp_path):
+    """Not even the name under which the piece of eos is hidden from texts."""
+    for kind in MODELS:
+        loaded = tokenizer.load(written(tmp_path / kind, MODELS[kind](), eos_token="</s>"))
+        assert loaded.eos not in loaded.encode_documents(["the \0</s>\0 people"])[0], kind
+        assert loaded.model.piece(loaded.eos) == "</s>"
+
+
+def test_eos_that_a_text_spells_in_bytes_is_reported(tmp_path):
+    path = json_file(tmp_path, special=SPECIAL, tokenizer_config={"eos_token": "\u010a"})  # a line end
+    loaded = tokenizer.load(path)
+    assert loaded.eos in loaded.encode_documents(["a\nb"])[0]
+    (note,) = tokenizer.control_in_text(loaded)
+    assert note.endswith(rf"'\n' in a text has the id of eos, {loaded.eos}, in the middle of a document")
+
+
+@pytest.mark.parametrize("splitter", [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+def test_eos_that_a_unigram_model_loses_is_reported(splitter, tmp_path):
+    pieces = [(piece, -1.0) for piece in ("<unk>", "</s>", "\u2581", "a", "b")]
+    path = written(tmp_path, models.Unigram(pieces, 0))
+    raw = tokenizers.Tokenizer.from_file(str(path))
+    raw.pre_tokenizer, raw.decoder = splitter, decoders.Metaspace()
+    raw.save(str(path))
+    (note,) = tokenizer.control_in_text(tokenizer.load(path))
+    assert note.endswith("'</s>', the eos, cannot be spelled as text: in a text it is lost")
+
+
+def test_rows_with_one_key_have_the_same_ids(tmp_path):
+    """Which names are hidden from texts depends on files that the digest of tokenizer.json does not cover."""
+    raw = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    raw.add_special_tokens(["<s>"])
+    raw.add_tokens(["<end>"])
+    sources = []
+    for number, config in enumerate([{}, {"eos_token": "ab"}, {"eos_token": "<end>"}, {"eos_token": "b"}]):
+        (tmp_path / str(number)).mkdir()
+        raw.save(str(tmp_path / str(number) / "tokenizer.json"))
+        (tmp_path / str(number) / "tokenizer_config.json").write_text(json.dumps(config))
+        sources += [tokenizer.load(tmp_path / str(number) / "tokenizer.json", eos_id=i) for i in (1, 2, 4)]
+    ids_of = {}
+    for source in sources:
+        ids = [each.tolist() for each in source.encode_documents(["ab", "a<end>", "b"])]
+        assert ids_of.setdefault(json.dumps(source.key), ids) == ids
+    assert len(ids_of) > 3
+    assert tokenizer.load(tmp_path / "0" / "tokenizer.json", eos_id=3).key.keys() == {
+        "tokenizer",
+        "eos",
+        "pad",
+    }
 
 
 def test_ordinary_piece_as_eos_is_reported(tmp_path):
