@@ -90,9 +90,10 @@ def _json_text(location: str, source: bytes, field: str) -> str:
 
 def _csv(file: Any, stream: io.BufferedReader, field: str) -> _Documents:
     csv.field_size_limit(json_lines.LONGEST_LINE)
-    lines = iter(lambda: stream.readline(json_lines.LONGEST_LINE), b"")
-    # bytes that are not UTF-8 stay as they are, in surrogates, until their document is decoded
-    reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in lines), strict=True)
+    # no byte-order mark; lines may end with "\r"; bytes that are not UTF-8 stay, in surrogates, until their
+    # document is decoded
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    reader = csv.reader(iter(lambda: text.readline(json_lines.LONGEST_LINE), ""), strict=True)
     header, index, first = list[str](), 0, 1
     try:
         for row in reader:
@@ -100,7 +101,7 @@ def _csv(file: Any, stream: io.BufferedReader, field: str) -> _Documents:
             if row and header:
                 yield where, partial(_cell, f"{file}, {where}", row, index, len(header))
             elif row:  # not an empty line
-                header = [row[0].removeprefix("\ufeff"), *row[1:]]
+                header = row
                 "".join(header).encode()
                 index = _index(file, header, field)
     except UnicodeEncodeError as error:
@@ -108,6 +109,9 @@ def _csv(file: Any, stream: io.BufferedReader, field: str) -> _Documents:
     except csv.Error as error:
         remedy = "quote fields that hold commas, quotes or line ends, and double the quotes inside"
         raise UserError(f"{file} is not CSV from line {first} on ({error}): {remedy}") from error
+    finally:
+        if not stream.closed:
+            text.detach()  # leaves the file open, as other formats do
 
 
 def _index(file: Any, columns: list[str], field: str) -> int:

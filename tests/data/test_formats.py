@@ -53,6 +53,9 @@ CONTENTS = {
     "c.json": b"\xef\xbb\xbf \n" + array(TEXTS, separators=(",", ":")) + b"\r\n",
     "d.csv": csv_text(TEXTS),
     "e.csv": b"\xef\xbb\xbf" + csv_text(TEXTS, quoting=csv.QUOTE_ALL, lineterminator="\n\n"),
+    "quoted.csv": b"\xef\xbb\xbf"
+    + csv_text(TEXTS, quoting=csv.QUOTE_ALL).replace(b'"url",', b"").replace(b'"u",', b""),
+    "mac.csv": csv_text(TEXTS, quoting=csv.QUOTE_ALL, lineterminator="\r"),
     "F.JSONL": json_text(TEXTS),
 }
 
