@@ -196,6 +196,29 @@ def test_sample_ends_at_any_eos_of_an_imported_model(run: SavedRun, capsys: Any,
     assert output(capsys, f"--workdir={run.workdir}", *args)[1] == ""
 
 
+def test_eos_of_the_run_ends_a_sample_beside_those_of_the_model(run: SavedRun, monkeypatch: Any) -> None:
+    monkeypatch.setattr(generate.record, "read_facts", lambda _: {"special": {"eos_token_id": [7, 5]}})
+    assert generate.ends_of(run.workdir, run.tokenizer) == [run.tokenizer.eos, 7, 5]
+
+
+def test_sample_whose_last_possible_token_is_eos_was_not_cut(
+    run: SavedRun, capsys: Any, monkeypatch: Any
+) -> None:
+    args = (f"--prompt={PROMPT}", "--temperature=0", "--n=1")
+    prompt = run.tokenizer.encode_documents([PROMPT])[0].tolist()
+    [request] = generate.requests(prompt, Args(n=1, temperature=0.0), run.tokenizer, [399], length=LENGTH)
+    [ids], [end] = map(np.asarray, run.program.sample(run.states[6], request))
+    assert end == LENGTH + 1
+    last = int(ids[LENGTH])
+    whole = np.array(ids)
+    whole[len(prompt) : LENGTH][whole[len(prompt) : LENGTH] == last] = 7
+    monkeypatch.setattr(generate, "ends_of", lambda *_: [last])
+    monkeypatch.setattr(type(run.program), "sample", lambda *_: ([whole], [end]))
+    [sample] = samples(capsys, run.workdir, *args)
+    assert sample["document_ended"] and sample["tokens"] == LENGTH + 1 - len(prompt)
+    assert output(capsys, f"--workdir={run.workdir}", *args)[1] == ""
+
+
 def test_no_control_characters_are_printed() -> None:
     assert generate._printable("a\x1b[2J\n\tb\rc\x07") == "a\ufffd[2J\n\tb\ufffdc\ufffd"
 
