@@ -195,6 +195,8 @@ def wrap(
     for path, layer in selected:
         kind = LowRankEinsum if isinstance(layer, nnx.Einsum) else LowRankDense
         try:
+            if isinstance(layer.kernel.get_raw_value(), jax.ShapeDtypeStruct):
+                raise ValueError("its kernel is only a shape: wrap inside nnx.eval_shape")
             if reference_count(model, layer.kernel) > 1:
                 raise ValueError("its kernel is shared with another layer, which must be excluded too")
             low_rank[id(layer)] = kind(layer, key=path_key(key, path), **options)

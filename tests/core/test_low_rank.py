@@ -641,3 +641,9 @@ def test_merge_of_350m_needs_less_than_one_float32_kernel_of_scratch(base: Any) 
     memory = jax.jit(merge, donate_argnums=0).lower(state, key).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 24 * 1024 * 2736 * 4
     assert memory.alias_size_in_bytes >= 24 * 1024 * 2736 * jnp.dtype(base).itemsize  # W is updated in place
+
+
+def test_model_of_shapes_is_refused_in_one_line():
+    model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match="layers/0: its kernel is only a shape: wrap inside nnx.eval_shape"):
+        wrap(model, rank=2, alpha=4.0, targets=lambda *_: True, rngs=nnx.Rngs(0))
