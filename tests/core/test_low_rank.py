@@ -645,5 +645,7 @@ def test_merge_of_350m_needs_less_than_one_float32_kernel_of_scratch(base: Any) 
 
 def test_model_of_shapes_is_refused_in_one_line():
     model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0))))
-    with pytest.raises(ValueError, match="layers/0: its kernel is only a shape: wrap inside nnx.eval_shape"):
+    with pytest.raises(
+        ValueError, match=r"layers/0: its kernel is only a shape: wrap inside nnx\.eval_shape"
+    ):
         wrap(model, rank=2, alpha=4.0, targets=lambda *_: True, rngs=nnx.Rngs(0))
