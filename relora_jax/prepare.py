@@ -21,12 +21,12 @@ from relora_jax.data.stores import PrepareOptions
 from relora_jax.data.workers import cpus
 
 
-def describe(part: str, store: RowStore) -> str:
+def describe(part: str, store: RowStore, *, with_skipped: bool) -> str:
     """One line with the rows and tokens of a store and how much of its text they cover."""
     manifest = store.manifest
     text = manifest["text"]
     total = f" of {text['of_documents']:,}" if text["of_documents"] is not None else ""
-    skipped = f" ({n:,} skipped as bad)" if (n := text.get("skipped", 0)) else ""
+    skipped = f" ({n:,} skipped as bad)" if (n := text.get("skipped", 0)) and with_skipped else ""
     documents = f"{manifest['documents']:,}{total} documents{skipped}"
     blocks = f"{len(manifest['shards']):,} block(s) ({text['files']:,} of {text['of_files']:,} files)"
     return f"{part}: {store.rows:,} rows, {store.tokens:,} tokens of {documents} in {blocks}: {store.path}"
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
     prepared.check_vocabulary(config, prepared.find_tokenizer(config.data, options))
     stores = prepared.prepare(config.data, options)
     for part, store in (("train", stores.train), ("validation", stores.validation)):
-        print(describe(part, store))
+        is_held_out = part == "validation" and config.data.text and not config.data.validation_text
+        print(describe(part, store, with_skipped=not is_held_out))  # once for each text
     return 0
 
 

@@ -325,6 +325,9 @@ def test_command_skips_bad_documents_if_it_is_asked_to(tmp_path, capsys):
     for summary in (output.out, again):
         assert "of 20 documents (2 skipped as bad) in" in summary
         assert "of 20 documents (1 skipped as bad) in" in summary
+    args = [*args[:-1], "--config.data.validation_fraction=0.3", "--skip_bad_documents"]
+    assert prepare.main(args) == 0  # one text: its bad documents are said once
+    assert capsys.readouterr().out.count("skipped as bad") == 1
 
 
 def test_bad_documents_of_a_dataset_are_skipped_in_their_places(tokenizer, toy, monkeypatch):
