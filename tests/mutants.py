@@ -551,6 +551,41 @@ MUTANTS = [
         "if True)",
         "tests/tokenizer/test_tokenizer.py::test_trailing_control_pieces_count_only_as_special_ids",
     ),
+    Mutant(
+        "outside momentum: a known state around with_reset keeps the old factors' statistics",
+        "core/moments.py",
+        "        if any(p in factors or not p for p, _ in leaves(getattr(node, name))):",
+        "        if False:",
+        "tests/core/test_reset.py::test_reset_rejects_what_an_outer_transformation_stores_of_a_factor",
+    ),
+    Mutant(
+        "foreign factors: the layers of nnx.LoRA count as ours",
+        "core/reset.py",
+        "return isinstance(leaf, LowRankFactor)",
+        "return type(leaf).__name__ in ('LowRankFactor', 'LoRAParam')",
+        "tests/core/test_reset.py::test_reset_leaves_the_factors_of_other_lora_layers_alone",
+    ),
+    Mutant(
+        "hidden names that rows' key does not cover",
+        "tokenizer/tokenizer.py",
+        "**bos, **hidden}",
+        "**bos}",
+        "tests/tokenizer/test_hugging_face.py::test_rows_with_one_key_have_the_same_ids",
+    ),
+    Mutant(
+        "eos of an imported model instead of the run's, not beside it",
+        "generate.py",
+        "[tokenizer.eos, *several]",
+        "[*several] or [tokenizer.eos]",
+        "tests/test_generate.py::test_eos_of_the_run_ends_a_sample_beside_those_of_the_model",
+    ),
+    Mutant(
+        "eos at the last position counted as cut",
+        "generate.py",
+        "end == length + 1 and not ended",
+        "end == length + 1",
+        "tests/test_generate.py::test_sample_whose_last_possible_token_is_eos_was_not_cut",
+    ),
 ]
 
 
