@@ -82,7 +82,7 @@ def start(flags: dict[str, Any]) -> Callable[[], None] | None:
     return lambda: ctypes.CFUNCTYPE(None, ctypes.c_int)(handler)(signal.SIGTERM)
 
 
-def _check(flags: dict[str, str]) -> dict[str, Any]:
+def _check(flags: dict[str, Any]) -> dict[str, Any]:
     """The arguments of jax.distributed.initialize that the flags give: all, none, or a number of 1."""
     names = ("coordinator", "processes", "process")
     missing = [f"--{name}" for name in names if not flags[name]]

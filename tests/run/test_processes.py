@@ -70,8 +70,8 @@ class Job:
             own = last if i == count - 1 else {}
             environment = {k: v for k, v in own.items() if k.isupper()}
             environment["JAX_NUM_CPU_DEVICES"] = "2"
-            more = [f"--{k}={v}" for k, v in own.items() if k.islower() and k != "workdir"]
-            folder = own.get("workdir", workdir)
+            more = [f"--{k}={v}" for k, v in own.items() if k.islower() and k != "folder"]
+            folder = own.get("folder", workdir)
             config = f"--config={sandbox.folder / 'toy.py'}"
             self.processes.append(
                 sandbox.start(
@@ -188,8 +188,8 @@ def test_run_continues_on_another_number_of_processes_and_another_mesh(sandbox: 
     ("last", "message"),
     [
         ({"config.train.seed": "1"}, "train.seed: 0 -> 1"),
-        ({"TFDS_DATA_DIR": "/nowhere"}, "'toy' is not prepared in /nowhere"),
-        ({"workdir": "elsewhere"}, "is not the directory of process 0"),
+        ({"TFDS_DATA_DIR": "/nowhere", "XDG_CACHE_HOME": "/tmp/relora_nowhere"}, "/nowhere"),
+        ({"folder": "elsewhere"}, "is not the directory of process 0"),
     ],
     ids=["config", "data", "directory"],
 )
