@@ -23,6 +23,7 @@ from relora_jax.config import ARMS, Config, check_types
 from relora_jax.core import prune
 from relora_jax.core.grammar import Choice
 from relora_jax.errors import BAD_SETTING, NO_DATA, UserError
+from relora_jax.storage.location import is_store_error
 
 SHORTHANDS = ("text", "text_field", "validation_text")  # --text=X is --config.data.text=X
 MAX_ERROR_LENGTH = 2000  # characters
@@ -125,7 +126,9 @@ def main(
     except UserError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         code = BAD_SETTING
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_store_error(error):
+            raise
         too_many = os.strerror(errno.EMFILE) in str(error)
         remedy = "raise the limit on open files (ulimit -n)" if too_many else "fix the disk or the data"
         remedy = "start them all" if isinstance(error, ConnectionError) else remedy

@@ -26,7 +26,6 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +37,7 @@ from relora_jax.data import batches
 from relora_jax.errors import UserError
 from relora_jax.run import restored
 from relora_jax.run.restored import OWN_SPLITS
+from relora_jax.storage.location import any_path
 from relora_jax.training import processes
 from relora_jax.training.evaluation import evaluate
 from relora_jax.training.program import Program, enable_compilation_cache
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(args: Any) -> int:
-    workdir, split = args.workdir.expanduser(), args.split
+    workdir, split = any_path(args.workdir), args.split
     config = restored.config_of(workdir)
     if args.text:
         text = {"text": args.text, "validation_text": args.validation_text or ""}
@@ -100,7 +100,7 @@ def _evaluate(args: Any) -> int:
 
 def _parse(args: Sequence[str]) -> Any:
     parser = cli.ArgumentParser()
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", required=True)
     parser.add_argument("--update", type=int)
     parser.add_argument("--split", default="validation")
     parser.add_argument("--tokens", type=_count)

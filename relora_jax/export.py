@@ -16,20 +16,20 @@ Exit codes: 0 finished, 2 wrong usage, 74 data or disk failed.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from relora_jax import cli
 from relora_jax.hf import exporting
+from relora_jax.storage.location import any_path, local_path
 
 
 def main(argv: Sequence[str]) -> int:
     """Exports the checkpoint and prints the path; returns the exit code."""
     args = _parse(argv[1:])
     jax.config.update("jax_platforms", "cpu")  # all work is on the host; accelerators may be busy
-    workdir, output = args.workdir.expanduser(), args.output.expanduser().absolute()
+    workdir, output = any_path(args.workdir), local_path(args.output, flag="--output").absolute()
     options = {"dtype": args.dtype, "adapter": args.adapter, "base_name": args.base_name}
     options["overwrite"] = args.overwrite
     result = exporting.export(workdir, output, update=args.update, tokenizer=args.tokenizer, **options)
@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(args: Sequence[str]) -> Any:
     parser = cli.ArgumentParser()
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--output", required=True)
     parser.add_argument("--update", type=int)
     parser.add_argument("--dtype", choices=exporting.DTYPES, default="float32")
     parser.add_argument("--tokenizer", default="")

@@ -22,7 +22,6 @@ Exit codes: 0 finished, 2 wrong usage or nothing to sample from, 74 data or disk
 import json
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from relora_jax.config import DataConfig
 from relora_jax.errors import UserError
 from relora_jax.model.sampling import Request, prompt_rows, split_text
 from relora_jax.run import record, restored
+from relora_jax.storage.location import AnyPath, any_path
 from relora_jax.storage.writer import Writer
 from relora_jax.tokenizer.tokenizer import Tokenizer
 from relora_jax.training import processes
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _generate(args: Any) -> int:
-    workdir = args.workdir.expanduser()
+    workdir = any_path(args.workdir)
     config, writer = restored.config_of(workdir), Writer(workdir, active=processes.is_writer())
     u, length = restored.update_of(workdir, args.update), config.data.sequence_length
     tokenizer = restored.tokenizer_of(workdir, config, args.tokenizer)
@@ -90,7 +90,7 @@ def _generate(args: Any) -> int:
     return 0
 
 
-def ends_of(workdir: Path, tokenizer: Tokenizer) -> list[int]:
+def ends_of(workdir: AnyPath, tokenizer: Tokenizer) -> list[int]:
     """The ids that end a sample: the run's eos, and those of an imported model if it has several."""
     imported = record.read_facts(workdir).get("special", {}).get("eos_token_id")
     several = imported if isinstance(imported, list) else []
@@ -139,7 +139,7 @@ def requests(
 
 def _parse(args: Sequence[str]) -> Any:
     parser = cli.ArgumentParser()
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", required=True)
     parser.add_argument("--prompt", default="", type=_utf8)
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=1.0)

@@ -12,19 +12,20 @@ Exit codes: 0 finished, 2 wrong usage or a model that cannot be imported, 74 dat
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from relora_jax import cli, shapes
 from relora_jax.hf import importing
+from relora_jax.storage.location import local_path
 
 
 def main(argv: Sequence[str]) -> int:
     """Imports the model and prints the command that trains it; returns the exit code."""
     args = _parse(argv[1:])
-    source, workdir = args.input.expanduser(), args.output.expanduser().absolute()
+    source = local_path(args.input, flag="--input")
+    workdir = local_path(args.output, flag="--output").absolute()
     jax.config.update("jax_platforms", "cpu")  # nothing is computed; accelerators may be busy
     model = importing.import_model(source, workdir, overwrite=args.overwrite)
     train = shlex.join(["python", "-m", "relora_jax.train", f"--config={workdir / 'config.py'}"])
@@ -35,8 +36,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(args: Sequence[str]) -> Any:
     parser = cli.ArgumentParser()
-    parser.add_argument("--input", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--input", required=True)
+    parser.add_argument("--output", required=True)
     parser.add_argument("--overwrite", action="store_true")
     return parser.parse_args(args)
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 from relora_jax.checkpoint.manager import Checkpoints
@@ -19,6 +18,7 @@ from relora_jax.run.metrics import Diverged, Metrics, Sink
 from relora_jax.run.opening import OpenRun, open_run
 from relora_jax.run.signals import Signals
 from relora_jax.run.tensorboard_sink import Board
+from relora_jax.storage.location import AnyPath
 from relora_jax.storage.writer import Writer
 from relora_jax.training import processes, steps
 from relora_jax.training.eval_prompts import EvalPrompts
@@ -29,7 +29,7 @@ from relora_jax.training.state import TrainState
 from relora_jax.validate import validate
 
 
-def run(config: Config, workdir: Path, options: PrepareOptions, signals: Signals) -> int:
+def run(config: Config, workdir: AnyPath, options: PrepareOptions, signals: Signals) -> int:
     """Opens the run, trains it to its end or to a signal, and reports; returns the exit code."""
     validate(config, devices=len(start_devices()))
     wandb_sink.check(config.train.wandb)

@@ -8,20 +8,20 @@ Reads only files: config.json, run.json, metrics.jsonl and two checkpoints.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from relora_jax import cli
 from relora_jax.reporting import comparison, page
+from relora_jax.storage.location import any_path
 
 
 def main(argv: Sequence[str]) -> int:
     """Writes the page and prints its path; returns the exit code."""
     parser = cli.ArgumentParser()
     parser.add_argument("--workdir", nargs="+", required=True)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output")
     args = parser.parse_args(argv[1:])
     runs = comparison.find_workdirs(args.workdir)
-    output = (args.output or Path("comparison.md")).expanduser()
+    output = any_path(args.output or "comparison.md")
     one = len(runs) == 1 and not args.output
     print(page.write(runs[0]) if one else comparison.write(runs, output))
     return 0

@@ -2,7 +2,8 @@
 
     python -m relora_jax.train --config=configs/FILE.py[:ARM] [--config.GROUP.FIELD=VALUE ...] [--workdir=DIR]
 
-ARM: full, control, lora, lora_warm or relora (default). DIR: default runs/NAME-ARM.
+ARM: full, control, lora, lora_warm or relora (default). DIR: local or gs://bucket/run, default
+runs/NAME-ARM.
 --text=PATTERN, --text_field=NAME and --validation_text=PATTERN are short for --config.data.text=... etc.
 --skip_bad_documents: if rows of small text are prepared here, as in `prepare`.
 
@@ -16,18 +17,18 @@ Exit codes: 0 finished, 2 wrong setting (starting again does not help), 70 diver
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from relora_jax import cli, loop
 from relora_jax.data.stores import PrepareOptions
 from relora_jax.run.signals import Signals
+from relora_jax.storage.location import any_path
 from relora_jax.training import processes
 
 
 def main(argv: Sequence[str]) -> int:
     """Trains the run of the command line; returns the exit code."""
     config, values = cli.parse(argv, workdir="", skip_bad_documents=False, **processes.FLAGS)
-    workdir = Path(values["workdir"] or f"runs/{config.name}-{config.arm}").expanduser()
+    workdir = any_path(values["workdir"] or f"runs/{config.name}-{config.arm}")
     skip = values["skip_bad_documents"]
     options = PrepareOptions(
         command=cli.command("prepare", argv) + " --skip_bad_documents" * skip,

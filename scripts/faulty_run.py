@@ -117,7 +117,7 @@ class Run:
     def newest(self) -> Path:
         """The directory of the newest checkpoint. Removes report.md, so that the run counts as unfinished."""
         (self.workdir / "report.md").unlink(missing_ok=True)  # if it finished before the signal
-        return checkpoints_dir(self.workdir) / str(updates_saved(self.workdir)[-1])
+        return Path(checkpoints_dir(self.workdir)) / str(updates_saved(self.workdir)[-1])
 
 
 def is_documented(number: signal.Signals, code: int, out: str, err: str = "", *, near_end: bool) -> bool:

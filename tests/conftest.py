@@ -19,4 +19,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 os.environ["JAX_PLATFORMS"] = "cpu"  # for the processes that tests start
 
 install_import_hook("relora_jax", "tests.support.checked.check")
-pytest_plugins = ["tests.support.own_text", "tests.support.reports"]  # their fixtures
+pytest_plugins = [
+    "tests.support.emulator",
+    "tests.support.own_text",
+    "tests.support.reports",
+]  # their fixtures

@@ -6,7 +6,6 @@ If update u begins with a restart, the checkpoint at u is from before it: a resu
 import contextlib
 import errno
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from relora_jax.checkpoint.saved import (
 )
 from relora_jax.config import Config
 from relora_jax.errors import UserError
+from relora_jax.storage.location import AnyPath
 from relora_jax.training import processes
 from relora_jax.training.state import TrainState, flatten
 
@@ -34,7 +34,7 @@ class Checkpoints:
     Leaving the `with` without an error reads the last one back: OSError if it is not as it was saved.
     """
 
-    def __init__(self, workdir: Path, config: Config) -> None:
+    def __init__(self, workdir: AnyPath, config: Config) -> None:
         saved.quiet_orbax()
         train = config.train
         keep: list[Any] = [policies.LatestN(train.keep_last), policies.CustomSteps([snapshot_update(config)])]

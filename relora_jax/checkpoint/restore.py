@@ -1,7 +1,6 @@
 """Restores a whole state: reads it, verifies it, and places it on the devices."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 from relora_jax.checkpoint.saved import (
     Checkpoint,
@@ -12,6 +11,7 @@ from relora_jax.checkpoint.saved import (
 )
 from relora_jax.config import Config, changed_results
 from relora_jax.errors import UserError
+from relora_jax.storage.location import AnyPath
 from relora_jax.storage.writer import Writer
 from relora_jax.training import processes
 from relora_jax.training.state import TrainState, flatten, unflatten
@@ -26,7 +26,7 @@ def read_state(checkpoint: Checkpoint, like: TrainState) -> TrainState:
     return unflatten(checkpoint.read(flatten(like), whole=whole, together=processes.together), like)
 
 
-def open_checkpoint(workdir: Path, u: int, config: Config) -> Checkpoint:
+def open_checkpoint(workdir: AnyPath, u: int, config: Config) -> Checkpoint:
     """A run's checkpoint after u updates; only its meta is read.
 
     DamagedError; UserError if the checkpoint belongs to another run or is not one of ours.
@@ -39,7 +39,7 @@ def open_checkpoint(workdir: Path, u: int, config: Config) -> Checkpoint:
     return checkpoint
 
 
-def restore(workdir: Path, u: int, config: Config, like: TrainState) -> TrainState:
+def restore(workdir: AnyPath, u: int, config: Config, like: TrainState) -> TrainState:
     """The state of a run after u updates, as in `read_state`; errors as in `open_checkpoint`."""
     checkpoint = processes.together(lambda: open_checkpoint(workdir, u, config), DamagedError)
     try:
@@ -75,6 +75,6 @@ def restore_newest(
     return None
 
 
-def _free_path(folder: Path, u: int) -> Path:
+def _free_path(folder: AnyPath, u: int) -> AnyPath:
     names = (str(u), *(f"{u}.{k}" for k in range(2, 10_000)))
     return next(folder / name for name in names if not (folder / name).exists())

@@ -26,17 +26,21 @@ import orbax.checkpoint as ocp
 from relora_jax.checkpoint.checksum import checksum_on_host, checksums
 from relora_jax.config import Config, from_json, to_json
 from relora_jax.errors import UserError
+from relora_jax.storage.location import AnyPath, entries, is_remote, is_store_error, store_errors_as_os_errors
 
 FORMAT = 2  # of a checkpoint: increase it whenever the state's paths or the meta change
 STATE, META = "state", "meta"
-_ORBAX_FILES = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # next to the items
+COMMIT = "commit_success.txt"
+_ORBAX_FILES = {"_CHECKPOINT_METADATA", COMMIT}  # next to the items
 _REPEATED_ERRORS = ("Event loop is closed", "Encountered error while reading array index")
 _DAMAGE_CODES = (0, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)  # not a failing disk or memory
 _BATCH_BYTES = 2**26  # of arrays that `verify` reads at once, or one larger array
 # Orbax would take these for a pattern (so that a save becomes a checkpoint without arrays, without an error),
 # TensorStore for a separator (so that it writes elsewhere), and both for a bucket; neither takes other bytes
-# than UTF-8, which Python keeps as surrogates.
-_IMPOSSIBLE = re.compile(r"[*?\[\\]|^/(?:gs|s3|az|hf)/|\w+:/|[\udc80-\udcff]")
+# than UTF-8, which Python keeps as surrogates. An object store has no parent directory "..".
+_IMPOSSIBLE = re.compile(r"[*?\[\\]|^/(?:gs|s3|az|hf)/|\w+:/|[\udc80-\udcff]|/\.\.(?=/)")
+# In the errors of TensorStore: the store could not be asked, and what it holds may well be whole.
+_NOT_READ = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED")
 _META_TYPES = {"format": int, "update": int, "config": str, "checksums": dict}
 
 
@@ -77,13 +81,13 @@ def _alone(step: Callable[[], Any], *_: type[Exception]) -> Any:
 class Checkpoint:
     """A checkpoint whose meta is intact and whose directory holds no foreign files."""
 
-    path: Path
+    path: AnyPath
     update: int
     config: Config
     checksums: dict[str, int]
 
     @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
+    def open(cls, path: AnyPath) -> "Checkpoint":
         """Reads the meta only. DamagedError; UserError if it is not one of ours."""
         quiet_orbax()
         _check_entries(path)
@@ -168,12 +172,14 @@ def _this_process() -> ocp.options.MultiprocessingOptions:
     )
 
 
-def checkpoints_dir(workdir: Path) -> Path:
+def checkpoints_dir(workdir: AnyPath) -> AnyPath:
     """The directory of a run's checkpoints. UserError if Orbax cannot write them there, or read them."""
-    folder = (Path(workdir) / "checkpoints").absolute()
-    if ".." in folder.parts:
-        folder = folder.resolve()  # Orbax would drop "link/.."
-    if impossible := _IMPOSSIBLE.search(str(folder)):
+    folder = workdir / "checkpoints"
+    if not is_remote(folder):
+        folder = folder.absolute()
+        if ".." in folder.parts:
+            folder = folder.resolve()  # Orbax would drop "link/.."
+    if impossible := _IMPOSSIBLE.search(str(folder).removeprefix("gs:/")):
         raise UserError(
             f"{str(folder.parent)!r} cannot hold checkpoints: they cannot be read back from a path with "
             f"{impossible[0]!r}: rename that directory, or choose another path"
@@ -181,10 +187,14 @@ def checkpoints_dir(workdir: Path) -> Path:
     return folder
 
 
-def updates_saved(workdir: Path) -> list[int]:
-    """The updates of a run's checkpoints, ascending, without incomplete saves (they have other names)."""
+def updates_saved(workdir: AnyPath) -> list[int]:
+    """The updates of a run's checkpoints, ascending, without incomplete saves.
+
+    These have other names, or in an object store no COMMIT, which Orbax writes last.
+    """
     folder = checkpoints_dir(workdir)
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    with store_errors_as_os_errors(folder):
+        names = [path.name for path in entries(folder) if not is_remote(path) or (path / COMMIT).exists()]
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,9}", name))
 
 
@@ -201,19 +211,22 @@ def _batches(specs: dict[str, tuple[tuple[int, ...], np.dtype]]) -> Iterator[lis
         yield list(names)
 
 
-def _check_entries(path: Path) -> None:
+def _check_entries(path: AnyPath) -> None:
     """UserError for symbolic links, which are not followed, and for files that we never write."""
-    links = [path] if path.is_symlink() else []
-    for folder, folders, files in os.walk(path):
-        links += [Path(folder, name) for name in (*folders, *files) if Path(folder, name).is_symlink()]
-    if links:
+    if links := [] if is_remote(path) else list(_links(path)):
         raise UserError(f"{links[0]} is a symbolic link, not allowed in a checkpoint: put the files there")
     foreign = {f.name for f in path.iterdir()} - {STATE, META} - _ORBAX_FILES if path.is_dir() else set()
     if foreign:
         raise UserError(f"{path} is not a checkpoint of relora_jax (it holds {min(foreign)}): move it away")
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
+def _links(path: Path) -> Iterator[Path]:
+    """The symbolic links at and below a path."""
+    entries = (Path(folder, name) for folder, *names in os.walk(path) for name in itertools.chain(*names))
+    return (entry for entry in (path, *entries) if entry.is_symlink())
+
+
+def _read_meta(path: AnyPath) -> dict[str, Any]:
     try:
         handler = ocp.JsonCheckpointHandler(multiprocessing_options=_this_process())
         with ocp.Checkpointer(handler, multiprocessing_options=_this_process()) as reader:
@@ -234,10 +247,12 @@ def _digest(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _damaged(path: Path, error: Exception) -> DamagedError | OSError:
+def _damaged(path: AnyPath, error: Exception) -> DamagedError | OSError:
     """A read error as DamagedError, or as OSError if the same files may well be read at another time."""
     reason = (str(error) or type(error).__name__).partition("\n")[0][:200]
     code = os_error_code(error)
+    if is_remote(path) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        code = code or errno.EIO  # "Forbidden", say
     if code in _DAMAGE_CODES:
         return DamagedError(f"{path} cannot be read ({reason})")
     return OSError(code, reason, str(path))
@@ -246,6 +261,8 @@ def _damaged(path: Path, error: Exception) -> DamagedError | OSError:
 def os_error_code(error: BaseException) -> int:
     """The errno of an exception (tensorstore puts it in the message), 0 if it has none."""
     match = re.search(r"os_error_code='(\d+)'", str(error))
+    if is_store_error(error) or (not match and _NOT_READ.search(str(error))):
+        return errno.EIO
     if match or isinstance(error, OSError):
         return int(match[1]) if match else getattr(error, "errno", None) or 0
     out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

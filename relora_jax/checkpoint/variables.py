@@ -5,7 +5,6 @@ base_dtype. Shapes: W [layers, in, out], A [layers, in, r], B [layers, r, out].
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from relora_jax.checkpoint.saved import Checkpoint, checkpoints_dir
 from relora_jax.core import base
 from relora_jax.core.merge import delta
+from relora_jax.storage.location import AnyPath
 from relora_jax.training import names
 
 
@@ -84,6 +84,6 @@ class Variables(Mapping[str, Any]):
         return np.asarray(self._checkpoint.read(like, whole=False)[path])
 
 
-def variables_of(workdir: Path, update: int) -> Variables:
+def variables_of(workdir: AnyPath, update: int) -> Variables:
     """The variables of a run's checkpoint after `update` updates."""
     return Variables(Checkpoint.open(checkpoints_dir(workdir) / str(update)))

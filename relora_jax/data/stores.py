@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from relora_jax.data import workers
+from relora_jax.data import copies, workers
 from relora_jax.data.rows import MANIFEST, RowStore, check_open_files
 from relora_jax.data.shards import BLOCKS, MAX_PROBLEMS, Block, End, Job, Progress
 from relora_jax.data.source import BadDocumentError, Source
 from relora_jax.errors import UserError
 from relora_jax.storage import atomic, places
+from relora_jax.storage.location import AnyPath
 
 ONE_DOCUMENT = (
     "is a single document, so nothing can be held out: split it into several .txt files, or write .jsonl "
@@ -41,6 +42,7 @@ class PrepareOptions(NamedTuple):
     progress: bool = False
     skip_bad_documents: bool = False  # rows of text without bad documents are the same
     command: str = "python -m relora_jax.prepare --config=..."  # for text above the limit
+    copies: AnyPath | None = None  # where rows may be copied from
 
 
 def row_stores(
@@ -51,7 +53,10 @@ def row_stores(
     path = places.cache_dir() / "rows" / name
 
     if not path.exists():
-        build = lambda folder: _build(job(folder), key, options)  # noqa: E731
+        if options.copies and copies.is_complete(copy := options.copies / name):
+            build = lambda folder: copies.copy_to(folder, copy)  # noqa: E731
+        else:
+            build = lambda folder: _build(job(folder), key, options)  # noqa: E731
         atomic.make_once(path, build, variable="XDG_CACHE_HOME", resume=True)
         atomic.remove(path / BLOCKS)
     return {part: RowStore.open(path / part) for part in parts}

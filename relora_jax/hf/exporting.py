@@ -20,6 +20,7 @@ from relora_jax.errors import UserError
 from relora_jax.hf import llama, tensor_files, tokenizer_files
 from relora_jax.run import record, restored
 from relora_jax.storage import atomic
+from relora_jax.storage.location import AnyPath, is_remote
 from relora_jax.tokenizer.tokenizer import Tokenizer
 from relora_jax.training import names
 
@@ -38,7 +39,7 @@ class Exported(NamedTuple):
 
 
 def export(
-    workdir: Path,
+    workdir: AnyPath,
     output: Path,
     *,
     update: int | None,
@@ -56,7 +57,8 @@ def export(
     if base_name != BASE_NAME and not adapter:
         raise UserError(f"--base_name={base_name} names the base of an adapter: add --adapter")
     atomic.check_output(output, OUTPUT_FILES, overwrite=overwrite)
-    if checkpoints_dir(workdir).resolve() in (output.resolve(), *output.resolve().parents):
+    checkpoints = checkpoints_dir(workdir)
+    if not is_remote(checkpoints) and checkpoints.resolve() in (output.resolve(), *output.resolve().parents):
         raise UserError(f"--output={output} is inside the run's checkpoints: choose another path")
     config = restored.settings_of(workdir)
     u = restored.update_of(workdir, update)
@@ -79,7 +81,7 @@ def export(
     return Exported(u, variables.low_rank)
 
 
-def find_tokenizer(workdir: Path, config: Config, path: str) -> Tokenizer | None:
+def find_tokenizer(workdir: AnyPath, config: Config, path: str) -> Tokenizer | None:
     """The run's tokenizer; None, with a warning, if the run was imported without one."""
     facts = record.read_facts(workdir)
     if "imported_from" in facts and not (facts.get("rows") or path):

@@ -19,6 +19,7 @@ from relora_jax.run import metrics_file
 from relora_jax.run.format import duration, number
 from relora_jax.run.record import LOCK, REPORT, Run, read
 from relora_jax.storage import atomic
+from relora_jax.storage.location import AnyPath, any_path, entries, is_remote
 
 HEAD = (
     "run",
@@ -44,26 +45,35 @@ to it.
 """
 
 
-def find_workdirs(patterns: Sequence[str]) -> list[Path]:
+def find_workdirs(patterns: Sequence[str]) -> list[AnyPath]:
     """The workdirs that paths and glob patterns name, each once. UserError if a pattern matches nothing.
 
     Runs that have not started, whose workdir holds only the lock, are skipped unless there are no others.
     """
-    workdirs: dict[Path, None] = {}
+    workdirs: dict[AnyPath, None] = {}
     for pattern in map(os.path.expanduser, patterns):
-        literal = Path(pattern).exists() or not glob.has_magic(pattern)
-        matches = [pattern] if literal else sorted(glob.glob(pattern))
+        path = any_path(pattern) if "://" in pattern else Path(pattern)
+        literal = path.exists() or not glob.has_magic(pattern)
+        matches = [path] if literal else _matching(path)
         if not matches:
             raise UserError(f"no directory matches {pattern!r}: pass the workdirs of runs, such as runs/*")
-        workdirs |= dict.fromkeys(map(Path, matches))
+        workdirs |= dict.fromkeys(matches)
     return [path for path in workdirs if _has_started(path)] or list(workdirs)
 
 
-def _has_started(workdir: Path) -> bool:
-    return not workdir.is_dir() or [path.name for path in workdir.iterdir()] != [LOCK]
+def _matching(pattern: AnyPath) -> list[AnyPath]:
+    """The paths that match a glob pattern, sorted."""
+    if is_remote(pattern):
+        bucket = pattern.parents[-3]  # below gs:// and /
+        return sorted(bucket.glob(str(pattern.relative_to(bucket))))
+    return [Path(path) for path in sorted(glob.glob(str(pattern)))]
 
 
-def write(workdirs: Sequence[Path], output: Path) -> Path:
+def _has_started(workdir: AnyPath) -> bool:
+    return [path.name for path in entries(workdir)] != [LOCK]
+
+
+def write(workdirs: Sequence[AnyPath], output: AnyPath) -> AnyPath:
     """Writes the Markdown page `output`, with its picture and an .html copy next to it; returns `output`."""
     if output.suffix != ".md":
         raise UserError(f"--output {str(output)!r} is a Markdown page: its name must end in .md")
@@ -98,7 +108,7 @@ def _tokens_at(run: Run, update: int) -> float:
 
 def _by_name(runs: Sequence[Run]) -> dict[str, Run]:
     """Runs by directory name, or by path if two runs share a name; unfinished runs are labeled."""
-    names = [run.workdir.absolute().name for run in runs]
+    names = [run.workdir.name or run.workdir.absolute().name for run in runs]
     labels = [str(r.workdir) if names.count(n) > 1 else n for n, r in zip(names, runs, strict=True)]
     return {
         label if _last_update(run) == run.config.train.updates else f"{label} (unfinished)": run

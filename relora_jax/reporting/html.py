@@ -1,13 +1,13 @@
 """Renders a Markdown page as one self-contained HTML file with embedded pictures."""
 
 import base64
-from pathlib import Path
 from urllib.parse import unquote
 
 from markdown_it import MarkdownIt
 from markdown_it.common.utils import escapeHtml
 
 from relora_jax.storage import atomic
+from relora_jax.storage.location import AnyPath
 
 # The browser enforces this: no script runs, and nothing is loaded from elsewhere.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -44,7 +44,7 @@ PAGE = """\
 """
 
 
-def write(path: Path, text: str) -> None:
+def write(path: AnyPath, text: str) -> None:
     """Renders the Markdown `text` to `path`, embedding its PNG files (named relative to `path`'s directory).
 
     HTML in `text` is passed through: the caller must escape untrusted text.

@@ -1,6 +1,5 @@
 """Writes a run's report: report.md with pictures, and the same page as one file, report.html."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from relora_jax.run import metrics_file
 from relora_jax.run.format import duration, number
 from relora_jax.run.record import CONFIG, REPORT, Run, read
 from relora_jax.storage import atomic
+from relora_jax.storage.location import AnyPath
 from relora_jax.training import names
 
 ARMS = {
@@ -31,7 +31,7 @@ optimizer state. A sum of many low-rank updates can have a high rank.
 """
 
 
-def write(workdir: Path) -> Path:
+def write(workdir: AnyPath) -> AnyPath:
     """Writes workdir/report.md, report.html and report/*.png for a run, finished or not; returns report.md.
 
     report.md is written last: if it exists, so do the others. UserError if `workdir` holds no run.
@@ -117,7 +117,7 @@ def _outcome(run: Run) -> dict[str, str]:
     }
 
 
-def _curves(run: Run, folder: Path) -> list[str]:
+def _curves(run: Run, folder: AnyPath) -> list[str]:
     """The sections with curves over updates, except those that have no rows yet."""
     relora = run.config.relora
     timeline = pictures.Timeline(
@@ -160,7 +160,7 @@ def _marks(timeline: pictures.Timeline) -> str:
     return f" In each picture, {', and '.join(marks)}." if marks else ""
 
 
-def _summed_update(run: Run, folder: Path) -> str:
+def _summed_update(run: Run, folder: AnyPath) -> str:
     """Spectrum, counts and ranks of the summed update, or a sentence that says why they are not available."""
     relora, start = run.config.relora, run.low_rank_start
     merges, rounding = 0, dict[str, float]()

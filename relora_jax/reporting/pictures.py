@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
@@ -10,6 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from relora_jax.storage.location import AnyPath
 
 INK, GREY, FAINT = "#24313d", "#7b8794", "#dfe4e9"
 BLUE, ORANGE, GREEN = "#2b6cb0", "#d9702c", "#2f8f6b"
@@ -40,7 +41,7 @@ class Curves:
     perplexity: Points
 
 
-def loss(file: Path, train: Points, evaluations: Points, timeline: Timeline) -> None:
+def loss(file: AnyPath, train: Points, evaluations: Points, timeline: Timeline) -> None:
     """Draws the training loss, raw and smoothed, and the validation loss, in nats per token."""
     figure, axes = _curve("loss (nats per token)")
     updates, raw = _arrays(train)
@@ -56,7 +57,7 @@ def loss(file: Path, train: Points, evaluations: Points, timeline: Timeline) -> 
     _finish(figure, axes, file, timeline)
 
 
-def learning_rate(file: Path, rates: Sequence[float], timeline: Timeline) -> None:
+def learning_rate(file: AnyPath, rates: Sequence[float], timeline: Timeline) -> None:
     """Draws the learning rate of updates 0, 1, 2, ..."""
     updates, values = np.arange(len(rates)), np.asarray(rates)
     power = int(np.floor(np.log10(values.max() * 1.05))) if values.max() > 0 else 0
@@ -67,7 +68,7 @@ def learning_rate(file: Path, rates: Sequence[float], timeline: Timeline) -> Non
     _finish(figure, axes, file, timeline)
 
 
-def perplexity(file: Path, evaluations: Points, unigram: float | None, timeline: Timeline) -> None:
+def perplexity(file: AnyPath, evaluations: Points, unigram: float | None, timeline: Timeline) -> None:
     """Draws the validation perplexity and that of the unigram distribution, on a log scale."""
     figure, axes = _curve("validation perplexity (log scale)", height=3.4)
     updates, values = _arrays(evaluations)
@@ -85,7 +86,7 @@ def perplexity(file: Path, evaluations: Points, unigram: float | None, timeline:
 
 
 def spectrum(
-    file: Path,
+    file: AnyPath,
     spectra: Mapping[str, Float[np.ndarray, "layers side"]],
     *,
     ranks: Mapping[str, int],
@@ -112,7 +113,7 @@ def spectrum(
     _save(figure, file)
 
 
-def runs(file: Path, curves: Sequence[Curves], starts: Mapping[str, float]) -> None:
+def runs(file: AnyPath, curves: Sequence[Curves], starts: Mapping[str, float]) -> None:
     """Draws validation perplexity above smoothed training loss, with a color and a marker for each run.
 
     `starts` maps the label of each vertical line to its position in tokens.
@@ -220,7 +221,7 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _finish(figure: Figure, axes: Axes, file: Path, timeline: Timeline) -> None:
+def _finish(figure: Figure, axes: Axes, file: AnyPath, timeline: Timeline) -> None:
     """Marks the warm start and the restarts, adds a legend above the axes and saves the figure."""
     if timeline.warm_start_updates:
         style = {"color": FAINT, "alpha": 0.6, "linewidth": 0, "zorder": 0}
@@ -236,8 +237,9 @@ def _finish(figure: Figure, axes: Axes, file: Path, timeline: Timeline) -> None:
     _save(figure, file)
 
 
-def _save(figure: Figure, file: Path) -> None:
-    FigureCanvasAgg(figure).print_png(file)
+def _save(figure: Figure, file: AnyPath) -> None:
+    with file.open("wb") as stream:
+        FigureCanvasAgg(figure).print_png(stream)
 
 
 def _arrays(points: Points) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,12 @@ import jax
 from relora_jax import shapes
 from relora_jax.checkpoint.saved import updates_saved
 from relora_jax.config import Config, changed_results, to_json
+from relora_jax.data import copies
 from relora_jax.data.prepared import Prepared, dataset_version
 from relora_jax.errors import UserError
 from relora_jax.run.record import CONFIG, FACTS, LOCK, read_config, read_facts
-from relora_jax.storage import lock
+from relora_jax.storage import atomic, lock
+from relora_jax.storage.location import AnyPath, any_path, entries, is_remote
 from relora_jax.storage.writer import Writer
 
 TEMPORARY_SUFFIXES = (".new", ".tmp")  # of files that a killed process may leave; .tmp by earlier versions
@@ -40,16 +42,16 @@ def locked(writer: Writer, config: Config) -> Iterator[None]:
     def refuse(process: str) -> None:
         raise UserError(f"{workdir} is in use by process {process}: wait for it, or use another --workdir")
 
-    file = workdir / LOCK
-    new_folders = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
-    is_new = not file.exists()
+    file, new_folders, is_new = workdir / LOCK, list[Path](), False
+    if not is_remote(workdir):
+        new_folders = [path for path in (workdir, *workdir.absolute().parents) if not path.exists()]
+        is_new = not file.exists()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
+        _make_writable(workdir)
     except OSError as error:
+        reason = error.strerror or error
         raise UserError(
-            f"workdir {str(workdir)!r} cannot be written ({error.strerror}): use another --workdir"
+            f"workdir {str(workdir)!r} cannot be written ({reason}): use another --workdir"
         ) from None
     with lock.locked(file, busy=refuse) as sign:
         try:
@@ -66,8 +68,10 @@ def locked(writer: Writer, config: Config) -> Iterator[None]:
             raise
 
 
-def check_is_shared(workdir: Path, pid: int) -> None:
+def check_is_shared(workdir: AnyPath, pid: int) -> None:
     """UserError if the process `pid`, which holds the lock, did not write it into this directory."""
+    if is_remote(workdir):
+        return  # one for all
     file = workdir / LOCK
     if not file.is_file() or file.read_text() != f"{pid}\n":
         raise UserError(
@@ -75,19 +79,30 @@ def check_is_shared(workdir: Path, pid: int) -> None:
         )
 
 
-def _check_is_run_or_empty(workdir: Path) -> None:
+def _make_writable(workdir: AnyPath) -> None:
+    """Creates the directory; OSError if nothing can be written there."""
+    if is_remote(workdir):
+        atomic.write(workdir / f"writable{TEMPORARY_SUFFIXES[0]}", b"")  # `Writer.clear` removes it
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+        pass
+
+
+def _check_is_run_or_empty(workdir: AnyPath) -> None:
     """UserError if the directory exists, is not empty, and is not a run's."""
-    if workdir.is_symlink() and not workdir.exists():
+    if not is_remote(workdir) and workdir.is_symlink() and not workdir.exists():
         raise UserError(f"workdir {str(workdir)!r} is a broken symbolic link: use another --workdir")
     if (workdir / CONFIG).is_file():
         read_config(workdir)
         return
-    entries = [path for path in workdir.iterdir() if path.name != LOCK] if workdir.is_dir() else []
-    if any(path.suffix not in TEMPORARY_SUFFIXES for path in entries):
+    ours = (LOCK, copies.FOLDER) if is_remote(workdir) else (LOCK,)
+    others = [path for path in entries(workdir) if path.name not in ours]
+    if any(path.suffix not in TEMPORARY_SUFFIXES for path in others):
         raise UserError(f"workdir {str(workdir)!r} is not empty and not a run: use another --workdir")
 
 
-def check(workdir: Path, config: Config) -> None:
+def check(workdir: AnyPath, config: Config) -> None:
     """UserError if the directory holds another run, or this run with another version of its dataset.
 
     A run without a checkpoint has nothing to lose: it may start over with another config.
@@ -103,7 +118,7 @@ def check(workdir: Path, config: Config) -> None:
     _check_dataset(workdir, config)
 
 
-def _check_dataset(workdir: Path, config: Config) -> None:
+def _check_dataset(workdir: AnyPath, config: Config) -> None:
     """UserError if data.dataset resolves to another version than the run's, because a newer one was added.
 
     A run that is complete reads no more rows.
@@ -121,7 +136,7 @@ def _check_dataset(workdir: Path, config: Config) -> None:
         )
 
 
-def dataset_of(workdir: Path) -> str:
+def dataset_of(workdir: AnyPath) -> str:
     """name:version of the dataset that the run was trained on; empty if not recorded."""
     return read_facts(workdir).get("rows", {}).get("train", {}).get("dataset", "")
 
@@ -131,7 +146,7 @@ def keys_of(prepared: Prepared) -> dict[str, Any]:
     return {"train": prepared.train.manifest["key"], "validation": prepared.validation.manifest["key"]}
 
 
-def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
+def check_rows(workdir: AnyPath, rows: dict[str, Any]) -> None:
     """UserError if the run in `workdir` was trained on other rows: changed text or another tokenizer."""
     saved = updates_saved(workdir)
     facts = read_facts(workdir) if saved else {}
@@ -146,14 +161,14 @@ def check_rows(workdir: Path, rows: dict[str, Any]) -> None:
                 )
 
 
-def special(workdir: Path, config: Config) -> dict[str, Any]:
+def special(workdir: AnyPath, config: Config) -> dict[str, Any]:
     """{"special": special token ids of the imported model that the run starts from}, for `begin`, or {}.
 
     A resumed run takes them from its own run.json, because that model may no longer exist.
     """
     if not config.train.init_from:
         return {}
-    facts = read_facts(workdir if updates_saved(workdir) else Path(config.train.init_from).expanduser())
+    facts = read_facts(workdir if updates_saved(workdir) else any_path(config.train.init_from))
     return {"special": facts["special"]} if "special" in facts else {}
 
 

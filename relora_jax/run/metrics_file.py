@@ -4,9 +4,9 @@ import contextlib
 import json
 import statistics
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
+from relora_jax.storage.location import AnyPath
 from relora_jax.storage.writer import Writer
 
 NAME = "metrics.jsonl"
@@ -14,9 +14,9 @@ NAME = "metrics.jsonl"
 Row = dict[str, Any]
 
 
-def read(workdir: Path) -> list[Row]:
+def read(workdir: AnyPath) -> list[Row]:
     """The rows of a run, in order, without an incomplete last line; no file means no rows."""
-    return [row for _, row in _complete_lines(Path(workdir) / NAME)]
+    return [row for _, row in _complete_lines(workdir / NAME)]
 
 
 def cut(writer: Writer, restored_update: int) -> list[Row]:
@@ -37,7 +37,7 @@ def tokens_per_s(rows: Iterable[Row]) -> float | None:
     return statistics.median(speeds) if speeds else None
 
 
-def _complete_lines(file: Path) -> Iterator[tuple[str, Row]]:
+def _complete_lines(file: AnyPath) -> Iterator[tuple[str, Row]]:
     """(line, row) of every complete line."""
     if not file.exists():
         return

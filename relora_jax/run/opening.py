@@ -16,10 +16,12 @@ from relora_jax import shapes
 from relora_jax.checkpoint.restore import restore_newest
 from relora_jax.checkpoint.saved import updates_saved
 from relora_jax.config import Config, flatten
+from relora_jax.data.copies import copies_of, publish
 from relora_jax.data.patterns import NoFilesError
 from relora_jax.data.prepared import Prepared, check_rows, check_vocabulary, prepare
 from relora_jax.data.stores import PrepareOptions
 from relora_jax.run import directory, record, warm_start
+from relora_jax.storage.location import AnyPath
 from relora_jax.storage.writer import Writer
 from relora_jax.training import processes
 from relora_jax.training.program import Program, enable_compilation_cache
@@ -40,13 +42,13 @@ class OpenRun:
     resumed: bool  # whether the state is from a checkpoint of this run
 
     @property
-    def workdir(self) -> Path:
+    def workdir(self) -> AnyPath:
         """The run's directory."""
         return self.writer.folder
 
 
 @contextlib.contextmanager
-def open_run(config: Config, workdir: Path, options: PrepareOptions) -> Iterator[OpenRun | None]:
+def open_run(config: Config, workdir: AnyPath, options: PrepareOptions) -> Iterator[OpenRun | None]:
     """Yields the run of a valid config in `workdir`, locked inside the `with`; None if it is finished.
 
     Missing rows are prepared with `options`. UserError, before anything is computed or written, if the
@@ -66,7 +68,7 @@ def open_run(config: Config, workdir: Path, options: PrepareOptions) -> Iterator
         has_source = config.train.init_from and not saved
         source = processes.together(lambda: warm_start.find(config)) if has_source else None
         prepared = processes.together(
-            lambda: _prepare(config, workdir, options, has_checkpoint=bool(saved), source=bool(source))
+            lambda: _prepare(config, writer, options, has_checkpoint=bool(saved), source=bool(source))
         )
         processes.agree(_facts(config, directory.keys_of(prepared), saved))
         enable_compilation_cache()
@@ -82,7 +84,7 @@ def open_run(config: Config, workdir: Path, options: PrepareOptions) -> Iterator
         yield OpenRun(config, writer, prepared, program, u, state, resumed=restored is not None)
 
 
-def _is_finished(workdir: Path, config: Config) -> bool:
+def _is_finished(workdir: AnyPath, config: Config) -> bool:
     """Whether this run has ended and been reported. UserError if another run has."""
     finished = config.train.updates in updates_saved(workdir) and (workdir / record.REPORT).is_file()
     if finished:
@@ -102,11 +104,13 @@ def _facts(config: Config, rows: dict[str, Any], saved: list[int]) -> dict[str, 
 
 
 def _prepare(
-    config: Config, workdir: Path, options: PrepareOptions, *, has_checkpoint: bool, source: bool
+    config: Config, writer: Writer, options: PrepareOptions, *, has_checkpoint: bool, source: bool
 ) -> Prepared:
     """The run's tokenizer and rows, checked against the config and against earlier starts of the run."""
+    workdir = writer.folder
+    copies = copies_of(workdir)
     try:
-        prepared = prepare(config.data, options)
+        prepared = prepare(config.data, options._replace(copies=copies))
     except NoFilesError as error:
         if not has_checkpoint:
             raise
@@ -114,6 +118,8 @@ def _prepare(
     check_vocabulary(config, prepared.tokenizer)
     check_rows(config, prepared.train)
     directory.check_rows(workdir, directory.keys_of(prepared))
+    if copies and writer.active:
+        publish((prepared.train, prepared.validation), copies)
     if source:
         warm_start.check_tokenizer(config, directory.keys_of(prepared))
     return prepared

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import Any
 
 from relora_jax.config import LOW_RANK_ARMS, Config, from_json
@@ -10,6 +9,7 @@ from relora_jax.errors import UserError
 from relora_jax.run import metrics_file
 from relora_jax.run.format import number
 from relora_jax.run.metrics_file import Row
+from relora_jax.storage.location import AnyPath
 
 CONFIG, FACTS, REPORT, LOCK = "config.json", "run.json", "report.md", "lock"
 
@@ -18,7 +18,7 @@ CONFIG, FACTS, REPORT, LOCK = "config.json", "run.json", "report.md", "lock"
 class Run:
     """One run; `facts` is the content of run.json, `rows` that of metrics.jsonl."""
 
-    workdir: Path
+    workdir: AnyPath
     config: Config
     facts: dict[str, Any]
     rows: list[Row]
@@ -47,9 +47,8 @@ class Run:
         return self.config.relora.warm_start_updates
 
 
-def read(workdir: Path) -> Run:
+def read(workdir: AnyPath) -> Run:
     """The run in `workdir`. UserError if there is none, or if it has no rows yet."""
-    workdir = Path(workdir)
     config, facts = read_config(workdir), read_facts(workdir)
     rows = metrics_file.read(workdir)
     if not rows:
@@ -57,7 +56,7 @@ def read(workdir: Path) -> Run:
     return Run(workdir, config, facts, rows)
 
 
-def read_config(workdir: Path) -> Config:
+def read_config(workdir: AnyPath) -> Config:
     """The config of the run in `workdir`. UserError if there is none, or if it cannot be read."""
     saved = workdir / CONFIG
     if not saved.is_file():
@@ -65,18 +64,18 @@ def read_config(workdir: Path) -> Config:
             f"workdir {str(workdir)!r} holds no run (no config.json): pass the --workdir of a run"
         )
     try:
-        return from_json(saved.read_text(encoding="utf-8", errors="replace"))
+        return from_json(saved.read_bytes().decode("utf-8", errors="replace"))
     except UserError as error:
         raise UserError(f"{saved}: {error}: use another --workdir, or restore the file") from error
 
 
-def read_facts(workdir: Path) -> dict[str, Any]:
+def read_facts(workdir: AnyPath) -> dict[str, Any]:
     """The content of run.json (see `directory.begin`); {} if it is missing. UserError if it is damaged."""
-    file = Path(workdir) / FACTS
+    file = workdir / FACTS
     if not file.is_file():
         return {}
     try:
-        facts = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+        facts = json.loads(file.read_bytes().decode("utf-8", errors="replace"))
         if not all(isinstance(keys, dict) for keys in facts.get("rows", {}).values()):
             raise TypeError("rows is not of dicts")
         if not isinstance(facts.get("special", {}), dict):
@@ -86,7 +85,7 @@ def read_facts(workdir: Path) -> dict[str, Any]:
     return facts
 
 
-def summary(workdir: Path) -> str:
+def summary(workdir: AnyPath) -> str:
     """First and last perplexity, the unigram distribution's, tokens/s, and the path of the report."""
     run = read(workdir)
     perplexities = [text for _, text in run.perplexities()] or ["-"]

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import sys
 from contextlib import suppress
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -16,10 +15,12 @@ from relora_jax.checkpoint.restore import restore
 from relora_jax.checkpoint.saved import DamagedError, checkpoints_dir, updates_saved
 from relora_jax.config import Config, DataConfig
 from relora_jax.data import prepared
+from relora_jax.data.copies import copies_of
 from relora_jax.data.rows import RowStore
 from relora_jax.data.stores import PrepareOptions
 from relora_jax.errors import UserError
 from relora_jax.run import directory, record
+from relora_jax.storage.location import AnyPath
 from relora_jax.tokenizer import tokenizer as tokenizers
 from relora_jax.tokenizer.tokenizer import Tokenizer
 from relora_jax.training.program import Program
@@ -32,7 +33,7 @@ TOKENIZER = "tokenizer"  # the folder of an imported run's tokenizer
 OWN_SPLITS = ("train", "validation")  # a run's rows; other names are splits of its dataset
 
 
-def settings_of(workdir: Path) -> Config:
+def settings_of(workdir: AnyPath) -> Config:
     """The config of the run in `workdir`. UserError if there is no run or its config is invalid."""
     config = record.read_config(workdir)
     try:
@@ -42,7 +43,7 @@ def settings_of(workdir: Path) -> Config:
     return config
 
 
-def config_of(workdir: Path) -> Config:
+def config_of(workdir: AnyPath) -> Config:
     """The config of the run in `workdir`, adapted to this machine. UserError as in `settings_of`.
 
     Starts the devices first, so that their failure is not taken for a damaged checkpoint.
@@ -54,7 +55,7 @@ def config_of(workdir: Path) -> Config:
     return config
 
 
-def update_of(workdir: Path, update: int | None) -> int:
+def update_of(workdir: AnyPath, update: int | None) -> int:
     """`update`, or that of the newest checkpoint if it is None. UserError if there is no such checkpoint."""
     updates = updates_saved(workdir)
     if not updates:
@@ -71,7 +72,7 @@ def mesh_of(config: Config) -> Mesh:
     return make_mesh(data=-1, fsdp=fsdp if len(devices) % fsdp == 0 else 1, tensor=1, devices=devices)
 
 
-def model_of(workdir: Path, u: int, config: Config, program: Program) -> TrainState:
+def model_of(workdir: AnyPath, u: int, config: Config, program: Program) -> TrainState:
     """The model after u updates, placed for the program. If it is damaged, UserError names an intact one."""
 
     def model(u: int) -> TrainState:
@@ -89,13 +90,13 @@ def model_of(workdir: Path, u: int, config: Config, program: Program) -> TrainSt
         raise UserError(f"{error}, and no other checkpoint is intact: nothing to restore") from error
 
 
-def check_not_deleted(workdir: Path, u: int) -> None:
+def check_not_deleted(workdir: AnyPath, u: int) -> None:
     """UserError if the run, still in progress, has deleted the checkpoint that was being read."""
     if not (checkpoints_dir(workdir) / str(u)).exists():
         raise UserError(f"{workdir} has deleted its checkpoint at update {u}: use a newer one")
 
 
-def tokenizer_of(workdir: Path, config: Config, spec: str) -> Tokenizer:
+def tokenizer_of(workdir: AnyPath, config: Config, spec: str) -> Tokenizer:
     """The tokenizer that the run was trained with; needs none of its rows.
 
     Looks it up by `spec` (--tokenizer) if not empty, else by the run's data.tokenizer, then in an imported
@@ -122,7 +123,7 @@ def tokenizer_of(workdir: Path, config: Config, spec: str) -> Tokenizer:
     return tokenizer
 
 
-def rows_of(workdir: Path, settings: DataConfig, tokenizer: Tokenizer, split: str) -> RowStore:
+def rows_of(workdir: AnyPath, settings: DataConfig, tokenizer: Tokenizer, split: str) -> RowStore:
     """The rows of a split, encoded with the run's tokenizer; they are prepared if missing.
 
     UserError if the text is not what the run in `workdir` was trained on.
@@ -130,7 +131,8 @@ def rows_of(workdir: Path, settings: DataConfig, tokenizer: Tokenizer, split: st
     # the version that it was trained on, even if there is a newer one
     dataset = directory.dataset_of(workdir) or settings.dataset
     settings = dataclasses.replace(settings, dataset=dataset, tokenizer=str(tokenizer.path))
-    own = prepared.prepare(settings, PrepareOptions(skip_bad_documents=True))  # if the run did
+    copies = copies_of(workdir)
+    own = prepared.prepare(settings, PrepareOptions(skip_bad_documents=True, copies=copies))  # if the run did
     directory.check_rows(workdir, directory.keys_of(own))
     if split in OWN_SPLITS:
         return own.train if split == "train" else own.validation
@@ -139,7 +141,7 @@ def rows_of(workdir: Path, settings: DataConfig, tokenizer: Tokenizer, split: st
     return prepared.rows_of_split(settings, split, own.tokenizer, options)
 
 
-def _own_spec(workdir: Path, config: Config) -> str:
+def _own_spec(workdir: AnyPath, config: Config) -> str:
     """The run's data.tokenizer, or the tokenizer inside an imported run that was moved."""
     spec, imported = config.data.tokenizer, str(workdir / TOKENIZER)
     if tokenizers.is_trained(spec) or tokenizers.locate(spec):

@@ -1,14 +1,15 @@
 """Writes a run's rows as TensorBoard event files, with tensorboardX's protocol buffers."""
 
 import time
-from pathlib import Path
 from typing import Any
 
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore  (generated at import)
 
-FLUSH_S = 30.0  # a flush is an fsync: too slow for every row
+from relora_jax.storage.location import AnyPath, is_remote
+
+FLUSH_S = 30.0  # a flush is an fsync: too slow for every row; in an object store, it writes all rows again
 _NOT_CURVES = ("kind", "update", "elapsed_s")
 
 
@@ -19,7 +20,7 @@ class Board:
     died of a full disk.
     """
 
-    def __init__(self, folder: Path, *, purge_step: int) -> None:
+    def __init__(self, folder: AnyPath, *, purge_step: int) -> None:
         self._folder, self._purge_step = folder, purge_step
         self._writer: EventsWriter | None = None
         self._flushed_at = time.monotonic()
@@ -34,7 +35,7 @@ class Board:
         for name, value in points.items():
             scalar = summary.scalar(name, value)
             self._writer.write_event(Event(step=row["update"], wall_time=time.time(), summary=scalar))
-        if time.monotonic() - self._flushed_at > FLUSH_S:
+        if time.monotonic() - self._flushed_at > FLUSH_S and not is_remote(self._folder):
             self.flush()
 
     def flush(self) -> None:
@@ -47,9 +48,10 @@ class Board:
         """Flushes and closes the file."""
         if self._writer is not None:
             self._writer.close()
+        self._writer = None  # tensorboardX's writer to gs:// writes once more when it is deleted
 
     def _open(self, purge_step: int) -> EventsWriter:
-        self._folder.mkdir(exist_ok=True)
+        self._folder.mkdir(exist_ok=True)  # nothing in an object store
         # the name contains the time in seconds: the step distinguishes two starts within one
         writer = EventsWriter(str(self._folder / "events"), f".from_{purge_step}")
         start = SessionLog(status=SessionLog.START)

@@ -4,7 +4,6 @@ It provides u, tokens_seen, weights and the moments of embeddings, norms and hea
 warm start. A checkpoint without moments, of an imported model, provides only weights and starts at u = 0.
 """
 
-from pathlib import Path
 from typing import Any
 
 from relora_jax.checkpoint.restore import read_state
@@ -12,6 +11,7 @@ from relora_jax.checkpoint.saved import Checkpoint, DamagedError, checkpoints_di
 from relora_jax.config import RUN, Config, flatten
 from relora_jax.errors import UserError
 from relora_jax.run.record import read_facts
+from relora_jax.storage.location import any_path
 from relora_jax.training import names
 from relora_jax.training.program import Program
 from relora_jax.training.state import TrainState, model_of
@@ -21,7 +21,7 @@ MAY_DIFFER = ("init_std", "compute_dtype")  # model settings that the two runs n
 
 def find(config: Config) -> Checkpoint:
     """The checkpoint of train.init_from at W = relora.warm_start_updates. UserError if there is none."""
-    source, start = Path(config.train.init_from).expanduser(), config.relora.warm_start_updates
+    source, start = any_path(config.train.init_from), config.relora.warm_start_updates
     updates = updates_saved(source)
     if not updates:
         raise UserError(f"train.init_from {str(source)!r} holds no checkpoint: pass the directory of a run")
@@ -51,7 +51,7 @@ def find(config: Config) -> Checkpoint:
 
 def check_tokenizer(config: Config, rows: dict[str, Any]) -> None:
     """UserError if the source run was trained with another tokenizer than `rows`, the keys of this run."""
-    source = Path(config.train.init_from).expanduser()
+    source = any_path(config.train.init_from)
     before, now = read_facts(source).get("rows", {}).get("train", {}), rows["train"]
     for key in ("tokenizer", "eos"):
         if key in before and before[key] != now[key]:

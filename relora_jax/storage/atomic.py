@@ -1,7 +1,7 @@
 """Files and directories that are complete or absent, even after a kill or a power cut.
 
 They are written under a temporary name and then renamed. Another process may write the same path at the same
-time: it writes the same bytes.
+time: it writes the same bytes. In an object store, each write is one whole object, and has no temporary name.
 """
 
 import contextlib
@@ -15,14 +15,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from relora_jax.errors import UserError
+from relora_jax.storage.location import AnyPath, file_system, is_remote, store_errors_as_os_errors
 from relora_jax.storage.lock import locked
 
 TEMPORARY = "*.new"  # the names of `temporary_path`
 MARK = ".relora_jax"  # a file in each directory that `directory` made
 
 
-def write(path: Path, content: bytes) -> None:
+def write(path: AnyPath, content: bytes) -> None:
     """Replaces the content of `path` in one step."""
+    if is_remote(path):
+        with store_errors_as_os_errors(path):
+            file_system(path).pipe_file(str(path), content)
+        return
     temporary = temporary_path(path)
     temporary.write_bytes(content)
     publish(temporary, path)

@@ -1,4 +1,4 @@
-"""A file lock that is released when its process ends, even by a kill."""
+"""A file lock that is released when its process ends, even by a kill; in an object store a lease."""
 
 import contextlib
 import fcntl
@@ -6,14 +6,22 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from relora_jax.storage import lease
+from relora_jax.storage.location import AnyPath, is_remote
+
 
 @contextlib.contextmanager
-def locked(file: Path, *, busy: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def locked(file: AnyPath, *, busy: Callable[[str], None]) -> Iterator[Callable[[], None]]:
     """Holds an exclusive lock on `file`, which the holder may remove.
 
     If another process holds it, calls `busy(its pid)`, which raises, or waits for the lock. Yields a function
-    that writes this process's pid into the file, which is unchanged until then.
+    that writes this process's pid into the file, which is unchanged until then. In an object store, `busy`
+    must raise, and the pid is written at once.
     """
+    if is_remote(file):
+        with lease.leased(file, busy=busy):
+            yield lambda: None
+        return
     while True:
         with file.open("a+") as lock:
             try:

@@ -6,12 +6,16 @@ Nothing is created at import.
 import os
 from pathlib import Path
 
+from relora_jax.storage.location import local_path
+
 
 def cache_dir() -> Path:
     """$XDG_CACHE_HOME/relora_jax, else ~/.cache/relora_jax: tokenizers, rows, compiled programs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "relora_jax"
+    variable = "XDG_CACHE_HOME"
+    return local_path(os.environ.get(variable) or "~/.cache", flag=variable) / "relora_jax"
 
 
 def datasets_dir() -> Path:
     """$TFDS_DATA_DIR, else ~/tensorflow_datasets, as in TFDS."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    variable = "TFDS_DATA_DIR"
+    return local_path(os.environ.get(variable) or "~/tensorflow_datasets", flag=variable)

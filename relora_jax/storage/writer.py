@@ -3,10 +3,10 @@
 import io
 import os
 import sys
-from pathlib import Path
 from typing import TextIO
 
 from relora_jax.storage import atomic
+from relora_jax.storage.location import AnyPath, file_system, is_remote, store_errors_as_os_errors
 
 
 class Writer:
@@ -16,7 +16,7 @@ class Writer:
     the arrays of a checkpoint: each process writes its own shards.
     """
 
-    def __init__(self, folder: Path, *, active: bool = True) -> None:
+    def __init__(self, folder: AnyPath, *, active: bool = True) -> None:
         self.folder, self.active = folder, active
 
     def write(self, name: str, text: str) -> None:
@@ -24,13 +24,22 @@ class Writer:
         if self.active:
             atomic.write(self.folder / name, text.encode())
 
-    def append(self, name: str) -> "Lines":
+    def append(self, name: str) -> "Lines | ObjectLines":
         """Opens a file of lines to append to."""
-        return Lines((self.folder / name).open("a", encoding="utf-8") if self.active else None)
+        if not self.active:
+            return Lines(None)
+        if is_remote(self.folder):
+            return ObjectLines(self.folder / name)
+        return Lines((self.folder / name).open("a", encoding="utf-8"))
 
-    def rename(self, path: Path, new: Path) -> None:
-        """Renames a file or directory, creating the parent directory of `new`."""
-        if self.active:
+    def rename(self, path: AnyPath, new: AnyPath) -> None:
+        """Renames a file or directory, creating the parent directory of `new`; an object store copies it."""
+        if self.active and is_remote(path):
+            with store_errors_as_os_errors(path):
+                store = file_system(path)
+                store.copy(str(path), str(new), recursive=True)
+                store.rm(str(path), recursive=True)
+        elif self.active:
             new.parent.mkdir(exist_ok=True)
             path.rename(new)
 
@@ -77,3 +86,26 @@ class Lines:
         """Closes the file."""
         if self._file:
             self._file.close()
+
+
+class ObjectLines:
+    """The same in an object store, which appends nothing: `sync` replaces the object by all of its lines."""
+
+    def __init__(self, path: AnyPath) -> None:
+        self._path, self._changed = path, False
+        self._content = bytearray(path.read_bytes() if path.exists() else b"")
+
+    def add(self, line: str) -> None:
+        """Adds a line, which other processes can read after the next `sync`."""
+        self._content += f"{line}\n".encode()
+        self._changed = True
+
+    def sync(self) -> None:
+        """Writes all lines to the store, if any is new."""
+        if self._changed:
+            atomic.write(self._path, bytes(self._content))
+            self._changed = False
+
+    def close(self) -> None:
+        """Writes all lines to the store, if any is new."""
+        self.sync()

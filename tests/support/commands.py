@@ -98,8 +98,9 @@ class Sandbox:
         **environment: str,
     ) -> subprocess.Popen[str]:
         """The running process of a command, which can write files of at most `limit_file_kib` KiB."""
+        path = workdir if "://" in workdir else self.folder / workdir
         process = subprocess.Popen(
-            [sys.executable, "-m", f"relora_jax.{command}", *args, f"--workdir={self.folder / workdir}"],
+            [sys.executable, "-m", f"relora_jax.{command}", *args, f"--workdir={path}"],
             env={**os.environ, **self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
