@@ -9,10 +9,13 @@ import sys
 import uuid
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from relora_jax.errors import UserError
 from relora_jax.run.tensorboard_sink import curves
+from relora_jax.storage import places
+from relora_jax.storage.location import is_remote
 from relora_jax.storage.writer import Writer
 
 FINISH_S = 10.0  # less than the 25 s after a signal; unsent data stays in the workdir
@@ -54,7 +57,7 @@ class WeightsAndBiases:
             project=project,
             id=_id(writer, project, resumed),
             name=writer.folder.name,
-            dir=str(writer.folder),
+            dir=str(_folder(writer)),
             config=config,
             resume="allow",
             allow_val_change=True,  # a resumed run may have another mesh, say
@@ -81,6 +84,15 @@ def check(project: str) -> None:
         raise UserError(
             f"train.wandb {project!r} needs wandb: pip install 'relora-jax[wandb]', or set it to ''"
         ) from None
+
+
+def _folder(writer: Writer) -> Path:
+    """Where W&B keeps its own files, which must be on a disk."""
+    if not is_remote(writer.folder):
+        return writer.folder
+    folder = places.cache_dir() / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _id(writer: Writer, project: str, resumed: bool) -> str:
