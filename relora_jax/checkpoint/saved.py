@@ -40,7 +40,7 @@ _BATCH_BYTES = 2**26  # of arrays that `verify` reads at once, or one larger arr
 # than UTF-8, which Python keeps as surrogates. An object store has no parent directory "..".
 _IMPOSSIBLE = re.compile(r"[*?\[\\]|^/(?:gs|s3|az|hf)/|\w+:/|[\udc80-\udcff]|/\.\.(?=/)")
 # In the errors of TensorStore: the store could not be asked, and what it holds may well be whole.
-_NOT_READ = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|PERMISSION_DENIED|UNAUTHENTICATED")
+_NOT_READ = re.compile("ABORTED|UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED")
 _META_TYPES = {"format": int, "update": int, "config": str, "checksums": dict}
 
 

@@ -136,12 +136,17 @@ def test_failing_store_is_not_a_damaged_checkpoint(emulator: Emulator) -> None:
     path = any_path("gs://bucket/run")
     for error in (
         HttpError({"code": 503, "message": "later"}),
-        ValueError("Error reading gs://bucket/run: CURL error: UNAVAILABLE"),
+        ValueError("ABORTED: All 32 retry attempts failed: Service Unavailable [http_response_code='503']"),
+        ValueError("PERMISSION_DENIED: Forbidden [http_response_code='403']"),
         OSError("Forbidden: bucket"),
         TimeoutError(),
     ):
         assert not isinstance(saved._damaged(path, error), DamagedError)
-    for error in (FileNotFoundError("b/run"), ValueError("DATA_LOSS"), KeyError("x")):
+    for error in (
+        FileNotFoundError("b/run"),
+        ValueError("NOT_FOUND: Metadata does not exist"),
+        KeyError("x"),
+    ):
         assert isinstance(saved._damaged(path, error), DamagedError)
     assert os_error_code(ValueError("x")) == 0
 
