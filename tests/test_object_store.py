@@ -11,7 +11,7 @@ import pytest
 from relora_jax.checkpoint.saved import updates_saved
 from relora_jax.checkpoint.variables import variables_of
 from relora_jax.run import metrics_file
-from relora_jax.storage.location import AnyPath, any_path
+from relora_jax.storage.location import AnyPath, any_path, file_system
 from tests.support.commands import Sandbox
 from tests.support.emulator import Emulator
 
@@ -65,15 +65,14 @@ def test_killed_and_stopped_run_ends_as_a_local_one(sandbox: Sandbox) -> None:
     assert (sandbox.folder / "exported" / "config.json").exists()
 
 
-def test_damaged_checkpoint_is_moved_and_the_one_before_is_taken(
-    sandbox: Sandbox, emulator: Emulator
-) -> None:
+def test_damaged_checkpoint_is_moved_and_the_one_before_is_taken(sandbox: Sandbox) -> None:
     config, url = f"--config={sandbox.folder}/toy.py", "gs://bucket/damaged"
     assert sandbox.train(config, workdir=url, KILL_AT="14 15").returncode == 75
     assert updates_saved(any_path(url))[-1] == 15
-    objects = emulator.folder / ".cloudstorage" / "bucket" / "damaged" / "checkpoints" / "15" / "state"
-    for file in objects.rglob("d/*"):
-        file.write_bytes(file.read_bytes()[:-20])
+    store = file_system(any_path(url))
+    for name in store.find(f"{url}/checkpoints/15/state"):
+        if "/d/" in name:
+            store.pipe_file(name, store.cat_file(name)[:-20])
     ended = sandbox.train(config, workdir=url)
     assert ended.returncode == 0, ended.stderr
     assert f"moved to {url}/damaged/15, restoring an earlier checkpoint" in ended.stderr

@@ -144,7 +144,7 @@ def test_failing_store_is_not_a_damaged_checkpoint(emulator: Emulator) -> None:
         assert not isinstance(saved._damaged(path, error), DamagedError)
     for error in (
         FileNotFoundError("b/run"),
-        ValueError("NOT_FOUND: Metadata does not exist"),
+        ValueError("NOT_FOUND: x"),
         KeyError("x"),
     ):
         assert isinstance(saved._damaged(path, error), DamagedError)
