@@ -82,7 +82,10 @@ def check_is_shared(workdir: AnyPath, pid: int) -> None:
 def _make_writable(workdir: AnyPath) -> None:
     """Creates the directory; OSError if nothing can be written there."""
     if is_remote(workdir):
-        atomic.write(workdir / f"writable{TEMPORARY_SUFFIXES[0]}", b"")  # `Writer.clear` removes it
+        try:
+            atomic.write(workdir / f"writable{TEMPORARY_SUFFIXES[0]}", b"")  # `Writer.clear` removes it
+        except FileNotFoundError:
+            raise OSError("no such bucket") from None
         return
     workdir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=workdir):

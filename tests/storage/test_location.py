@@ -8,10 +8,12 @@ import pytest
 
 from relora_jax.checkpoint.saved import DamagedError, checkpoints_dir, os_error_code, updates_saved
 from relora_jax.errors import UserError
+from relora_jax.run import directory
 from relora_jax.storage import atomic, lease, location, places
 from relora_jax.storage.location import AnyPath, any_path, entries, is_remote
 from relora_jax.storage.lock import locked
 from relora_jax.storage.writer import Writer
+from tests.support import small
 from tests.support.emulator import Emulator
 
 
@@ -74,6 +76,15 @@ def test_objects_are_written_listed_renamed_and_appended_to(folder: AnyPath) -> 
     writer.rename(folder / "checkpoints" / "3", folder / "damaged" / "3")
     assert (folder / "damaged" / "3" / "meta").read_bytes() == b"3"
     assert not (folder / "checkpoints" / "3").exists()
+
+
+def test_missing_bucket_is_named_before_anything_is_computed(emulator: Emulator) -> None:
+    writer = Writer(any_path("gs://missing/run"))
+    with (
+        pytest.raises(UserError, match=r"'gs://missing/run' cannot be written \(no such bucket\)"),
+        directory.locked(writer, small.config()),
+    ):
+        pass
 
 
 def test_save_without_orbax_commit_is_not_a_checkpoint(folder: AnyPath) -> None:
