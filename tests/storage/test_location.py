@@ -73,6 +73,7 @@ def test_objects_are_written_listed_renamed_and_appended_to(folder: AnyPath) -> 
     assert {path.name for path in entries(folder)} == {"config.json", "metrics.jsonl"}
 
     atomic.write(folder / "checkpoints" / "3" / "meta", b"3")
+    assert len(entries(folder)) == 3  # a cached listing would lack what another file system wrote
     writer.rename(folder / "checkpoints" / "3", folder / "damaged" / "3")
     assert (folder / "damaged" / "3" / "meta").read_bytes() == b"3"
     assert not (folder / "checkpoints" / "3").exists()
