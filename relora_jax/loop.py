@@ -127,7 +127,7 @@ class Recorder:
         if stop or self.checkpoints.due(u):
             with self.metrics.pause(state.update):
                 self.metrics.flush()
-                self.checkpoints.save(u, state)
+                self.checkpoints.save(u, self.program.saved(state))
         return stop
 
     def _evaluate(self, u: int, state: TrainState) -> None:

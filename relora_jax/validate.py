@@ -105,10 +105,11 @@ def _devices(config: Config, devices: int) -> None:
     train, mesh = config.train, config.mesh
     if config.model.attention == "cudnn":
         _cudnn(config)
-    mesh_shape(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
-    if train.microbatch % devices:
+    data, fsdp, _ = mesh_shape(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
+    if train.microbatch % (data * fsdp):
         raise UserError(
-            f"train.microbatch {train.microbatch} must be a multiple of the {devices} devices that share it"
+            f"train.microbatch {train.microbatch} must be a multiple of the {data * fsdp} devices that share "
+            "it (mesh.data x mesh.fsdp)"
         )
 
 
@@ -129,8 +130,12 @@ def _counts(config: Config) -> None:
     for name in ("data", "fsdp", "tensor"):
         if name != "data" or mesh.data != -1:
             _positive(f"mesh.{name}", getattr(mesh, name))
-    if mesh.tensor != 1:
-        raise UserError(f"mesh.tensor {mesh.tensor}: tensor parallelism is not implemented yet: set it to 1")
+    heads, kv_heads = config.model.heads, config.model.kv_heads
+    if heads % mesh.tensor or kv_heads % mesh.tensor:
+        raise UserError(
+            f"mesh.tensor {mesh.tensor} splits whole heads, so it must divide model.heads {heads} and "
+            f"model.kv_heads {kv_heads}: set it to a divisor of {math.gcd(heads, kv_heads)}"
+        )
     if train.batch % train.microbatch:
         raise UserError(f"train.microbatch {train.microbatch} must divide train.batch {train.batch}")
 

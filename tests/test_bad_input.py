@@ -50,7 +50,7 @@ SETTINGS = {
     "--config.train.microbatch=2 --config.mesh.fsdp=2": "multiple of the 8 devices",
     "--config.mesh.fsdp=3": "must equal the 8 devices",
     "--config.mesh.fsdp=0": "mesh.fsdp 0",
-    "--config.mesh.tensor=2": "mesh.tensor 2",
+    "--config.mesh.tensor=8": "mesh.tensor 8 splits whole heads",
     "--config.mesh.data=4": "must equal the 8 devices",
     "--config.data.sequence_length=0": "data.sequence_length 0",
     "--config.data.packing=sorted": "data.packing 'sorted'",

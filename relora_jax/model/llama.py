@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from relora_jax.config import ModelConfig
 from relora_jax.families import FAMILIES
 from relora_jax.model import rope
+from relora_jax.model.rows import on_rows, with_whole_rows
 
 REMAT = ("none", "dots", "full")
 ATTENTION = ("xla", "einsum", "cudnn")
@@ -40,7 +41,7 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         dtype, param_dtype = dtypes(config)
         normal = nnx.initializers.normal(config.init_std)
-        self.embed = nnx.Embed(
+        self.embed = Embedding(
             config.vocab_size,
             config.hidden,
             embedding_init=normal,
@@ -72,13 +73,21 @@ class Llama(nnx.Module):
             positions, mask = positions_and_mask(segment_ids)
 
         def block(x: Array, layer: Any) -> tuple[Array, None]:
-            return nnx.merge(graph, layer)(x, positions, mask), None
+            return on_rows(nnx.merge(graph, layer)(on_rows(x), positions, mask)), None
 
-        x, _ = lax.scan(_remat(block, self.remat), self.embed(ids), layers)
-        x = self.norm(x if at is None else jnp.take_along_axis(x, at[:, None, None], axis=1))
+        x, _ = lax.scan(_remat(block, self.remat), on_rows(self.embed(ids)), layers)
+        x = on_rows(self.norm(x if at is None else jnp.take_along_axis(x, at[:, None, None], axis=1)))
         kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide)
+        return on_rows(jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide))
+
+
+class Embedding(nnx.Embed):
+    """table[ids], the table [V, D] in the compute dtype; on a mesh, each device looks up its own ids."""
+
+    def __call__(self, ids: Int[Array, "*ids"], out_sharding: Any = None) -> Float[Array, "*ids D"]:
+        """The row of each id."""
+        return jnp.take(with_whole_rows(self.embedding[...].astype(self.dtype)), ids, axis=0)
 
 
 class Block(nnx.Module):
@@ -106,11 +115,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         query, value = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        axes, family = ("layers", "in", "out"), FAMILIES[config.family]
+        axes, family = ("layers", "embed", "heads"), FAMILIES[config.family]
         self.q = _linear(config, config.hidden, query, axes, rngs, bias=family.qkv_bias)
         self.k = _linear(config, config.hidden, value, axes, rngs, bias=family.qkv_bias)
         self.v = _linear(config, config.hidden, value, axes, rngs, bias=family.qkv_bias)
-        self.o = _linear(config, query, config.hidden, axes, rngs)
+        self.o = _linear(config, query, config.hidden, ("layers", "heads", "embed"), rngs)
         norm_axes, dim = ("layers", "norm"), config.head_dim
         self.q_norm = _norm(config, dim, axes=norm_axes, rngs=rngs) if family.qk_norm else None
         self.k_norm = _norm(config, dim, axes=norm_axes, rngs=rngs) if family.qk_norm else None
@@ -144,10 +153,10 @@ class Mlp(nnx.Module):
     """SwiGLU: down(silu(gate x) * up x)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        axes = ("layers", "in", "out")
+        axes = ("layers", "embed", "mlp")
         self.gate = _linear(config, config.hidden, config.mlp, axes, rngs)
         self.up = _linear(config, config.hidden, config.mlp, axes, rngs)
-        self.down = _linear(config, config.mlp, config.hidden, axes, rngs)
+        self.down = _linear(config, config.mlp, config.hidden, ("layers", "mlp", "embed"), rngs)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The feed-forward half of a block."""

@@ -75,7 +75,7 @@ def open_run(config: Config, workdir: AnyPath, options: PrepareOptions) -> Itera
         writer.print(_describe(config))
         program = Program(config, make_mesh(**vars(config.mesh), devices=jax.devices()))
         if restored := restore_newest(writer, config, program.state_at):
-            u, state = restored
+            u, state = restored[0], program.placed(restored[1])
         elif source:
             writer.print(f"starts at update {source.update} from {source.path}")
             u, state = source.update, warm_start.load(source, program)

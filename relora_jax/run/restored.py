@@ -67,16 +67,18 @@ def update_of(workdir: AnyPath, update: int | None) -> int:
 
 
 def mesh_of(config: Config) -> Mesh:
-    """A mesh with the run's fsdp if it divides the number of devices, else data parallelism only."""
-    devices, fsdp = jax.devices(), config.mesh.fsdp
-    return make_mesh(data=-1, fsdp=fsdp if len(devices) % fsdp == 0 else 1, tensor=1, devices=devices)
+    """A mesh with the run's fsdp and tensor if they divide the devices, else data parallelism only."""
+    devices, fsdp, tensor = jax.devices(), config.mesh.fsdp, config.mesh.tensor
+    if len(devices) % (fsdp * tensor):
+        fsdp = tensor = 1
+    return make_mesh(data=-1, fsdp=fsdp, tensor=tensor, devices=devices)
 
 
 def model_of(workdir: AnyPath, u: int, config: Config, program: Program) -> TrainState:
     """The model after u updates, placed for the program. If it is damaged, UserError names an intact one."""
 
     def model(u: int) -> TrainState:
-        return restore(workdir, u, config, only_model(program.state_at(u)))
+        return program.placed(restore(workdir, u, config, only_model(program.state_at(u))))
 
     try:
         return model(u)

@@ -79,7 +79,7 @@ def load(checkpoint: Checkpoint, program: Program) -> TrainState:
     like = program.full_rank
     try:
         if any(map(names.is_moment, checkpoint.specs)):
-            return read_state(checkpoint, like)
+            return program.placed(read_state(checkpoint, like))
         model = read_state(checkpoint, model_of(like))
         return program.init_from(model.trained, model.frozen)  # draws no weights
     except DamagedError as error:

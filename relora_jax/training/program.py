@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from relora_jax.config import Config
@@ -17,7 +18,7 @@ from relora_jax.data.batches import Batch
 from relora_jax.model import sampling
 from relora_jax.storage import places
 from relora_jax.training import steps
-from relora_jax.training.sharding import row_sharding, shardings
+from relora_jax.training.sharding import on_mesh, padded, row_sharding, shardings
 from relora_jax.training.state import TrainState, is_low_rank
 from relora_jax.training.steps import Due, Phase
 
@@ -32,33 +33,48 @@ class Program:
         self.rows = row_sharding(mesh, accumulated=True)
         self.eval_rows = row_sharding(mesh, accumulated=False)
         (self.phase, full), low = _phases(config)
+        # in a checkpoint, and on the devices, where axes that `mesh.tensor` does not divide are padded
         self.full_rank = self.low_rank = _with_shardings(full, mesh)
-        self.init = jax.jit(lambda: steps.init_state(config)[1], out_shardings=shardings(full, mesh))
+        self.full_rank_on_devices = self.low_rank_on_devices = self._on_devices(full)
+        self._full, self._low = full, full
+        init = on_mesh(lambda: steps.init_state(config)[1], mesh)
+        self.init = jax.jit(init, out_shardings=self._shardings(full))
         self.init_from = jax.jit(
-            partial(steps.initial_state, self.phase),
+            on_mesh(partial(steps.initial_state, self.phase), mesh),  # of a restored model, without padding
             donate_argnums=(0, 1),
-            out_shardings=shardings(full, mesh),
+            out_shardings=self._shardings(full),
         )
         self._train = self._train_step(self.phase, full)
         if low is not None:
             start = partial(steps.start_low_rank, config, self.phase)
-            self.low_phase, low = low
-            self.low_rank = _with_shardings(low, mesh)
-            out = shardings(low, mesh)
-            self.start_low_rank = jax.jit(lambda state: start(state)[1], donate_argnums=0, out_shardings=out)
+            self.low_phase, self._low = low
+            self.low_rank = _with_shardings(self._low, mesh)
+            self.low_rank_on_devices = self._on_devices(self._low)
+            out = self._shardings(self._low)
+            self.start_low_rank = jax.jit(
+                on_mesh(lambda state: start(state)[1], mesh, full), donate_argnums=0, out_shardings=out
+            )
             self._restart = jax.jit(
-                partial(steps.restart, config, self.low_phase),
+                on_mesh(partial(steps.restart, config, self.low_phase), mesh, self._low),
                 donate_argnums=0,
                 out_shardings=out,
                 static_argnames="reset",
             )
-            self._low_train = self._train_step(self.low_phase, low)
+            self._low_train = self._train_step(self.low_phase, self._low)
         self._eval: dict[bool, Any] = {}
         self._sample: dict[bool, Any] = {}
 
     def state_at(self, u: int) -> TrainState:
         """Shapes, dtypes and shardings of the state in a checkpoint at u updates."""
         return self.low_rank if u > self.config.low_rank_start else self.full_rank
+
+    def placed(self, state: TrainState) -> TrainState:
+        """A restored state, or its model alone, as the steps take it: padded where `mesh.tensor` needs it."""
+        return _resized(state, self._on_devices(state))
+
+    def saved(self, state: TrainState) -> TrainState:
+        """The state as `state_at` describes it: without padding. Only arrays that have some are copied."""
+        return _resized(state, self.low_rank if is_low_rank(state) else self.full_rank)
 
     def begin_update(
         self, u: int, state: TrainState, *, context: Context = nullcontext
@@ -86,28 +102,42 @@ class Program:
 
     def eval_step(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """`steps.eval_step` for the phase of the state."""
-        low = is_low_rank(state)
+        return self.eval_program(low=is_low_rank(state))(state.trained, state.frozen, batch)
+
+    def eval_program(self, *, low: bool) -> Any:
+        """The jitted function of (trained, frozen, batch) behind `eval_step`, by phase."""
         if low not in self._eval:
-            self._eval[low] = jax.jit(partial(steps.eval_step, self.low_phase if low else self.phase))
-        return self._eval[low](state.trained, state.frozen, batch)
+            self._eval[low] = self._of_model(steps.eval_step, low=low)
+        return self._eval[low]
 
     def sample(self, state: TrainState, request: sampling.Request) -> tuple[jax.Array, jax.Array]:
         """`sampling.sample` for the phase of the state; the result is replicated on every device."""
         low = is_low_rank(state)
         if low not in self._sample:
-            phase = self.low_phase if low else self.phase
-            self._sample[low] = jax.jit(
-                lambda trained, frozen, request: sampling.sample(phase.model(trained, frozen), request),
-                out_shardings=NamedSharding(self.mesh, PartitionSpec()),
-            )
+            replicated = NamedSharding(self.mesh, PartitionSpec())
+            self._sample[low] = self._of_model(sampling.sample, low=low, out_shardings=replicated)
         return self._sample[low](state.trained, state.frozen, request)
 
     def _train_step(self, phase: Phase, state: TrainState) -> Any:
-        return jax.jit(
-            partial(steps.train_step, self.config, phase),
-            donate_argnums=0,
-            out_shardings=(shardings(state, self.mesh), None),
-        )
+        step = partial(steps.train_step, self.config, phase)
+        out = (self._shardings(state), None)
+        return jax.jit(on_mesh(step, self.mesh, state), donate_argnums=0, out_shardings=out)
+
+    def _of_model(self, function: Any, *, low: bool, **options: Any) -> Any:
+        """function(model, argument), jitted as a function of the model's variables and the argument."""
+        phase, like = (self.low_phase, self._low) if low else (self.phase, self._full)
+
+        def call(trained: Any, frozen: Any, argument: Any) -> Any:
+            return function(phase.model(trained, frozen), argument)
+
+        return jax.jit(on_mesh(call, self.mesh, like.trained, like.frozen), **options)
+
+    def _on_devices(self, state: TrainState) -> TrainState:
+        """Shapes, dtypes and shardings of a state on the devices, where it is padded."""
+        return _with_shardings(jax.eval_shape(partial(padded, mesh=self.mesh), state), self.mesh)
+
+    def _shardings(self, state: TrainState) -> Any:
+        return shardings(jax.eval_shape(partial(padded, mesh=self.mesh), state), self.mesh)
 
 
 def enable_compilation_cache() -> None:
@@ -149,3 +179,25 @@ def _with_shardings(state: TrainState, mesh: Mesh) -> TrainState:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(with_sharding, state, shardings(state, mesh))
+
+
+def _resized(state: TrainState, like: TrainState) -> TrainState:
+    """The state with the arrays whose shape differs from `like` cut or padded to it, and placed likewise."""
+    arrays, structure = jax.tree.flatten(state)
+    wanted = jax.tree.leaves(like)
+    changed = [index for index, array in enumerate(arrays) if array.shape != wanted[index].shape]
+    to = tuple((wanted[index].shape, wanted[index].sharding) for index in changed)
+    for index, array in zip(changed, _fit([arrays[index] for index in changed], to), strict=True):
+        arrays[index] = array
+    return jax.tree.unflatten(structure, arrays)
+
+
+@partial(jax.jit, static_argnums=1)
+def _fit(arrays: list[jax.Array], to: tuple[tuple[tuple[int, ...], Any], ...]) -> list[jax.Array]:
+    """Each array cut or padded with zeros to its (shape, sharding)."""
+    fitted = []
+    for array, (shape, sharding) in zip(arrays, to, strict=True):
+        cut = array[tuple(map(slice, shape))]
+        widths = [(0, size - old) for size, old in zip(shape, cut.shape, strict=True)]
+        fitted.append(jax.lax.with_sharding_constraint(jnp.pad(cut, widths), sharding))
+    return fitted

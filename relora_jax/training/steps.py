@@ -23,6 +23,7 @@ from relora_jax.data.batches import Batch
 from relora_jax.model.llama import Llama
 from relora_jax.model.loss import token_loss
 from relora_jax.training import names, optimizer
+from relora_jax.training.sharding import as_stored
 from relora_jax.training.state import TrainState
 
 # Purposes of random keys, folded in first so that no two uses at one update share a key.
@@ -176,12 +177,8 @@ def train_step(
     return state, metrics | {"skipped": state.skipped + 0, "skipped_in_row": state.skipped_in_row + 0}
 
 
-def eval_step(phase: Phase, trained: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(summed nats, number) of the counted targets in rows [M, L+1], without dropout."""
-    return _summed_nats(phase.model(trained, frozen), batch)
-
-
-def _summed_nats(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
     segment_ids = None if batch.segment_ids is None else batch.segment_ids[:, :-1]
     return token_loss(model(batch.ids[:, :-1], segment_ids), *batch)
 
@@ -197,17 +194,17 @@ def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) ->
         model = phase.model(trained, state.frozen)
         if config.relora.dropout and jax.tree.leaves(state.frozen):
             low_rank.with_dropout_keys(model, key=jax.random.fold_in(dropout_key, index))
-        return _summed_nats(model, rows)
+        return eval_step(model, rows)
 
     def accumulate(sums: Any, microbatch: Any) -> tuple[Any, None]:
         (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.trained, *microbatch)
-        return jax.tree.map(jnp.add, sums, (loss, targets, grads)), None
+        return jax.tree.map(jnp.add, sums, (loss, targets, as_stored(grads))), None
 
     zero_sums = (
         jnp.zeros((), jnp.promote_types(config.model.compute_dtype, jnp.float32)),
         jnp.zeros((), jnp.int32),
     )
-    zeros = (*zero_sums, jax.tree.map(jnp.zeros_like, state.trained))
+    zeros = (*zero_sums, as_stored(jax.tree.map(jnp.zeros_like, state.trained)))
     microbatches = (jnp.arange(batch.ids.shape[0]), batch)
     (loss, targets, grads), _ = lax.scan(accumulate, zeros, microbatches)
     count = jnp.maximum(targets, 1)

@@ -77,9 +77,10 @@ def config(arm: str = "relora", **changes: Any) -> Config:
     return result
 
 
-def mesh(data: int = 1, fsdp: int = 1) -> Mesh:
-    """The first data x fsdp devices."""
-    return make_mesh(data=data, fsdp=fsdp, tensor=1, devices=jax.devices()[: data * fsdp])
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """The first data x fsdp x tensor devices."""
+    devices = jax.devices()[: data * fsdp * tensor]
+    return make_mesh(data=data, fsdp=fsdp, tensor=tensor, devices=devices)
 
 
 def rows(config: Config, u: int) -> tuple[np.ndarray, np.ndarray]:

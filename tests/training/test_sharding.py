@@ -24,8 +24,12 @@ from tests.support.commands import jax_platforms
         (("layers", "in", "out"), (4, 6, 6), P()),  # none is divisible
         (("layers", "in", "rank"), (4, 6, 8), P()),
         (("layers", "rank", "out"), (4, 8, 12), P(None, None, "fsdp")),
-        (("vocab", "embed"), (32100, 512), P("fsdp")),
-        (("vocab", "embed"), (4097, 512), P(None, "fsdp")),
+        (
+            ("vocab", "embed"),
+            (32100, 512),
+            P(None, "fsdp"),
+        ),  # a lookup needs whole rows
+        (("vocab", "embed"), (32100, 510), P("fsdp")),
         (("layers", "norm"), (4, 8), P()),
         (("norm",), (8,), P()),
         ((), (), P()),
@@ -35,6 +39,26 @@ def test_axis_names_determine_the_sharding(
     axes: tuple[str, ...], shape: tuple[int, ...], expected: P
 ) -> None:
     assert spec(axes, shape, fsdp=4) == expected
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("layers", "embed", "heads"), (2, 16, 8), P(None, "fsdp", "tensor")),
+        (("layers", "heads", "embed"), (2, 8, 16), P(None, "tensor", "fsdp")),
+        (("layers", "embed", "rank"), (2, 16, 8), P(None, "fsdp")),  # A of gate
+        (("layers", "rank", "mlp"), (2, 8, 16), P(None, None, "tensor")),  # B of gate
+        (("layers", "mlp", "rank"), (2, 16, 8), P(None, "tensor")),  # A of down
+        (("layers", "rank", "embed"), (2, 8, 16), P(None, None, "fsdp")),  # B of down
+        (("vocab", "embed"), (62, 16), P("tensor", "fsdp")),
+        (("embed", "vocab"), (16, 61), P(("fsdp", "tensor"))),  # unpadded, as in a checkpoint
+        (("layers", "norm"), (2, 16), P()),
+    ],
+)
+def test_tensor_splits_heads_mlp_and_vocabulary_on_top_of_fsdp(
+    axes: tuple[str, ...], shape: tuple[int, ...], expected: P
+) -> None:
+    assert spec(axes, shape, fsdp=4, tensor=2) == expected
 
 
 def test_mesh_uses_the_remaining_devices_or_raises() -> None:

@@ -18,7 +18,7 @@ from relora_jax.training.program import Program
 from relora_jax.training.state import flatten
 from tests.support import small
 
-MESHES = [(1, 4), (4, 1), (2, 2)]
+MESHES = [(1, 4, 1), (4, 1, 1), (2, 2, 1), (1, 2, 2)]  # 61 pieces are padded for tensor = 2
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +70,16 @@ def runs_on_devices() -> dict[Any, Any]:
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("choice", [prune.magnitude(0.9), prune.random(0.5)], ids=str)
 def test_devices_share_a_run_without_changing_it(
-    shape: tuple[int, int], choice: prune.Prune, runs_on_devices: dict[Any, Any]
+    shape: tuple[int, int, int], choice: prune.Prune, runs_on_devices: dict[Any, Any]
 ) -> None:
     config = small.config(relora__prune=choice, relora__merges_per_cycle=2)
-    for mesh in ((1, 1), shape):
+    for mesh in ((1, 1, 1), shape):
         if (choice, mesh) not in runs_on_devices:
             program = Program(config, small.mesh(*mesh))
             runs_on_devices[choice, mesh] = (config, program, *small.run(config, program))
-    _, _, one, losses_of_one = runs_on_devices[choice, (1, 1)]
-    _, _, many, losses = runs_on_devices[choice, shape]
+    _, _, one, losses_of_one = runs_on_devices[choice, (1, 1, 1)]
+    _, program, many, losses = runs_on_devices[choice, shape]
+    many = program.saved(many)
     np.testing.assert_allclose(losses, losses_of_one, rtol=1e-5)
     weights = {k: v for k, v in flatten(one).items() if k.startswith(("trained/", "frozen/"))}
     for path, value in weights.items():
@@ -86,7 +87,7 @@ def test_devices_share_a_run_without_changing_it(
         assert np.linalg.norm(other - value) <= 1e-5 * np.linalg.norm(value), path
     kernel = flatten(many)["frozen/blocks/mlp/gate/kernel"]
     shard = kernel.addressable_shards[0].data
-    assert (len(kernel.sharding.device_set), shard.size * shape[1]) == (4, kernel.size)
+    assert (len(kernel.sharding.device_set), shard.size * shape[1] * shape[2]) == (4, kernel.size)
 
 
 def test_train_step_compiles_once_per_phase(runs_on_devices: dict[Any, Any]) -> None:
