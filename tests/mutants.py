@@ -40,6 +40,64 @@ MUTANTS = [
         "tests/core/test_low_rank.py::test_b_has_a_gradient_at_the_first_update_and_a_from_the_second",
     ),
     Mutant(
+        "activations are not kept on their rows on a mesh",
+        "model/rows.py",
+        "    if devices == 1 or x.shape[0] % devices:",
+        "    if True:",
+        "tests/training/test_collectives.py::test_no_device_holds_an_activation_of_the_global_batch"
+        "[update-(1, 8, 1)]",
+    ),
+    Mutant(
+        "each device looks up its part of the embedding for all rows of the mesh",
+        "model/rows.py",
+        "    if _sharing_devices() == 1:",
+        "    if True:",
+        "tests/training/test_collectives.py::test_no_device_holds_an_activation_of_the_global_batch"
+        "[update-(1, 8, 1)]",
+    ),
+    Mutant(
+        "whole kernels in a restart on a mesh",
+        "training/sharding.py",
+        "spec(axes_of(leaf), leaf.shape, **_split_sizes(mesh))",
+        "PartitionSpec()",
+        "tests/training/test_collectives.py::test_restart_holds_no_whole_kernel_on_any_device[(1, 8, 1)]",
+    ),
+    Mutant(
+        "a checkpoint with the padding of the mesh",
+        "training/program.py",
+        "        return _resized(state, self.low_rank if is_low_rank(state) else self.full_rank)",
+        "        return state",
+        "tests/training/test_meshes.py::test_saved_and_restored_state_is_bitwise_the_same_on_a_padded_mesh",
+    ),
+    Mutant(
+        "steps that take the padding of the mesh for weights",
+        "training/sharding.py",
+        "            cut = [unpadded(arg, to) for arg, to in zip(args, like, strict=False)]",
+        "            cut = args[: len(like)]",
+        "tests/training/test_meshes.py::test_run_with_restarts_is_the_same_on_any_mesh[mesh3]",
+    ),
+    Mutant(
+        "padding of the mesh that is not zero",
+        "training/sharding.py",
+        "        return leaf.replace(jnp.pad(leaf.get_value(), widths))",
+        '        return leaf.replace(jnp.pad(leaf.get_value(), widths, mode="edge"))',
+        "tests/training/test_meshes.py::test_run_with_restarts_is_the_same_on_any_mesh[mesh3]",
+    ),
+    Mutant(
+        "tensor does not split on a mesh",
+        "training/sharding.py",
+        '            parts[split[0]] = "tensor"',
+        "            pass",
+        "tests/training/test_sharding.py::test_tensor_splits_heads_mlp_and_vocabulary_on_top_of_fsdp",
+    ),
+    Mutant(
+        "a mesh that splits heads in parts",
+        "validate.py",
+        "    if heads % mesh.tensor or kv_heads % mesh.tensor:",
+        "    if heads % mesh.tensor:",
+        "tests/test_config.py::test_tensor_must_divide_key_value_heads_too",
+    ),
+    Mutant(
         "a merge without the scale",
         "core/merge.py",
         "        step = delta(a[layer], b[layer], scale)",
@@ -203,8 +261,8 @@ MUTANTS = [
     Mutant(
         "a mean of the microbatches' means",
         "training/steps.py",
-        "return _summed_nats(model, rows)\n\n    def acc",
-        "n, c = _summed_nats(model, rows)\n        return 9 * n / c, c\n\n    def acc",
+        "return eval_step(model, rows)\n\n    def acc",
+        "n, c = eval_step(model, rows)\n        return 9 * n / c, c\n\n    def acc",
         "tests/training/test_oracle.py::test_run_in_float64_equals_oracle[magnitude]",
     ),
     Mutant(

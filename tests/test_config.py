@@ -56,6 +56,13 @@ def test_control_has_about_as_many_parameters_as_relora_trains(
     assert shapes.count(control).frozen == 0
 
 
+def test_tensor_must_divide_key_value_heads_too() -> None:
+    grouped = small.config(mesh__tensor=4, train__microbatch=8)  # 4 heads, 2 key-value heads
+    with pytest.raises(ValueError, match=r"mesh\.tensor 4 splits whole heads.*set it to a divisor of 2"):
+        validate(grouped, devices=8)
+    validate(small.config(mesh__tensor=2, train__microbatch=4), devices=8)  # shared by 4 of the 8
+
+
 def test_size_without_a_control_is_refused_with_the_sizes_that_have_one() -> None:
     with pytest.raises(ValueError, match="60m, 130m, 250m, 350m, 1b and quickstart"):
         shapes.control("9m")
