@@ -149,6 +149,15 @@ def command(module: str, argv: Sequence[str]) -> str:
     return shlex.join(["python", "-m", f"relora_jax.{module}", *settings])
 
 
+def with_arm(argv: Sequence[str], arm: str) -> list[str]:
+    """The command line with --config=FILE:arm in place of --config=FILE[:ARM]."""
+    args = list(argv)
+    for i, arg in enumerate(args):
+        if arg.startswith(("--config=", "-config=")) or (i and args[i - 1] in ("--config", "-config")):
+            args[i] = f"{arg.partition(':')[0]}:{arm}"
+    return args
+
+
 def _expand_shorthands(argv: Sequence[str]) -> list[str]:
     """The command line with --text=X etc. as --config.data.text=X at its end; UserError if X is missing."""
     args, settings = list(argv), []

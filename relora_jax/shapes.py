@@ -31,13 +31,14 @@ SHAPES = {
     "130m": (768, 2048, 12, 12),
     "250m": (768, 2560, 24, 16),
     "350m": (1024, 2736, 24, 16),
+    "590m": (1280, 3424, 26, 20),
     "1b": (2048, 5461, 24, 32),
     "3b": (2560, 6848, 32, 32),
     "7b": (4096, 11008, 32, 32),
 }
-# The paper's "control": the full-rank model with about as many parameters as the low-rank run of a size
-# trains. The quickstart's vocabulary is small, so its own control is narrower (configs/quickstart.py).
-CONTROL = {"60m": "40m", "130m": "71m", "250m": "100m", "350m": "130m", "1b": "250m"}
+# The paper's "control" (7b's is ours): the full-rank model with about as many parameters as the low-rank run
+# of a size trains. The quickstart's vocabulary is small, so its own is narrower (configs/quickstart.py).
+CONTROL = {"60m": "40m", "130m": "71m", "250m": "100m", "350m": "130m", "1b": "250m", "7b": "590m"}
 KERNELS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
 
@@ -158,3 +159,20 @@ def count(config: Config) -> Counts:
     frozen = model.layers * sum(m * n for m, n in targets)
     factors = model.layers * sum((m + n) * config.relora.rank for m, n in targets)
     return Counts(total, total - frozen + factors, frozen)
+
+
+def matmul_flops_per_token(config: Config, *, low_rank: bool) -> int:
+    """FLOPs of the matrix products in an update, per token: 6 for each trained weight, 4 for each frozen one.
+
+    A product with a weight is 2 FLOPs forward, 2 for the gradient of its input, and 2 for its own unless it
+    is frozen. Attention adds 12 x length x width: its products are computed for all pairs of positions.
+    Not counted: what is computed again (`model.remat`), and the fused A @ B, once a microbatch.
+    """
+    model, sizes = config.model, kernels(config.model)
+    targets = target_kernels(config).values() if low_rank else ()
+    weights = sum(m * n for m, n in sizes.values()) * model.layers + model.hidden * model.vocab_size
+    frozen = model.layers * sum(m * n for m, n in targets)
+    factors = model.layers * config.relora.rank * sum(m + n for m, n in targets)
+    factor_flops = 6 if config.relora.product == "separate" else 4
+    attention = 12 * model.layers * config.data.sequence_length * model.heads * model.head_dim
+    return 6 * (weights - frozen) + 4 * frozen + factor_flops * factors + attention

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "relora_jax"
-COMMANDS = {"train", "prepare", "evaluate", "generate", "export", "import_hf", "report", "throughput"}
+COMMANDS = {"train", "prepare", "evaluate", "generate", "export", "import_hf", "report", "throughput", "plan"}
 # Subpackages (rooms) and top-level modules from the bottom up; each imports only lower floors and itself.
 FLOORS = [
     {"core", "errors"},
@@ -20,7 +20,7 @@ FLOORS = [
     {"training"},
     {"checkpoint", "validate"},
     {"run"},
-    {"hf", "reporting"},
+    {"hf", "reporting", "planning"},
     {"loop"},
     COMMANDS,
 ]

@@ -144,6 +144,23 @@ def runs(file: AnyPath, curves: Sequence[Curves], starts: Mapping[str, float]) -
     _save(figure, file)
 
 
+def memory(file: Path, parts: Mapping[str, Mapping[str, float]], *, limit: float) -> None:
+    """Draws one bar of GB for each arm, split by purpose, and a line where a device's memory ends."""
+    figure = Figure(figsize=(9, 1.6 + 0.7 * len(parts)), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    starts = np.zeros(len(parts))
+    for color, purpose in zip(COLORS, next(iter(parts.values())), strict=False):
+        sizes = np.array([split[purpose] for split in parts.values()]) / 1e9
+        axes.barh(list(parts), sizes, left=starts, height=0.6, color=color, label=purpose)
+        starts += sizes
+    axes.axvline(limit / 1e9, color=INK, linestyle="--", linewidth=1.4, label="a device's memory")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB per device", color=INK)
+    figure.legend(loc="outside upper left", ncols=5, frameon=False, labelcolor=INK, fontsize=9)
+    _save(figure, file)
+
+
 def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Mean over a centered window of 1/50 of the curve, narrower at its ends; below 100 points, unchanged."""
     half = len(values) // 100

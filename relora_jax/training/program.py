@@ -22,6 +22,7 @@ from relora_jax.training.sharding import on_mesh, padded, row_sharding, sharding
 from relora_jax.training.state import TrainState, is_low_rank
 from relora_jax.training.steps import Due, Phase
 
+PROGRAMS = ("full_rank_update", "start_low_rank", "restart", "low_rank_update")
 Context = Callable[[jax.Array], AbstractContextManager[Any]]
 
 
@@ -117,6 +118,27 @@ class Program:
             replicated = NamedSharding(self.mesh, PartitionSpec())
             self._sample[low] = self._of_model(sampling.sample, low=low, out_shardings=replicated)
         return self._sample[low](state.trained, state.frozen, request)
+
+    def lower(self, name: str) -> Any:
+        """One of PROGRAMS, lowered from the shapes of its arguments: nothing is allocated or computed."""
+        config, length = self.config, self.config.data.sequence_length + 1
+        segments = not config.data.attend_across_documents
+        ids = self._abstract_rows(config.accumulation, config.train.microbatch, length)
+        lengths = self._abstract_rows(config.accumulation, config.train.microbatch)
+        batch = Batch(ids, lengths, ids if segments else None)
+        match name:
+            case "full_rank_update":
+                return self._train.lower(self.full_rank, batch, 0.0)
+            case "start_low_rank":
+                return self.start_low_rank.lower(self.full_rank)
+            case "restart":
+                return self._restart.lower(self.low_rank, reset=True)
+            case "low_rank_update":
+                return self._low_train.lower(self.low_rank, batch, 0.0)
+        raise ValueError(f"name {name!r} must be one of {PROGRAMS}")
+
+    def _abstract_rows(self, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.rows)
 
     def _train_step(self, phase: Phase, state: TrainState) -> Any:
         step = partial(steps.train_step, self.config, phase)

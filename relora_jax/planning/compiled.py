@@ -1,0 +1,90 @@
+"""A run's programs compiled for a topology: a device's memory by purpose, and what one run of each costs."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from relora_jax.planning.hlo import Costs, costs
+from relora_jax.planning.topology import Topology
+from relora_jax.training.program import Program
+from relora_jax.training.state import TrainState
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Memory(NamedTuple):
+    """Bytes of one device, by purpose."""
+
+    weights: float
+    moments: float
+    gradients: float
+    temporaries: float  # activations, padding, the batch, the program itself
+
+    @property
+    def total(self) -> float:
+        """The sum of all four."""
+        return sum(self)
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of one program; if it refuses, the costs are None and `refusal` is its reason.
+
+    `memory.temporaries` of a program that is refused for its memory are what it would need, as far as known.
+    """
+
+    memory: Memory
+    costs: Costs | None
+    refusal: str = ""
+
+
+class Compiler:
+    """Compiles programs for one topology; equal programs are compiled once."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+        self._compiled: dict[str, Any] = {}
+
+    def __call__(self, program: Program, name: str) -> Compiled:
+        """The program `name`, one of training.program.PROGRAMS."""
+        lowered = program.lower(name)
+        text = lowered.as_text()
+        if text not in self._compiled:
+            self._compiled[text] = _compile(lowered.compile, self.topology.slice_size)
+        used, program_costs, refusal = self._compiled[text]
+        low_rank = name in ("restart", "low_rank_update")
+        state = program.low_rank if low_rank else program.full_rank
+        gradients = _device_bytes(state.trained) if name.endswith("_update") else 0.0
+        known = Memory(*_state_bytes(state), gradients, 0.0)
+        return Compiled(known._replace(temporaries=max(used - known.total, 0.0)), program_costs, refusal)
+
+
+def _compile(compile_program: Callable[[], Any], slice_size: int) -> tuple[float, Costs | None, str]:
+    """(bytes of a device, costs, why the compiler refuses the program)."""
+    try:
+        compiled = compile_program()
+    except jax.errors.JaxRuntimeError as error:
+        return _needed_bytes(str(error)), None, " ".join(str(error).split())[:200]
+    stats = compiled.memory_analysis()
+    used = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    used += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    return float(used), costs(compiled.as_text(), slice_size=slice_size), ""
+
+
+def _needed_bytes(message: str) -> float:
+    """The memory that a refused program needs, from the compiler's message; 0 if it does not say."""
+    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    return float(match[1]) * UNITS[match[2]] if match else 0.0
+
+
+def _state_bytes(state: TrainState) -> tuple[float, float]:
+    """(weights, moments) of a device."""
+    return _device_bytes((state.trained, state.frozen)), _device_bytes(state.opt_state)
+
+
+def _device_bytes(tree: Any) -> float:
+    """The bytes of one device's shards."""
+    shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
+    return float(sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes))

@@ -1,0 +1,57 @@
+"""Topologies: names, what must be installed for them, and one program really compiled for each kind."""
+
+import importlib.util
+
+import pytest
+
+from relora_jax.errors import UserError
+from relora_jax.planning import arms
+from relora_jax.planning.compiled import Compiler
+from relora_jax.planning.topology import PLUGINS, make_topology
+from tests.support import small
+
+
+@pytest.mark.parametrize("name", ["", "v5e", "h100", "tpu:2x2", "h100:1x8", "h100:0", "v5e:4", "v5e:4x4x4x4"])
+def test_unknown_topology_is_one_line_with_those_known(name: str) -> None:
+    with pytest.raises(UserError, match="one of v5e, v5p, v6e, h100, such as v5e:4x4"):
+        make_topology(name)
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "plan-tpu"), ("h100:8", "plan-cuda")])
+def test_missing_plugin_is_one_line_with_the_extra(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    with pytest.raises(UserError, match=rf"is not installed: pip install 'relora-jax\[{extra}\]'$"):
+        make_topology(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "slices"), [("v5p:2x2x1", 2), ("h100:8", 1)])
+def test_compiled_program_has_the_flops_of_the_model_and_sends_less_between_slices(
+    name: str, slices: int
+) -> None:
+    platform = "cuda" if name.startswith("h100") else "tpu"
+    modules = PLUGINS[platform][0]
+    if not any(importlib.util.find_spec(module) for module in modules):
+        pytest.skip(f"needs {' or '.join(modules)}")
+    topology = make_topology(name, slices=slices)
+    assert (len(topology.devices), topology.slice_size) == (8, 8 // slices)
+    compiler, plans = Compiler(topology), []
+    for arm in ("full", "relora"):
+        config = small.config(arm, mesh__data=2, mesh__fsdp=4, train__microbatch=8, train__batch=16)
+        config.model.hidden, config.model.mlp, config.relora.rank = 128, 256, 8
+        plans.append(arms.plan(config, topology, compiler, search=False))
+    for plan in plans:
+        assert all(map(plan.fits, plan.programs))
+        assert plan.flops_per_token == pytest.approx(plan.model_flops_per_token, rel=0.05)
+    full, relora = (sum(p.update.costs.bytes_by_kind(between=slices > 1).values()) for p in plans)
+    assert 0 < relora < full
+
+
+@pytest.mark.slow
+def test_shape_that_no_chip_has_is_one_line() -> None:
+    if not importlib.util.find_spec("libtpu"):
+        pytest.skip("needs libtpu")
+    with pytest.raises(UserError, match=r"tpu has no topology 'v5e:3x3' .*: try v5e:4x4"):
+        make_topology("v5e:3x3")
