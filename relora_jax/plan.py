@@ -32,6 +32,11 @@ def main(argv: Sequence[str]) -> int:
     _, values = cli.parse(argv, **flags, **switches)
     if not values["topology"]:
         raise UserError("--topology is missing: pass --topology=v5e:4x4, h100:8 or another")
+    if not values["arms"]:
+        raise UserError("--arms is empty: pass --arms=full,relora or others")
+    picture = Path(values["picture"]).expanduser() if values["picture"] else None
+    if picture and not picture.parent.is_dir():
+        raise UserError(f"--picture={picture}: the directory {picture.parent} does not exist")
     slices = cli.count("slices", values["slices"], at_least=1)
     topology = make_topology(values["topology"], slices=slices)
     configs = []
@@ -44,9 +49,9 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(table.as_json(plans), indent=2))
     else:
         print(table.markdown(plans) if values["markdown"] else table.text(plans))
-    if values["picture"]:
+    if picture:
         parts = {plan.config.arm: plan.update.memory._asdict() for plan in plans}
-        pictures.memory(Path(values["picture"]).expanduser(), parts, limit=topology.chip.memory_bytes)
+        pictures.memory(picture, parts, limit=topology.chip.memory_bytes)
     return 0
 
 

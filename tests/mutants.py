@@ -644,6 +644,27 @@ MUTANTS = [
         "end == length + 1",
         "tests/test_generate.py::test_sample_whose_last_possible_token_is_eos_was_not_cut",
     ),
+    Mutant(
+        "a plan that counts the body of a loop once",
+        "planning/hlo.py",
+        "trips * _trip_count(instruction, computations)",
+        "trips",
+        "tests/planning/test_hlo.py::test_costs_of_loops_count_as_often_as_they_run",
+    ),
+    Mutant(
+        "a plan that counts a collective once for each computation that it spans",
+        "planning/hlo.py",
+        "            if kind and (identity is None or identity not in channels):",
+        "            if kind:",
+        "tests/planning/test_hlo.py::test_collective_that_spans_computations_counts_once",
+    ),
+    Mutant(
+        "a plan for which a program that computes values again fits",
+        "planning/arms.py",
+        "    if compiled.costs is None or compiled.costs.recomputed_flops:",
+        "    if compiled.costs is None:",
+        "tests/planning/test_arms.py::test_recomputing_is_not_fitting",
+    ),
 ]
 
 

@@ -1,8 +1,11 @@
 """A topology's name -> its devices, which can be compiled for but not run on: no accelerator is started."""
 
+import contextlib
 import importlib.util
 import os
 import re
+import sys
+from collections.abc import Iterator
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -49,12 +52,27 @@ def make_topology(name: str, *, slices: int = 1) -> Topology:
     os.environ.update({key: value for key, value in LIBTPU.items() if key not in os.environ})
     jax.config.update("jax_platforms", "cpu")  # a plugin that is asked for a topology starts no device
     try:
-        devices = _devices(chip, shape, slices)
+        with _quiet():
+            devices = _devices(chip, shape, slices)
     except Exception as error:  # each plugin has its own
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{chip.platform} has no topology {name!r} ({reason}): try {KNOWN}") from error
     label = name if slices == 1 else f"{slices} x {name}"
     return Topology(label, chip, devices, len(devices) // slices)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what plugins print, in C, of the hardware that they do not find."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as hidden:
+        os.dup2(hidden.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _devices(chip: Chip, shape: str, slices: int) -> list[Any]:
