@@ -647,7 +647,7 @@ MUTANTS = [
     Mutant(
         "a plan that counts the body of a loop once",
         "planning/hlo.py",
-        "trips * _trip_count(instruction, computations)",
+        "trips * _trip_count(instruction, name, computations)",
         "trips",
         "tests/planning/test_hlo.py::test_costs_of_loops_count_as_often_as_they_run",
     ),

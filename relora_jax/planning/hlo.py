@@ -121,21 +121,35 @@ def _runs(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tu
         name, trips = pending.pop()
         yield name, trips
         for instruction in computations[name]:
-            times = trips * _trip_count(instruction, computations) if instruction.opcode == "while" else trips
+            is_loop = instruction.opcode == "while"
+            times = trips * _trip_count(instruction, name, computations) if is_loop else trips
             called = _CALLED.findall(instruction.attributes)
             for branches in _BRANCHES.findall(instruction.attributes):
                 called += re.findall(r"%([\w.-]+)", branches)
             pending += [(computation, times) for computation in called]
 
 
-def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int:
-    """The number of iterations: annotated (GPU, CPU) or the bound of the condition (TPU); 1 if unknown."""
+def _trip_count(loop: Instruction, caller: str, computations: dict[str, list[Instruction]]) -> int:
+    """The number of iterations: annotated (GPU, CPU), or from counter to bound (TPU); 1 if it is not known."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
-    condition = re.search(r"\bcondition=%([\w.-]+)", loop.attributes)
-    instructions = computations[condition[1]] if condition else []
-    bounds = [i.operands[0] for i in instructions if i.opcode == "constant" and i.shape.startswith("s32[]")]
-    return int(bounds[0]) if len(bounds) == 1 and bounds[0].isdigit() else 1
+    match = re.search(r"\bcondition=%([\w.-]+)", loop.attributes)
+    condition = {i.name: i for i in computations.get(match[1] if match else "", [])}
+    compared = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.attributes]
+    if len(compared) != 1:
+        return 1
+    counter, bound = (condition.get(operand) for operand in compared[0].operands)
+    index = re.search(r"\bindex=(\d+)", counter.attributes) if counter else None
+    if index is None or bound is None or bound.opcode != "constant":
+        return 1
+    instructions = {i.name: i for i in computations[caller]}
+    state = instructions.get(loop.operands[0])
+    start = state and instructions.get(state.operands[int(index[1])])
+    while start and start.opcode.startswith("copy"):
+        start = instructions.get(start.operands[0])
+    # A loop that begins at 1, not 0: XLA has peeled its first iteration off.
+    first = int(start.operands[0]) if start and start.opcode == "constant" else 0
+    return int(bound.operands[0]) - first
 
 
 def _instruction(name: str, text: str) -> Instruction:

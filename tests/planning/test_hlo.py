@@ -20,12 +20,17 @@ LOOPS = """HloModule m, entry_computation_layout={()->f32[]}
 }
 
 %condition_inner (p: (s32[], f32[8,16])) -> pred[] {
-  %bound = s32[]{:T(128)} constant(5)
+  %bound = s32[]{:T(128)} constant(6)
+  %p = (s32[], f32[8,16]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
 }
 
 %body_outer (p: (s32[], f32[8,16])) -> (s32[], f32[8,16]) {
-  %w = (s32[], /*index=1*/f32[8,16]{1,0}) while(%p), condition=%condition_inner, body=%body_inner
+  %one = s32[] constant(1)
+  %copy = s32[]{:T(128)S(6)} copy(%one)
+  %init = (s32[], f32[8,16]) tuple(%copy, %a)
+  %w = (s32[], /*index=1*/f32[8,16]{1,0}) while(%init), condition=%condition_inner, body=%body_inner
   ROOT %fused = f32[8,16] fusion(%w), kind=kOutput, calls=%fusion_1
 }
 
