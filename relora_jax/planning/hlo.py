@@ -130,7 +130,7 @@ def _runs(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tu
 
 
 def _trip_count(loop: Instruction, caller: str, computations: dict[str, list[Instruction]]) -> int:
-    """The number of iterations: annotated (GPU, CPU), or from counter to bound (TPU); 1 if it is not known."""
+    """The number of iterations: annotated (GPU, CPU) or from its condition (TPU); 1 if neither says."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     match = re.search(r"\bcondition=%([\w.-]+)", loop.attributes)
