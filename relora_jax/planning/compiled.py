@@ -10,7 +10,6 @@ import jax
 from relora_jax.planning.hlo import Costs, costs
 from relora_jax.planning.topology import Topology
 from relora_jax.training.program import Program
-from relora_jax.training.state import TrainState
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -49,39 +48,42 @@ class Compiler:
 
     def __call__(self, program: Program, name: str) -> Compiled:
         """The program `name`, one of training.program.PROGRAMS."""
+        low_rank = name in ("restart", "low_rank_update")
+        state = program.low_rank if low_rank else program.full_rank
+        weights, moments = _device_bytes((state.trained, state.frozen)), _device_bytes(state.opt_state)
+        gradients = _device_bytes(state.trained) if name.endswith("_update") else 0.0
+        known = Memory(weights, moments, gradients, 0.0)
         lowered = program.lower(name)
         text = lowered.as_text()
         if text not in self._compiled:
-            self._compiled[text] = _compile(lowered.compile, self.topology.slice_size)
+            self._compiled[text] = _compile(lowered.compile, self.topology.slice_size, weights + moments)
         used, program_costs, refusal = self._compiled[text]
-        low_rank = name in ("restart", "low_rank_update")
-        state = program.low_rank if low_rank else program.full_rank
-        gradients = _device_bytes(state.trained) if name.endswith("_update") else 0.0
-        known = Memory(*_state_bytes(state), gradients, 0.0)
         return Compiled(known._replace(temporaries=max(used - known.total, 0.0)), program_costs, refusal)
 
 
-def _compile(compile_program: Callable[[], Any], slice_size: int) -> tuple[float, Costs | None, str]:
+def _compile(
+    compile_program: Callable[[], Any], slice_size: int, state_bytes: float
+) -> tuple[float, Costs | None, str]:
     """(bytes of a device, costs, why the compiler refuses the program)."""
     try:
         compiled = compile_program()
     except jax.errors.JaxRuntimeError as error:
-        return _needed_bytes(str(error)), None, " ".join(str(error).split())[:200]
+        return _needed_bytes(str(error), state_bytes), None, " ".join(str(error).split())[:200]
     stats = compiled.memory_analysis()
     used = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     used += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
     return float(used), costs(compiled.as_text(), slice_size=slice_size), ""
 
 
-def _needed_bytes(message: str) -> float:
+def _needed_bytes(message: str, state_bytes: float) -> float:
     """The memory that a refused program needs, from the compiler's message; 0 if it does not say."""
-    match = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    return float(match[1]) * UNITS[match[2]] if match else 0.0
-
-
-def _state_bytes(state: TrainState) -> tuple[float, float]:
-    """(weights, moments) of a device."""
-    return _device_bytes((state.trained, state.frozen)), _device_bytes(state.opt_state)
+    for pattern, beside in (
+        (r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", 0.0),
+        (r"required for HLO temporaries \(([\d.]+)([KMGT])\)", state_bytes),
+    ):
+        if match := re.search(pattern, message):
+            return float(match[1]) * UNITS[match[2]] + beside
+    return 0.0
 
 
 def _device_bytes(tree: Any) -> float:

@@ -154,6 +154,10 @@ def memory(file: Path, parts: Mapping[str, Mapping[str, float]], *, limit: float
         sizes = np.array([split[purpose] for split in parts.values()]) / 1e9
         axes.barh(list(parts), sizes, left=starts, height=0.6, color=color, label=purpose)
         starts += sizes
+    for row, total in enumerate(starts):
+        axes.annotate(
+            f"{total:,.1f}", (total, row), (4, 0), textcoords="offset points", va="center", color=INK
+        )
     axes.axvline(limit / 1e9, color=INK, linestyle="--", linewidth=1.4, label="a device's memory")
     axes.invert_yaxis()
     axes.set_xlabel("GB per device", color=INK)

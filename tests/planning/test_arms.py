@@ -80,24 +80,34 @@ def test_equal_programs_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> No
     compilations: list[Any] = []
     monkeypatch.setattr(
         "relora_jax.planning.compiled._compile",
-        lambda compile_program, size: compilations.append(compile_program) or (1e6, COSTS, ""),
+        lambda compile_program, *_: compilations.append(compile_program) or (1e6, COSTS, ""),
     )
     compiler = Compiler(topology())
-    for arm in ("full", "relora"):
+    for arm in ("full", "lora_warm"):
         arms.plan(small.config(arm), topology(), compiler, search=False)
-    assert len(compilations) == 4  # the warm start of relora is the update of full
+    assert len(compilations) == 3  # the warm start of lora_warm is the update of full
 
 
-def test_program_refused_for_its_memory_is_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("message", "state_counts"),
+    [
+        ("Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity", False),
+        ("the total memory required for HLO temporaries (20.50G) exceeds available HBM (15.75G).", True),
+    ],
+)
+def test_program_refused_for_its_memory_is_a_verdict(
+    message: str, state_counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
-        raise jax.errors.JaxRuntimeError(
-            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
-        )
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    plan = arms.plan(small.config("full"), topology(), Compiler(topology()), search=True)
+    config = small.config("full", train__batch=1, train__microbatch=1)
+    plan = arms.plan(config, topology(), Compiler(topology()), search=True)
     assert not plan.fits("full_rank_update")
-    assert plan.over_bytes("full_rank_update") == pytest.approx(20.5 * 2**30 - 1e9, rel=1e-3)
+    memory = plan.update.memory
+    state = memory.weights + memory.moments if state_counts else 0
+    assert plan.over_bytes("full_rank_update") == pytest.approx(20.5 * 2**30 + state - 1e9, abs=1)
     assert (plan.flops_per_token, plan.seconds, plan.largest_microbatch) == (None, {}, 0)
 
 
