@@ -98,7 +98,7 @@ def _section(machine: Machine) -> str:
     header, *body = zip(*columns, strict=True)
     lines = [f"## {machine.title}", "", f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(columns) - 1)]
     lines += [f"| {' | '.join(row)} |" for row in body]
-    block = ["<!-- not run: takes minutes, and needs the extras plan-tpu and plan-cuda -->", "```bash"]
+    block = ["<!-- not run: takes minutes, and needs the extras tpu and plan-cuda -->", "```bash"]
     return "\n".join([*lines, "", *block, *commands, "```"])
 
 

@@ -25,13 +25,13 @@ class Chip(NamedTuple):
 # JAX takes 75% of a GPU's memory unless told otherwise (docs.jax.dev, "GPU memory allocation"); XLA plans for
 # about as much (76%) and beyond that computes values again, without a word.
 GPU_SHARE = 0.75
-# TPUs: the page gives interconnect bandwidth of both directions, of which one is what a chip sends.
+# TPUs: memory is what libtpu says it has; the page gives interconnect bandwidth of both directions, of which one is what a chip sends.
 _TPU = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v5e", "tpu", 15.75 * GIB, 197e12, 819e9, 400e9 / 2, 6.4e12 / 8 / 256, f"{_TPU}v5e"),
-        Chip("v5p", "tpu", 95 * GIB, 459e12, 2765e9, 1200e9 / 2, 50e9 / 8, f"{_TPU}v5p"),
+        Chip("v5p", "tpu", 95.74 * GIB, 459e12, 2765e9, 1200e9 / 2, 50e9 / 8, f"{_TPU}v5p"),
         Chip("v6e", "tpu", 31.25 * GIB, 918e12, 1638e9, 800e9 / 2, 100e9 / 8, f"{_TPU}tpu7x"),
         Chip(
             "h100", "cuda", GPU_SHARE * 84978040832, 989e12, 3352e9, 900e9 / 2, 400e9 / 8,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from relora_jax.errors import UserError
 from relora_jax.planning.hlo import Costs, costs
 from relora_jax.planning.topology import Topology
 from relora_jax.training.program import Program
@@ -69,10 +70,18 @@ def _compile(
         compiled = compile_program()
     except jax.errors.JaxRuntimeError as error:
         return _needed_bytes(str(error), state_bytes), None, " ".join(str(error).split())[:200]
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:  # libtpu newer than jaxlib
+        raise UserError(
+            "jaxlib cannot read what this version of the compiler writes "
+            f"({str(error).splitlines()[0][:120]}): install the version that jax asks for "
+            "(pip install 'relora-jax[tpu]', or plan-cuda)"
+        ) from error
     stats = compiled.memory_analysis()
     used = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     used += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    return float(used), costs(compiled.as_text(), slice_size=slice_size), ""
+    return float(used), costs(text, slice_size=slice_size), ""
 
 
 def _needed_bytes(message: str, state_bytes: float) -> float:

@@ -18,7 +18,7 @@ from relora_jax.planning.chips import CHIPS, Chip
 # libtpu would ask Google Cloud's metadata server where it runs, and refuse to be loaded beside a running job.
 LIBTPU = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 PLUGINS = {  # platform: (one of these modules must be installed, the extra that brings it)
-    "tpu": (("libtpu",), "plan-tpu"),
+    "tpu": (("libtpu",), "tpu"),
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "plan-cuda"),
 }
 KNOWN = "v5e:4x4, v5e:16x16, v5p:2x2x2, v6e:4x4, h100:1, h100:8"

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from relora_jax import shapes
+from relora_jax.errors import UserError
 from relora_jax.planning import arms
 from relora_jax.planning.arms import ArmPlan
 from relora_jax.planning.chips import CHIPS
@@ -109,6 +110,16 @@ def test_program_refused_for_its_memory_is_a_verdict(
     state = memory.weights + memory.moments if state_counts else 0
     assert plan.over_bytes("full_rank_update") == pytest.approx(20.5 * 2**30 + state - 1e9, abs=1)
     assert (plan.flops_per_token, plan.seconds, plan.largest_microbatch) == (None, {}, 0)
+
+
+def test_compiler_that_jaxlib_cannot_read_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreadable:
+        def as_text(self) -> str:
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: Unreadable())
+    with pytest.raises(UserError, match=r"^jaxlib cannot read .*install the version that jax asks for"):
+        arms.plan(small.config("full"), topology(), Compiler(topology()), search=False)
 
 
 @pytest.mark.parametrize("limit", [0, 4, 5, 8, 12, 20, 59, 60, 1000])

@@ -17,7 +17,7 @@ def test_unknown_topology_is_one_line_with_those_known(name: str) -> None:
         make_topology(name)
 
 
-@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "plan-tpu"), ("h100:8", "plan-cuda")])
+@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h100:8", "plan-cuda")])
 def test_missing_plugin_is_one_line_with_the_extra(
     name: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
