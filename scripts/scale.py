@@ -1,4 +1,4 @@
-"""python scripts/scale.py [--topologies=h100:1,h100:8,v5e:4x4,v5e:16x16,v5p:2x2x2] [--again] [--search]
+"""python scripts/scale.py [--topologies=h100:1,v5e:4x4,...] [--again] [--search]
 
 Plans 350m, 1b and 7b, full against relora, on each of these machines, and writes docs/scale.md. Plans are
 kept in benchmarks/scale/: those that exist are taken from there unless --again is passed, so an interrupted
@@ -95,11 +95,18 @@ def _section(machine: Machine) -> str:
         commands.append(f"python -m {' '.join(command(machine, size))}")
         if _file(machine, size).exists():
             columns += map(_cells, json.loads(_file(machine, size).read_text())["plans"])
+    if len(columns) == 1:
+        lines = [f"## {machine.title}", "", "Not planned yet; the commands:"]
+        return "\n".join([*lines, "", *_block(commands)])
     header, *body = zip(*columns, strict=True)
     lines = [f"## {machine.title}", "", f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(columns) - 1)]
     lines += [f"| {' | '.join(row)} |" for row in body]
-    block = ["<!-- not run: takes minutes, and needs the extras tpu and plan-cuda -->", "```bash"]
-    return "\n".join([*lines, "", *block, *commands, "```"])
+    return "\n".join([*lines, "", *_block(commands)])
+
+
+def _block(commands: list[str]) -> list[str]:
+    reason = "<!-- not run: takes minutes, and needs the extras tpu and plan-cuda -->"
+    return [reason, "```bash", *commands, "```"]
 
 
 LABELS = (

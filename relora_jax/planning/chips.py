@@ -25,7 +25,7 @@ class Chip(NamedTuple):
 # JAX takes 75% of a GPU's memory unless told otherwise (docs.jax.dev, "GPU memory allocation"); XLA plans for
 # about as much (76%) and beyond that computes values again, without a word.
 GPU_SHARE = 0.75
-# TPUs: memory is what libtpu says it has; the page gives interconnect bandwidth of both directions, of which one is what a chip sends.
+# TPUs: the memory that libtpu says is available; of the interconnect's bandwidth of both directions, half.
 _TPU = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
     chip.name: chip

@@ -73,6 +73,11 @@ def remedies(plans: Sequence[ArmPlan]) -> list[str]:
                 f"{plan.config.arm}: only the warm start does not fit. Make it on other machines (arm full) "
                 "and start from it: --config.train.init_from=RUN"
             )
+        elif failing and not {"restart", "low_rank_update"} & {*failing} and len(plan.programs) > 1:
+            lines.append(
+                f"{plan.config.arm}: the low-rank phase fits, its start does not. Train on other machines until "
+                "a checkpoint after relora.warm_start_updates, and resume that here: the mesh may change"
+            )
         elif failing:
             lines.append(
                 f"{plan.config.arm}: does not fit. Use a smaller train.microbatch, model.remat=dots or full, "

@@ -54,6 +54,8 @@ def test_only_a_warm_start_that_does_not_fit_is_remedied_by_init_from() -> None:
     assert "OUT OF MEMORY: 12.00 GB, 2.00 GB too much" in text
     assert text.splitlines()[-1].startswith("relora: only the warm start does not fit.")
     assert "--config.train.init_from=RUN" in text
+    text = table.text([plan("relora", failing=("full_rank_update", "start_low_rank"))])
+    assert text.splitlines()[-1].startswith("relora: the low-rank phase fits, its start does not.")
     for failing in (("full_rank_update", "start_low_rank"), ("low_rank_update",)):
         assert "init_from" not in table.text([plan("relora", failing=failing)])
     assert "init_from" not in table.text([plan("full", failing=("full_rank_update",))])
