@@ -75,7 +75,7 @@ def remedies(plans: Sequence[ArmPlan]) -> list[str]:
             )
         elif failing and not {"restart", "low_rank_update"} & {*failing} and len(plan.programs) > 1:
             lines.append(
-                f"{plan.config.arm}: the low-rank phase fits, its start does not. Train on other machines until "
+                f"{plan.config.arm}: the low-rank phase fits, its start does not. Train elsewhere until "
                 "a checkpoint after relora.warm_start_updates, and resume that here: the mesh may change"
             )
         elif failing:
