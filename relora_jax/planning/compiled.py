@@ -50,7 +50,7 @@ class Compiler:
     def __call__(self, program: Program, name: str) -> Compiled:
         """The program `name`, one of training.program.PROGRAMS."""
         low_rank = name in ("restart", "low_rank_update")
-        state = program.low_rank if low_rank else program.full_rank
+        state = program.low_rank_on_devices if low_rank else program.full_rank_on_devices
         weights, moments = _device_bytes((state.trained, state.frozen)), _device_bytes(state.opt_state)
         gradients = _device_bytes(state.trained) if name.endswith("_update") else 0.0
         known = Memory(weights, moments, gradients, 0.0)

@@ -144,7 +144,7 @@ def runs(file: AnyPath, curves: Sequence[Curves], starts: Mapping[str, float]) -
     _save(figure, file)
 
 
-def memory(file: Path, parts: Mapping[str, Mapping[str, float]], *, limit: float) -> None:
+def memory(file: AnyPath, parts: Mapping[str, Mapping[str, float]], *, limit: float) -> None:
     """Draws one bar of GB for each arm, split by purpose, and a line where a device's memory ends."""
     figure = Figure(figsize=(9, 1.6 + 0.7 * len(parts)), dpi=120, layout="constrained")
     axes = figure.add_subplot()

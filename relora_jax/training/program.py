@@ -128,13 +128,13 @@ class Program:
         batch = Batch(ids, lengths, ids if segments else None)
         match name:
             case "full_rank_update":
-                return self._train.lower(self.full_rank, batch, 0.0)
+                return self._train.lower(self.full_rank_on_devices, batch, 0.0)
             case "start_low_rank":
-                return self.start_low_rank.lower(self.full_rank)
+                return self.start_low_rank.lower(self.full_rank_on_devices)
             case "restart":
-                return self._restart.lower(self.low_rank, reset=True)
+                return self._restart.lower(self.low_rank_on_devices, reset=True)
             case "low_rank_update":
-                return self._low_train.lower(self.low_rank, batch, 0.0)
+                return self._low_train.lower(self.low_rank_on_devices, batch, 0.0)
         raise ValueError(f"name {name!r} must be one of {PROGRAMS}")
 
     def _abstract_rows(self, *shape: int) -> Any:
