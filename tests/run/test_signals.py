@@ -38,9 +38,10 @@ def started(body: str, *, grace_s: float = 25.0, exit_immediately: bool = False)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    code = process.wait(timeout=20)
-    assert process.stdout is not None and process.stderr is not None
-    return code, process.stdout.read(), process.stderr.read()  # with what readline has buffered
+    with process:
+        code = process.wait(timeout=20)
+        assert process.stdout is not None and process.stderr is not None
+        return code, process.stdout.read(), process.stderr.read()  # with what readline has buffered
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
