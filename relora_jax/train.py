@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         progress=sys.stderr.isatty(),
         skip_bad_documents=skip,
     )
-    with processes.joined(values) as tell_others, Signals(tell_others) as signals:
+    with processes.joined(values) as request_stop, Signals(request_stop) as signals:
         return loop.run(config, workdir, options, signals)
 
 

@@ -2,7 +2,7 @@
 
 Plans 350m, 1b and 7b, full against relora, on each of these machines, and writes docs/scale.md. Plans are
 kept in benchmarks/scale/: those that exist are taken from there unless --again is passed, so an interrupted
-run goes on where it was. --search: with the largest microbatch, in several more compilations of each.
+run continues where it stopped. --search: with the largest microbatch, in several more compilations of each.
 """
 
 import json

@@ -22,7 +22,7 @@ class Chip(NamedTuple):
     source: str
 
 
-# JAX takes 75% of a GPU's memory unless told otherwise (docs.jax.dev, "GPU memory allocation"); XLA plans for
+# JAX takes 75% of a GPU's memory by default (docs.jax.dev, "GPU memory allocation"); XLA plans for
 # about as much (76%) and beyond that computes values again, without a word.
 GPU_SHARE = 0.75
 # TPUs: the memory that libtpu says is available; of the interconnect's bandwidth of both directions, half.

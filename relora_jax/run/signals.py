@@ -28,16 +28,16 @@ class Signals:
     While `exit_immediately` (at first True), the first signal exits, too: set it to False once there is work
     to finish and save. The exit runs no clean-up, so files must be intact at any moment.
 
-    If this is one of several processes, `tell_others` asks all of them to stop.
+    If this is one of several processes, `request_stop` asks all of them to stop.
     """
 
-    def __init__(self, tell_others: Callable[[], None] | None = None) -> None:
+    def __init__(self, request_stop: Callable[[], None] | None = None) -> None:
         self.stop_requested, self.exit_immediately = False, True
-        self._tell_others, self._asked, self._stop_together = tell_others, 0, False
+        self._request_stop, self._asked, self._stop_together = request_stop, 0, False
 
     def should_stop(self) -> bool:
         """Whether to stop now. Several processes must ask equally often; all get the same answers."""
-        if self._tell_others is None:
+        if self._request_stop is None:
             return self.stop_requested
         if not self._stop_together:
             self._asked += 1
@@ -72,8 +72,8 @@ class Signals:
         if not self._wait(None):
             return
         requested_at, self.stop_requested = time.monotonic(), True
-        if self._tell_others and not self.exit_immediately:
-            self._tell_others()
+        if self._request_stop and not self.exit_immediately:
+            self._request_stop()
         reason = "immediately"
         while not self.exit_immediately:
             left_s = requested_at + GRACE_S - time.monotonic()

@@ -38,9 +38,9 @@ _heartbeat_s = 0
 @contextlib.contextmanager
 def joined(flags: dict[str, Any]) -> Iterator[Callable[[], None] | None]:
     """Yields what `start` returns; an unexpected error inside the `with` ends one of several processes."""
-    tell_others = start(flags)
+    request_stop = start(flags)
     try:
-        yield tell_others
+        yield request_stop
     except (UserError, OSError):
         raise
     except Exception as error:
@@ -51,7 +51,7 @@ def joined(flags: dict[str, Any]) -> Iterator[Callable[[], None] | None]:
 def start(flags: dict[str, Any]) -> Callable[[], None] | None:
     """Joins the processes of `FLAGS`, or those of a cluster that JAX detects; before any other use of JAX.
 
-    Returns a function that tells all processes to stop at the same `should_stop`, or None if this is the only
+    Returns a function that makes all processes stop at the same `should_stop`, or None if this is the only
     process. UserError if a flag is missing or wrong, ConnectionError if the others cannot be reached.
     """
     global _heartbeat_s
@@ -96,7 +96,7 @@ def _check(flags: dict[str, Any]) -> dict[str, Any]:
     if len(missing) == len(names):
         return {}
     if missing:
-        raise UserError(f"{' and '.join(missing)} is missing: pass --coordinator, --processes and --process")
+        raise UserError(f"missing {' and '.join(missing)}: pass --coordinator, --processes and --process")
     host, _, port = flags["coordinator"].rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator={flags['coordinator']} must be HOST:PORT of process 0")

@@ -22,8 +22,8 @@ COMMAND = {"coordinator": "host:1234", "processes": "3", "process": "2", "heartb
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"process": ""}, "--process is missing"),
-        ({"coordinator": "", "process": ""}, "--coordinator and --process is missing"),
+        ({"process": ""}, "missing --process: pass"),
+        ({"coordinator": "", "process": ""}, "missing --coordinator and --process: pass"),
         ({"process": "3"}, "--process=3 must be below --processes=3"),
         ({"process": "-1"}, "--process=-1 must be an integer"),
         ({"processes": "two"}, "--processes=two must be an integer"),
