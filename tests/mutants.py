@@ -610,6 +610,20 @@ MUTANTS = [
         "tests/tokenizer/test_tokenizer.py::test_trailing_control_pieces_count_only_as_special_ids",
     ),
     Mutant(
+        "a process that differs from process 0 is not noticed",
+        "training/processes.py",
+        "        if changed:",
+        "        if False:",
+        "tests/run/test_processes.py::test_process_with_other_facts_is_named",
+    ),
+    Mutant(
+        "of several processes, only the one that got the signal stops",
+        "run/signals.py",
+        "        return self._stop_together\n",
+        "        return self.stop_requested\n",
+        "tests/run/test_processes.py::test_signal_to_one_stops_all_at_the_same_update",
+    ),
+    Mutant(
         "outside momentum: a known state around with_reset keeps the old factors' statistics",
         "core/moments.py",
         "        if any(p in factors or not p for p, _ in leaves(getattr(node, name))):",

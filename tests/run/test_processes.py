@@ -92,7 +92,7 @@ class Job:
 
     def codes(self) -> list[int]:
         ended = self.end()
-        self.errors = [err for _, _, err in ended]
+        self.outputs, self.errors = [out for _, out, _ in ended], [err for _, _, err in ended]
         return [code for code, _, _ in ended]
 
 
@@ -161,6 +161,8 @@ def test_signal_to_one_stops_all_at_the_same_update(sandbox: Sandbox) -> None:
     assert job.codes() == [STOPPED, STOPPED], job.errors
     stopped_at = updates_saved(sandbox.folder / "signal")[-1]
     assert 2 < stopped_at < 20
+    assert f"stopped and saved after update {stopped_at}:" in job.outputs[0]  # none had to be ended
+    assert not any("died" in error or "after 25 s" in error for error in job.errors)
     job = Job(sandbox, 2, "signal")
     assert job.codes() == [0, 0], job.errors
     assert sandbox.rows("signal") == sandbox.rows("two")
