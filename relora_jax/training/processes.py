@@ -6,6 +6,7 @@ exit with STOPPED, since a collective operation without it would wait for ever. 
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import signal
@@ -17,10 +18,12 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
+from unittest import mock
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import multihost_utils
 
 from relora_jax.errors import STOPPED, UserError
@@ -59,15 +62,11 @@ def start(flags: dict[str, Any]) -> Callable[[], None] | None:
     if own == {"num_processes": 1}:
         return None
     jax.config.update("jax_enable_recoverability", True)  # `_watch` reacts to a death, not an abort
-    libc = ctypes.CDLL(None)
-    libc.signal.restype = ctypes.c_void_p
-    libc.signal(signal.SIGABRT, _on_abort)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a cluster that JAX detects only in part
+        with warnings.catch_warnings(action="ignore"), _told_of_death():  # of a cluster detected in part
             jax.distributed.initialize(**own, heartbeat_timeout_seconds=_heartbeat_s)
     except Exception as error:
         if not own and any(text in str(error) for text in _NO_CLUSTER):
-            libc.signal(signal.SIGABRT, None)
             return None
         reason = str(error).partition("\n")[0]
         if own:
@@ -75,6 +74,8 @@ def start(flags: dict[str, Any]) -> Callable[[], None] | None:
                 f"the other processes of --coordinator cannot be joined ({reason})"
             ) from error
         raise UserError(f"the other processes cannot be joined ({reason}): pass --processes=1") from error
+    libc = ctypes.CDLL(None)
+    libc.signal.restype = ctypes.c_void_p
     handler = libc.signal(signal.SIGTERM, None)  # JAX's; the caller sets its own, which may call this one
     if jax.process_count() == 1:
         return None
@@ -210,9 +211,21 @@ def _watch() -> None:
             _exit("process 0 died")
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _on_abort(_: int) -> None:
-    """JAX aborts a process that cannot reach process 0."""
+@contextlib.contextmanager
+def _told_of_death() -> Iterator[None]:
+    """Inside, JAX's client is made so that it calls `_on_death` instead of aborting without process 0.
+
+    JAX passes on no callback of ours, and the status that one gets cannot be converted for Python. The C++
+    exception of that attempt is the news: it ends in std::terminate.
+    """
+    make_client = functools.partial(_jax.get_distributed_runtime_client, missed_heartbeat_callback=_on_death)
+    with mock.patch.object(_jax, "get_distributed_runtime_client", make_client):
+        yield
+    ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_on_death)
+
+
+@ctypes.CFUNCTYPE(None)
+def _on_death() -> None:
     _exit("process 0 died")
 
 
