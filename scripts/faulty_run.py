@@ -13,10 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
-from relora_jax.checkpoint.saved import checkpoints_dir, updates_saved
+from relora_jax.checkpoint.saved import Checkpoint, checkpoints_dir, updates_saved
 from relora_jax.run import metrics_file
 
 ROOT = Path(__file__).parent.parent
@@ -161,9 +162,13 @@ def uninterrupted(directory: Path) -> None:
 def outcome(workdir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     """(bytes of every array of the last checkpoint, rows without times) of a finished run."""
     assert (workdir / "report.md").is_file()
-    with ocp.StandardCheckpointer() as reader:
-        state = reader.restore(checkpoints_dir(workdir) / str(UPDATES) / "state")
-    arrays = {path: np.asarray(value) for path, value in state.items()}
+    checkpoint = Checkpoint.open(checkpoints_dir(workdir) / str(UPDATES))
+    device = SingleDeviceSharding(jax.devices()[0])  # it may be of several processes
+    like = {
+        path: jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+        for path, (shape, dtype) in checkpoint.specs.items()
+    }
+    arrays = {path: np.asarray(value) for path, value in checkpoint.read(like).items()}
     times = ("tokens_per_s", "elapsed_s")
     rows = [{k: v for k, v in row.items() if k not in times} for row in metrics_file.read(workdir)]
     return {path: value.dtype.name.encode() + value.tobytes() for path, value in arrays.items()}, rows

@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     directory: Path = args.directory.absolute()
     whole = Run(directory / "whole", random.Random(0))
     if not (whole.workdir / "report.md").exists():
-        codes, _ = ended(start(whole))
-        assert codes == [0] * COUNT, whole.errors
+        codes, errors = ended(start(whole))
+        assert codes == [0] * COUNT, "\n".join(errors)
     equal = 0
     try:
         for number in range(1, args.n + 1):

@@ -6,6 +6,7 @@ Stored as rows/<hash of the key>/<part>, with part train or validation, or both 
 import contextlib
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def row_stores(
         else:
             build = lambda folder: _build(job(folder), key, options)  # noqa: E731
         atomic.make_once(path, build, variable="XDG_CACHE_HOME", resume=True)
-        atomic.remove(path / BLOCKS)
+        shutil.rmtree(path / BLOCKS, ignore_errors=True)  # another process may be removing them, too
     return {part: RowStore.open(path / part) for part in parts}
 
 

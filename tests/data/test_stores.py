@@ -208,6 +208,18 @@ if __name__ == "__main__":
 """
 
 
+def test_another_process_may_remove_the_blocks_at_the_same_time(folder, monkeypatch):
+    unlink = os.unlink
+
+    def removed_by_another(name, **options):
+        unlink(name, **options)
+        if "dir_fd" in options:  # while a directory is removed
+            raise FileNotFoundError(name)
+
+    monkeypatch.setattr(os, "unlink", removed_by_another)
+    assert not (prepare(config(folder)).train.path.parent / "blocks").exists()
+
+
 def test_killed_preparation_resumes_with_the_missing_blocks(folder, tmp_path, monkeypatch):
     expected = prepared_files(tmp_path / "1", monkeypatch, config(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "2"))
