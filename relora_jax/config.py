@@ -136,7 +136,8 @@ class TrainConfig:
     """Counts and cadences in updates; `batch` and `microbatch` in rows over all devices.
 
     `init_from`: the workdir of a run whose full-rank checkpoint at relora.warm_start_updates this run starts
-    from. `wandb`: the Weights & Biases project that also receives the metrics.
+    from. `wandb`: the Weights & Biases project that also receives the metrics. `profile`: "START:STOP", the
+    updates to trace with JAX's profiler.
     """
 
     updates: int
@@ -151,6 +152,7 @@ class TrainConfig:
     keep_every: int = run_field(0)
     init_from: str = ""
     wandb: str = run_field("")
+    profile: str = run_field("")
 
 
 @dataclasses.dataclass(kw_only=True)

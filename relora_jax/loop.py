@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 from relora_jax.checkpoint.manager import Checkpoints
@@ -13,10 +14,13 @@ from relora_jax.data.batches import Batch
 from relora_jax.data.stores import PrepareOptions
 from relora_jax.errors import DIVERGED, STOPPED
 from relora_jax.reporting import page
-from relora_jax.run import directory, record, wandb_sink
+from relora_jax.run import directory, profile, record, wandb_sink
+from relora_jax.run.goodput import Clock
 from relora_jax.run.metrics import Diverged, Metrics, Sink
 from relora_jax.run.opening import OpenRun, open_run
+from relora_jax.run.profile import Profile
 from relora_jax.run.signals import Signals
+from relora_jax.run.stall import Stalls
 from relora_jax.run.tensorboard_sink import Board
 from relora_jax.storage.location import AnyPath
 from relora_jax.storage.writer import Writer
@@ -31,14 +35,16 @@ from relora_jax.validate import validate
 
 def run(config: Config, workdir: AnyPath, options: PrepareOptions, signals: Signals) -> int:
     """Opens the run, trains it to its end or to a signal, and reports; returns the exit code."""
+    clock = Clock()
     validate(config, devices=len(start_devices()))
     wandb_sink.check(config.train.wandb)
+    profile.parse(config.train.profile, updates=config.train.updates)
     with open_run(config, workdir, options) as opened:
         if opened is None:
             return 0
         writer = opened.writer
         try:
-            stopped_at = train(opened, signals)
+            stopped_at = train(opened, signals, clock)
         except Diverged as error:
             writer.print(f"error: {error}", warning=True)
             return DIVERGED
@@ -55,7 +61,7 @@ def _report(writer: Writer) -> None:
         writer.print(record.summary(writer.folder))
 
 
-def train(run: OpenRun, signals: Signals) -> int | None:
+def train(run: OpenRun, signals: Signals, clock: Clock) -> int | None:
     """Trains to the end (None) or to a signal (the number of updates completed and saved)."""
     config, program, updates = run.config, run.program, run.config.train.updates
     validation = list(
@@ -75,7 +81,9 @@ def train(run: OpenRun, signals: Signals) -> int | None:
     start = {"restored_update": run.update, "fresh": not run.resumed}
     with (
         Checkpoints(run.workdir, config) as checkpoints,
-        Metrics(run.writer, updates=updates, sinks=_sinks(run), **start) as metrics,
+        Metrics(run.writer, updates=updates, sinks=_sinks(run), clock=clock, **start) as metrics,
+        Stalls(run.writer, clock) as stalls,
+        Profile(run.writer, clock, profile.parse(config.train.profile, updates=updates)) as profiler,
         closing(stream),
     ):
         signals.exit_immediately, state = False, run.state
@@ -84,12 +92,16 @@ def train(run: OpenRun, signals: Signals) -> int | None:
             run.writer.print(f"resumed after update {run.update}")
         if recorder.record(run.update, state):
             return run.update
-        for u, batch in enumerate(stream, run.update):
-            state, due = program.begin_update(u, state, context=metrics.pause)
+        for u, batch in enumerate(clock.batches(stream), run.update):
+            profiler.before(u, state.update)
+            state, due = program.begin_update(u, state, context=partial(metrics.pause, "restart"))
             if due.merge:
                 metrics.restart(u, merged=due.merge, reset=due.reset)
             learning_rate = steps.learning_rate(config, u)
             state, values = program.train_step(state, batch, learning_rate)
+            clock.computing(values["loss"])
+            stalls.update()
+            profiler.after(u + 1, state.update)
             recorder.log(u + 1, learning_rate, values)
             if recorder.record(u + 1, state):
                 return u + 1
@@ -121,12 +133,12 @@ class Recorder:
         cadence, evaluated = self.config.train, self.metrics.evaluated
         due = evaluated < 0 or u % cadence.evaluate_every_updates == 0 or u == cadence.updates
         if due and u > evaluated and not self.signals.should_stop():
-            with self.metrics.pause(state.update):
+            with self.metrics.pause("evaluation", state.update):
                 self._evaluate(u, state)
         stop = self.signals.should_stop()
         if stop or self.checkpoints.due(u):
-            with self.metrics.pause(state.update):
-                self.metrics.flush()
+            with self.metrics.pause("save", state.update):
+                self.metrics.flush(u)
                 self.checkpoints.save(u, self.program.saved(state))
         return stop
 

@@ -24,7 +24,7 @@ RUN = {
     ),
     *("train.microbatch", "train.log_every_updates", "train.evaluate_every_updates"),
     *("train.save_every_updates", "train.eval_tokens", "train.keep_last"),
-    *("train.keep_every", "train.wandb", "mesh.data", "mesh.fsdp", "mesh.tensor"),
+    *("train.keep_every", "train.wandb", "train.profile", "mesh.data", "mesh.fsdp", "mesh.tensor"),
 }
 
 

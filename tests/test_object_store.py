@@ -42,9 +42,10 @@ def test_killed_and_stopped_run_ends_as_a_local_one(sandbox: Sandbox) -> None:
     assert stopped.returncode == 75, stopped.stderr
     # another machine, with an empty cache: it copies the rows
     shutil.rmtree(sandbox.folder / "cache" / "relora_jax" / "rows")
-    ended = sandbox.train(config, workdir=url)
+    ended = sandbox.train(config, "--config.train.profile=16:17", workdir=url)
     assert ended.returncode == 0, ended.stderr
     assert "resumed after update 15" in ended.stdout
+    assert list((any_path(url) / "profile").glob("plugins/profile/*/*.xplane.pb"))
     assert f"copying rows from {url}/rows" in ended.stderr
 
     rows, weights = outcome(sandbox.folder / "local")

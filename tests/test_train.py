@@ -36,10 +36,10 @@ class Harness:
         metrics, openings = Mock(spec=Metrics, evaluated=evaluated), Mock(spec=EvalPrompts)
         program.eval_step.side_effect = lambda *_: self._step((np.float32(2.0), np.int32(1)))
         openings.continuations.side_effect = lambda *_: self._step([("a", "b")])
-        metrics.pause.side_effect = lambda _: contextlib.nullcontext()
+        metrics.pause.side_effect = lambda *_: contextlib.nullcontext()
         metrics.eval.side_effect = lambda u, **_: self.events.append(f"eval {u}")
         metrics.sample.side_effect = lambda u, **_: self.events.append(f"sample {u}")
-        metrics.flush.side_effect = lambda: self.events.append("flush")
+        metrics.flush.side_effect = lambda u: self.events.append(f"flush {u}")
         checkpoints.due.side_effect = lambda u: u % 3 == 0 or u == 20
         checkpoints.save.side_effect = lambda u, _: self.events.append(f"save {u}")
         batches = [Mock(spec=Batch) for _ in range(BATCHES)]
@@ -52,7 +52,7 @@ class Harness:
         return result
 
 
-ROWS, SAVED = ["eval {}", "sample {}"], ["flush", "save {}"]
+ROWS, SAVED = ["eval {}", "sample {}"], ["flush {}", "save {}"]
 
 
 @pytest.mark.parametrize(

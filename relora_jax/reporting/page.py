@@ -6,7 +6,7 @@ import numpy as np
 
 from relora_jax.errors import UserError
 from relora_jax.reporting import html, pictures, samples, spectrum
-from relora_jax.run import metrics_file
+from relora_jax.run import goodput, metrics_file
 from relora_jax.run.format import duration, number
 from relora_jax.run.record import CONFIG, REPORT, Run, read
 from relora_jax.storage import atomic
@@ -111,6 +111,7 @@ def _outcome(run: Run) -> dict[str, str]:
         "tokens seen": number(last.get("tokens_seen"), ","),
         "tokens/s (median)": number(metrics_file.tokens_per_s(run.rows), ",.0f"),
         "time": duration(last["elapsed_s"]) if train else "-",
+        "goodput": str(goodput.read(run.workdir)),
         "first perplexity": perplexities[0],
         "last perplexity": perplexities[-1],
         "unigram perplexity": number(run.facts.get("unigram_perplexity"), ",.1f"),

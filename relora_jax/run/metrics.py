@@ -7,16 +7,14 @@
 
 `update` counts completed updates. A line is one row in strict JSON: a number that is not finite (the loss
 of a skipped update, say) is null. `elapsed_s` is the total time of all starts of the run in seconds.
-`tokens_per_s` is the mean since the previous train row, without pauses (see `pause`). The first row of
-a start and that of the low-rank phase include compilation and read low: quote the median over a run
-(`metrics_file.tokens_per_s`).
+`tokens_per_s` is the mean since the previous train row, without pauses (see `pause`) and compilation: quote
+the median over a run (`metrics_file.tokens_per_s`).
 """
 
 import contextlib
 import json
 import math
 import sys
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from relora_jax.config import MAX_CONSECUTIVE_SKIPS
-from relora_jax.run import metrics_file
+from relora_jax.run import goodput, metrics_file
 from relora_jax.run.format import number
+from relora_jax.run.goodput import Clock
 from relora_jax.run.metrics_file import Row
 from relora_jax.run.progress import Progress, Stream
 from relora_jax.run.tensorboard_sink import Board
@@ -36,7 +35,6 @@ from relora_jax.training import processes
 MAX_PENDING_ROWS = 2  # older rows are waited for; the device still has these to compute
 
 Sink = Board | WeightsAndBiases
-_clock = time.perf_counter
 
 
 class Diverged(ArithmeticError):  # noqa: N818
@@ -47,7 +45,7 @@ class Metrics:
     """Queues and writes rows; a resumed run's file equals an uninterrupted run's, except for times.
 
     With `fresh` (no checkpoint was restored) the file starts empty. With an inactive writer, the same errors
-    are raised but nothing is written or printed.
+    are raised but nothing is written or printed. Ends the clock's start.
 
     Values may be jax arrays that are still being computed (but not donated later): they are queued, copied to
     the host asynchronously, and written in order. Leaving the context writes all queued rows, or after an
@@ -63,21 +61,25 @@ class Metrics:
         fresh: bool = False,
         sinks: Sequence[Sink] = (),
         stream: Stream | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        self._writer = writer
-        rows = metrics_file.cut(writer, -1 if fresh else restored_update)
+        self._writer, self._clock = writer, clock or Clock()
+        kept = -1 if fresh else restored_update
+        before = [row for row in metrics_file.read(writer.folder) if row["kind"] == "train"]
+        self._clock.earlier = goodput.cut(writer, kept, before)
+        rows = metrics_file.cut(writer, kept)
         train_rows = [row for row in rows if row["kind"] == "train"]
         evaluated = max((row["update"] for row in rows if row["kind"] == "eval"), default=-1)
         self.evaluated = processes.from_writer(evaluated)
         self._last: Row = train_rows[-1] if train_rows else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
-        self._elapsed_s, self._opened = self._last["elapsed_s"], _clock()
-        self._start, self._last_time, self._paused_s = restored_update, self._opened, 0.0
-        self._paused_at: float | None = None
+        self._start, self._update = restored_update, restored_update
         self._queue: deque[tuple[Row, Any]] = deque()
-        self._file = writer.append(metrics_file.NAME)
+        self._file, self._times = writer.append(metrics_file.NAME), writer.append(goodput.FILE)
         self._sinks = sinks
         out = sys.stdout if stream is None else stream  # looked up now: it may be redirected
         self._progress = Progress(writer.stream(out), updates=updates, start=restored_update)
+        self._clock.begin_updates()
+        self._trained_s = self._clock.training_s
 
     def train(
         self,
@@ -113,30 +115,26 @@ class Metrics:
         """Queues a restart row; `update` is the one that begins with the restart."""
         self._put({"kind": "restart", "update": update, "merged": bool(merged), "reset": bool(reset)})
 
-    def flush(self) -> None:
-        """Writes every queued row to the disk; call it before a checkpoint is saved."""
+    def flush(self, update: int) -> None:
+        """Writes every queued row to the disk, and the times after an update, before its checkpoint."""
         self._drain()
+        self._times.add(self._clock.times().row(update))
         self._file.sync()
+        self._times.sync()
         for sink in self._sinks:
             sink.flush()
 
     @contextlib.contextmanager
-    def pause(self, after: Any = None) -> Iterator[None]:
-        """Excludes the time inside from `tokens_per_s`: for evaluations, saves and restarts.
+    def pause(self, cause: str, after: Any = None) -> Iterator[None]:
+        """Charges the time inside to a cause (see goodput.py), which excludes it from `tokens_per_s`.
 
         First waits for `after`, an array of the last update, so that all of its computation is counted.
         """
-        if self._paused_at is not None:
+        if self._clock.cause == goodput.UPDATES:
+            self._drain()
+            getattr(after, "block_until_ready", lambda: None)()
+        with self._clock.spending(cause):
             yield
-            return
-        self._drain()
-        getattr(after, "block_until_ready", lambda: None)()
-        self._paused_at = _clock()
-        try:
-            yield
-        finally:
-            self._paused_s += _clock() - self._paused_at
-            self._paused_at = None
 
     def __enter__(self) -> "Metrics":
         return self
@@ -144,12 +142,12 @@ class Metrics:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self.flush()
+                self.flush(self._update)
             else:
                 with contextlib.suppress(Exception):  # the first error is the one to report
                     self._drain(keep=len(self._queue))
         finally:
-            for part in (self._progress, self._file, *self._sinks):
+            for part in (self._progress, self._file, self._times, *self._sinks):
                 with contextlib.suppress(OSError):  # a full disk was already reported by a write
                     part.close()
 
@@ -157,6 +155,7 @@ class Metrics:
         for value in (*row.values(), skipped_in_row):
             getattr(value, "copy_to_host_async", lambda: None)()
         self._queue.append((row, skipped_in_row))
+        self._update = row["update"]
         self._drain(keep=MAX_PENDING_ROWS)
 
     def _drain(self, *, keep: int = 0) -> None:
@@ -174,7 +173,7 @@ class Metrics:
     def _write(self, row: Row) -> None:
         if row["kind"] == "train":
             row["tokens_per_s"] = self._tokens_per_s(row)
-            row["elapsed_s"] = round(self._elapsed_s + _clock() - self._opened, 3)
+            row["elapsed_s"] = round(self._clock.times().elapsed_s, 3)
             self._last = row
         self._file.add(json.dumps(row, allow_nan=False))
         for sink in self._sinks:
@@ -183,8 +182,8 @@ class Metrics:
 
     def _tokens_per_s(self, row: Row) -> float | None:
         """Tokens since the previous row, or since this start, over the time since then."""
-        now = (_clock() if self._paused_at is None else self._paused_at) - self._paused_s
-        seconds, self._last_time = now - self._last_time, now
+        now = self._clock.training_s
+        seconds, self._trained_s = now - self._trained_s, now
         tokens = row["tokens_seen"] - self._last["tokens_seen"]
         updates = row["update"] - self._last["update"]
         own_updates = row["update"] - max(self._start, self._last["update"])  # since this start

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row per line in strict JSON; a kill may leave the last line incomplete."""
+"""metrics.jsonl and time.jsonl: a row per line in strict JSON; a kill may leave the last one incomplete."""
 
 import contextlib
 import json
@@ -14,20 +14,20 @@ NAME = "metrics.jsonl"
 Row = dict[str, Any]
 
 
-def read(workdir: AnyPath) -> list[Row]:
+def read(workdir: AnyPath, name: str = NAME) -> list[Row]:
     """The rows of a run, in order, without an incomplete last line; no file means no rows."""
-    return [row for _, row in _complete_lines(workdir / NAME)]
+    return [row for _, row in _complete_lines(workdir / name)]
 
 
-def cut(writer: Writer, restored_update: int) -> list[Row]:
+def cut(writer: Writer, restored_update: int, name: str = NAME) -> list[Row]:
     """Keeps rows with update <= u, restart rows only with update < u: a resumed run repeats that restart."""
     end = {"restart": restored_update}
     lines = [
         (line, row)
-        for line, row in _complete_lines(writer.folder / NAME)
+        for line, row in _complete_lines(writer.folder / name)
         if row["update"] < end.get(row["kind"], restored_update + 1)
     ]
-    writer.write(NAME, "".join(f"{line}\n" for line, _ in lines))
+    writer.write(name, "".join(f"{line}\n" for line, _ in lines))
     return [row for _, row in lines]
 
 

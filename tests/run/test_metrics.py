@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from relora_jax.run import format, metrics, metrics_file, progress
+from relora_jax.run import format, goodput, metrics_file, progress
 from relora_jax.run.metrics import Diverged, Metrics, exact_count
 from relora_jax.run.metrics_file import read
 from relora_jax.run.tensorboard_sink import Board
@@ -58,7 +58,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(metrics, "_clock", clock)
+    monkeypatch.setattr(goodput, "_now", clock)
     monkeypatch.setattr(progress, "time", clock)
     return clock
 
@@ -78,7 +78,7 @@ def run(metrics: Metrics, start: int, end: int, saved: dict[int, str] | None = N
     """The loop's calls: restart at the beginning of an update; log, evaluate and save by cadence."""
     if start == 0 and saved is not None:
         metrics.eval(0, loss=6.0, perplexity=math.exp(6.0), tokens=320)
-        metrics.flush()
+        metrics.flush(0)
         saved[0] = text_of(metrics)
     for u in range(start, end):
         if u and u % 10 == 0:
@@ -88,7 +88,7 @@ def run(metrics: Metrics, start: int, end: int, saved: dict[int, str] | None = N
         if (u + 1) % 10 == 0:
             metrics.eval(u + 1, loss=2.0, perplexity=math.exp(2.0), tokens=320)
         if u + 1 in SAVES:
-            metrics.flush()
+            metrics.flush(u + 1)
             if saved is not None:
                 saved[u + 1] = text_of(metrics)
 
@@ -196,7 +196,7 @@ def test_row_is_waited_for_only_when_two_newer_ones_are_queued(tmp_path: Path) -
             train(rows, n + 1, loss=loss)
             assert loss.copied and not loss.waited_for
             assert [loss.waited_for for loss in losses] == [k <= n - 2 for k in range(4)]
-        rows.flush()
+        rows.flush(4)
         assert all(loss.waited_for for loss in losses)
     assert [row["loss"] for row in read(tmp_path)] == [0.0, 1.0, 2.0, 3.0]
 
@@ -219,9 +219,9 @@ def test_flush_leaves_every_row_on_the_disk(tmp_path: Path, monkeypatch: pytest.
         synced: list[int] = []
         monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.fstat(fd).st_size))
         train(rows, 1, loss=Later(1.0))
-        rows.flush()
-        # the rows and the curves
-        assert (tmp_path / "metrics.jsonl").stat().st_size in synced and len(synced) == 2
+        rows.flush(1)
+        # the rows, the times and the curves
+        assert (tmp_path / "metrics.jsonl").stat().st_size in synced and len(synced) == 3
         assert len(read(tmp_path)) == 1 and "train/lr" in curves(tmp_path)
 
 
@@ -278,7 +278,7 @@ def test_twenty_skips_in_a_row_stop_the_run_and_nineteen_do_not(tmp_path: Path) 
         with pytest.raises(
             Diverged, match=r"20 updates in a row up to update 20 .*lower the learning rate"
         ) as error:
-            rows.flush()
+            rows.flush(20)
     assert "\n" not in str(error.value) and not isinstance(error.value, ValueError)
     assert [row["update"] for row in read(tmp_path)] == [19, 20]
     assert "in_row" not in text_of(rows)
@@ -298,13 +298,13 @@ def test_tokens_per_s_is_the_mean_since_the_previous_row_without_pauses(tmp_path
         clock.now += 8
         train(rows, 1, tokens_seen=80)  # the first counts from the opening
         clock.now += 2
-        with rows.pause():
+        with rows.pause("save"):
             clock.now += 1000
-            with rows.pause():
+            with rows.pause("save"):
                 clock.now += 1000
             rows.eval(1, loss=1.0, perplexity=1.0, tokens=1)
         clock.now += 2
-        with rows.pause():
+        with rows.pause("save"):
             clock.now += 1000
             train(rows, 2, tokens_seen=280)
         clock.now += 5
@@ -320,7 +320,7 @@ def test_pause_waits_for_earlier_updates_while_the_clock_still_runs(tmp_path: Pa
 
     with opened(tmp_path) as rows:
         train(rows, 1, loss=(loss := Later(1.0)))
-        with rows.pause(after=Unfinished(0.0)):
+        with rows.pause("save", after=Unfinished(0.0)):
             assert loss.waited_for
             clock.now += 100
         train(rows, 2)
@@ -426,7 +426,7 @@ def test_time_left_is_remaining_updates_at_the_pace_after_the_first_row(tmp_path
         train(rows, 10)
         clock.now += 10
         train(rows, 20)
-        with rows.pause():
+        with rows.pause("save"):
             clock.now += 20  # an evaluation: later ones will take time, too
         train(rows, 30)
     times = [line.rsplit("  ", 1)[1] for line in out.getvalue().splitlines()]

@@ -1,6 +1,7 @@
 """Several processes of one run: real ones, of two CPU devices each, on the loopback interface."""
 
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -176,12 +177,13 @@ def test_run_continues_on_another_number_of_processes_and_another_mesh(sandbox: 
         assert set(codes) <= {0, STOPPED}, job.errors
         return codes
 
-    term = int(signal.SIGTERM)
-    assert until(4, "fsdp=4", KILL_AT=f"3 {term}") == [STOPPED] * 4
-    assert until(1, "fsdp=2", KILL_AT=f"{updates_saved(sandbox.folder / 'elastic')[-1] + 1} {term}") == [
-        STOPPED
-    ]
-    assert until(2, "fsdp=2") == [0, 0]
+    def soon() -> str:
+        return f"{updates_saved(sandbox.folder / 'elastic')[-1] + 1} {int(signal.SIGTERM)}"
+
+    assert until(4, "fsdp=4", KILL_AT=f"3 {int(signal.SIGTERM)}") == [STOPPED] * 4
+    assert until(1, "fsdp=2", KILL_AT=soon()) == [STOPPED]
+    assert until(2, "fsdp=2", KILL_AT=soon()) == [STOPPED] * 2
+    assert until(2, "tensor=2") == [0, 0]
     close(sandbox, "elastic")
 
 
@@ -207,6 +209,27 @@ def test_process_that_differs_ends_all_with_one_line(
         assert f"process 1 on {socket.gethostname()}" in line and message in line and "Traceback" not in error
     assert not (sandbox.folder / "differs" / "config.json").exists()
     shutil.rmtree(sandbox.folder / "differs", ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_processes_of_slurm_find_each_other(sandbox: Sandbox) -> None:
+    slurm = {"SLURM_JOB_ID": str(random.randrange(4096)), "SLURM_STEP_NODELIST": "localhost"}
+    processes = [
+        sandbox.start(
+            f"--config={sandbox.folder / 'toy.py'}",
+            MICROBATCH,
+            workdir="slurm",
+            JAX_NUM_CPU_DEVICES="2",
+            **slurm,
+            SLURM_NTASKS="2",
+            SLURM_PROCID=str(i),
+            SLURM_LOCALID=str(i),
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=400)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert sandbox.rows("slurm") == sandbox.rows("two")
 
 
 @pytest.mark.slow

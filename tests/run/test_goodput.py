@@ -1,0 +1,147 @@
+"""Every second of a run is in its updates or in one cause, over all of its starts."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from relora_jax.run import goodput
+from relora_jax.run.goodput import Clock, Times, read
+from relora_jax.run.metrics import Metrics
+from relora_jax.storage.writer import Writer
+
+
+class Now:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> Now:
+    now = Now()
+    monkeypatch.setattr(goodput, "_now", now)
+    return now
+
+
+def test_time_is_charged_to_the_outer_cause(now: Now) -> None:
+    clock = Clock()
+    now.now += 3
+    clock.begin_updates()
+    now.now += 5
+    with clock.spending("evaluation"):
+        now.now += 7
+        with clock.spending("save"):
+            now.now += 11
+    now.now += 13
+    with pytest.raises(KeyError), clock.spending("save"):
+        now.now += 17
+        raise KeyError
+    times = clock.times()
+    spent = {cause: seconds for cause, seconds in times.lost_s.items() if seconds}
+    assert spent == {"start": 3, "evaluation": 18, "save": 17} and times.elapsed_s == 56
+    assert clock.spent[goodput.UPDATES] == clock.training_s == 18
+    assert str(times) == "32.1% in updates, evaluation 32.1%, save 30.4%, start 5.4%"
+    assert str(Times()) == "-"
+
+
+def test_compilation_is_charged_to_itself_wherever_it_is(now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
+    compilations = goodput._Compilations()
+    monkeypatch.setattr(goodput, "_compilations", lambda: compilations)
+    clock = Clock()
+    clock.begin_updates()
+    with clock.spending("evaluation"):
+        now.now += 10
+        compilations.add("/jax/core/compile/jaxpr_trace_duration", 2.0, 3.0)  # inside the next one
+        compilations.add("/jax/core/compile/jaxpr_trace_duration", 1.0, 5.0)
+        compilations.add("/jax/core/compile/backend_compile_duration", 5.0, 7.0)
+        compilations.add("/jax/other", 7.0, 9.0)
+    assert clock.times().lost_s["compile"] == 6 and clock.times().lost_s["evaluation"] == 4
+
+
+def test_compilations_of_jax_are_noticed() -> None:
+    clock = Clock()
+    clock.begin_updates()
+    jax.jit(lambda x: x * 3 + 0.125)(jnp.arange(7.0)).block_until_ready()
+    assert 0 < clock.times().lost_s["compile"] <= clock.times().elapsed_s
+
+
+def test_waiting_for_data_counts_only_if_the_devices_wait_too(now: Now) -> None:
+    class Output:
+        def __init__(self, *, ready: bool) -> None:
+            self.is_ready = lambda: ready
+
+    def slow():
+        for batch in range(3):
+            now.now += 2
+            yield batch
+
+    clock = Clock()
+    clock.begin_updates()
+    for batch in clock.batches(slow()):
+        now.now += 10
+        clock.computing(Output(ready=batch == 1))
+    assert clock.times().lost_s["data"] == 4  # the first batch, and the one after output 1
+    assert clock.training_s == 36
+
+
+def opened(workdir: Path, restored_update: int, *, fresh: bool = False) -> Metrics:
+    return Metrics(
+        Writer(workdir), updates=30, restored_update=restored_update, fresh=fresh, stream=io.StringIO()
+    )
+
+
+@contextlib.contextmanager
+def killed(workdir: Path):
+    """A fresh start that ends without another row."""
+    with contextlib.suppress(KeyError), opened(workdir, 0, fresh=True) as metrics:
+        yield metrics
+        raise KeyError
+
+
+def train(metrics: Metrics, update: int) -> None:
+    metrics.train(update, loss=1.0, lr=1.0, grad_norm=1.0, tokens_seen=update, restarts=0, skipped=0)
+
+
+def test_updates_after_the_newest_checkpoint_are_redone(tmp_path: Path, now: Now) -> None:
+    with killed(tmp_path) as metrics:
+        now.now += 10
+        train(metrics, 10)
+        with metrics.pause("save"):
+            metrics.flush(10)
+            now.now += 1
+        now.now += 5
+        train(metrics, 15)
+        with metrics.pause("evaluation"):
+            now.now += 2
+        metrics.flush(15)  # of a checkpoint that the kill leaves unfinished
+        now.now += 3
+        train(metrics, 18)
+    assert read(tmp_path).lost_s["evaluation"] == 2
+
+    with opened(tmp_path, 10) as metrics:
+        now.now += 20
+        train(metrics, 20)
+    times = read(tmp_path)
+    assert times.elapsed_s == 10 + 1 + 5 + 2 + 3 + 20
+    assert {cause: seconds for cause, seconds in times.lost_s.items() if seconds} == {"redone": 11}
+    rows = [json.loads(line) for line in (tmp_path / "time.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [10, 20]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["elapsed_s"] == 41
+
+
+def test_run_killed_before_its_first_checkpoint_is_redone_whole(tmp_path: Path, now: Now) -> None:
+    with killed(tmp_path) as metrics:
+        now.now += 10
+        train(metrics, 10)
+    with opened(tmp_path, 0, fresh=True) as metrics:
+        now.now += 30
+        train(metrics, 20)
+    assert read(tmp_path).lost_s["redone"] == 10 and read(tmp_path).elapsed_s == 40
+    assert read(tmp_path / "missing") == Times()
