@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
-import jax
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from relora_jax import cli
@@ -64,10 +64,11 @@ def _evaluate(args: Any) -> int:
         own = " and ".join(OWN_SPLITS)
         raise UserError(f"--split={split}: data.text of {workdir} has only the splits {own}")
     u = restored.update_of(workdir, args.update)
-    microbatch = _microbatch(config, args.microbatch)
+    mesh = restored.mesh_of(config)
+    microbatch = _microbatch(config, args.microbatch, mesh)
     tokenizer = restored.tokenizer_of(workdir, config, args.tokenizer)
     enable_compilation_cache()
-    program = Program(config, restored.mesh_of(config))
+    program = Program(config, mesh)
     # before the rows are prepared: a run that is still training deletes old checkpoints
     state = restored.model_of(workdir, u, config, program)
     store = restored.rows_of(workdir, config.data, tokenizer, split)
@@ -130,13 +131,13 @@ def _count(text: str) -> int:
     return int(number)
 
 
-def _microbatch(config: Config, requested: int | None) -> int:
-    """The requested one, or the run's own, rounded up to a multiple of the number of devices."""
-    devices = jax.device_count()
+def _microbatch(config: Config, requested: int | None, mesh: Mesh) -> int:
+    """The requested one, or the run's own, rounded up to a multiple of the devices that share its rows."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if requested is None:
         return -(-config.train.microbatch // devices) * devices
     if requested < 1 or requested % devices:
-        raise UserError(f"--microbatch={requested} must be a multiple of the number of devices, {devices}")
+        raise UserError(f"--microbatch={requested} must be a multiple of the {devices} devices that share it")
     return requested
 
 

@@ -68,6 +68,13 @@ MUTANTS = [
         "tests/run/test_stall.py::test_wait_that_is_no_longer_than_an_earlier_one_is_not_reported",
     ),
     Mutant(
+        "an unrolled loop of a plan counts twice",
+        "planning/hlo.py",
+        "    return step or 1",
+        "    return 1",
+        "tests/planning/test_hlo.py::test_unrolled_loop_runs_less_often",
+    ),
+    Mutant(
         "activations are not kept on their rows on a mesh",
         "model/rows.py",
         "    if devices == 1 or x.shape[0] % devices:",

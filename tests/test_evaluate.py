@@ -304,6 +304,12 @@ def test_non_finite_loss_is_valid_json(run: SavedRun, capsys: Any, monkeypatch: 
     assert result["loss"] is None and result["perplexity"] is None and result["tokens"] == 96
 
 
+def test_devices_that_share_a_row_need_no_rows_of_their_own() -> None:
+    config = small.config(mesh__tensor=2, train__microbatch=6)
+    mesh = restored.mesh_of(config)
+    assert command._microbatch(config, 12, mesh) == 12 and command._microbatch(config, None, mesh) == 8
+
+
 BAD = {
     "--update=7": "no checkpoint at --update=7: choose one of 4, 6, 8",
     "--update=last": "'last'",
@@ -317,7 +323,7 @@ BAD = {
     "--tokens=1.5": "'1.5' is not a number of tokens",
     "--tokens=10m": "'10m' is not a number of tokens",
     "--tokens=": "'' is not a number of tokens",
-    "--microbatch=0": "--microbatch=0 must be a multiple of the number of devices, 8",
+    "--microbatch=0": "--microbatch=0 must be a multiple of the 8 devices that share it",
     "--microbatch=12": "--microbatch=12",
     "--split=tset": "no split 'tset': choose train, validation, test",
     "--split=test[:0%]": "test[:0%]",

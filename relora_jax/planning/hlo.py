@@ -149,7 +149,21 @@ def _trip_count(loop: Instruction, caller: str, computations: dict[str, list[Ins
         start = instructions.get(start.operands[0])
     # A loop that begins at 1, not 0: XLA has peeled its first iteration off.
     first = int(start.operands[0]) if start and start.opcode == "constant" else 0
-    return int(bound.operands[0]) - first
+    return math.ceil((int(bound.operands[0]) - first) / _step(loop, int(index[1]), computations))
+
+
+def _step(loop: Instruction, index: int, computations: dict[str, list[Instruction]]) -> int:
+    """What a loop's body adds to its counter, element `index` of its state; 2 if XLA has unrolled it once."""
+    match = re.search(r"\bbody=%([\w.-]+)", loop.attributes)
+    body = {i.name: i for i in computations.get(match[1] if match else "", [])}
+    results = [i.operands[index] for i in body.values() if i.opcode == "tuple" and len(i.operands) > index]
+    step, at = 0, body.get(results[-1]) if results else None
+    while at and at.opcode == "add":
+        left, right = (body.get(operand) for operand in at.operands)
+        if right is None or right.opcode != "constant":
+            break
+        step, at = step + int(right.operands[0]), left
+    return step or 1
 
 
 def _instruction(name: str, text: str) -> Instruction:

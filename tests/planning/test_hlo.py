@@ -59,6 +59,26 @@ def test_costs_of_loops_count_as_often_as_they_run() -> None:
     assert costs.bytes_by_kind(between=False) == {"all-reduce": 3 * 5 * 2 * (3 / 4) * 8 * 32 * 4}
 
 
+@pytest.mark.parametrize(
+    ("steps", "trips"),
+    [
+        (["%next = s32[] add(%i, %one)"], 5),
+        (["%once = s32[] add(%i, %one)", "%next = s32[] add(%once, %two)"], 2),
+    ],
+)
+def test_unrolled_loop_runs_less_often(steps: list[str], trips: int) -> None:
+    # as TPUs write products whose kernel is gathered meanwhile
+    counter = [
+        "%one = s32[] constant(1)",
+        "%two = s32[] constant(2)",
+        *steps,
+        "ROOT %t = (s32[]) tuple(%next)",
+    ]
+    text = LOOPS.replace("ROOT %t = (s32[], f32[8,16]) tuple(%i, %a)", "\n  ".join(counter))
+    inner, outer = 2 * 8 * 32 * 16, 2 * 8 * 8 * 16
+    assert hlo.costs(text, slice_size=4).matmul_flops == 3 * trips * inner + 3 * outer
+
+
 def test_batched_product_as_convolution_counts_as_dot() -> None:
     # q k^T of 30 rows and 8 heads, as TPUs write it: batch dimensions are spatial ones, dilated
     text = module(
