@@ -89,7 +89,11 @@ def fault(directory: Path, whole: Run, seed: int, number: int) -> str:
     fine = set(codes) <= documented and again == [0] * COUNT and same
     fine &= not any("Traceback" in error for error in errors)
     event = f"{number:3}  {signal.Signals(signal_number).name} to process {victim} after update {u}"
-    shutil.rmtree(folder, ignore_errors=fine)
+    if fine:
+        shutil.rmtree(folder)
+    else:  # the folder is kept, with what the processes said
+        for process, text in enumerate(errors):
+            (folder / f"{process}.stderr").write_text(text)
     return f"{event:50} {' '.join(map(str, codes)):14} {'' if fine else 'NOT'} equal"
 
 

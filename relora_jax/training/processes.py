@@ -9,6 +9,7 @@ import ctypes
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -185,11 +186,17 @@ def _fail(error: Exception) -> None:
     """Ends this process after an unexpected error, if it is one of several: by the death of another, or 1."""
     if not jax.distributed.is_initialized():
         return
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if _may_be_a_death(error):
         time.sleep(_heartbeat_s + 5)  # `_watch` exits if a process has died
     traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(1)
+
+
+def _may_be_a_death(error: Exception) -> bool:
+    """Whether the error is of XLA's runtime: a JaxRuntimeError, or a ValueError, that begins with a status."""
+    status = re.match(r"([A-Z_]{5,}): ", str(error))
+    return status is not None and status[1] != "RESOURCE_EXHAUSTED"
 
 
 def _wait(name: str, *, timeout_s: int) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,6 +55,20 @@ def test_process_with_other_facts_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(processes, "gather", gather)
     with pytest.raises(UserError, match=r"process 2 on .* differs from process 0 on .* \(seed: 0 -> 1\)"):
         processes.agree({"rows": {"a": [1]}, "seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer"), True),
+        (jax.errors.JaxRuntimeError("FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"), False),
+        (ValueError("A: not a status"), False),
+        (ValueError("shapes (3,) and (4,)"), False),
+    ],
+)
+def test_error_that_the_death_of_another_process_may_cause(error: Exception, expected: bool) -> None:
+    assert processes._may_be_a_death(error) is expected
 
 
 class Job:
@@ -212,23 +227,27 @@ def test_process_that_differs_ends_all_with_one_line(
 
 
 @pytest.mark.slow
-def test_processes_of_slurm_find_each_other(sandbox: Sandbox) -> None:
-    slurm = {"SLURM_JOB_ID": str(random.randrange(4096)), "SLURM_STEP_NODELIST": "localhost"}
-    processes = [
+def test_processes_of_slurm_find_each_other_and_wait_for_the_report(sandbox: Sandbox) -> None:
+    common: dict[str, Any] = {
+        "SLURM_JOB_ID": str(random.randrange(4096)),  # decides the port
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "REPORT_S": str(processes.LEAVE_TIMEOUT_S + 5),
+    }
+    running = [
         sandbox.start(
             f"--config={sandbox.folder / 'toy.py'}",
             MICROBATCH,
             workdir="slurm",
             JAX_NUM_CPU_DEVICES="2",
-            **slurm,
-            SLURM_NTASKS="2",
+            **common,
             SLURM_PROCID=str(i),
             SLURM_LOCALID=str(i),
         )
         for i in range(2)
     ]
-    errors = [process.communicate(timeout=400)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    errors = [process.communicate(timeout=400)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
     assert sandbox.rows("slurm") == sandbox.rows("two")
 
 
