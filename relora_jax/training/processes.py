@@ -194,7 +194,7 @@ def _fail(error: Exception) -> None:
 
 
 def _may_be_a_death(error: Exception) -> bool:
-    """Whether the error is of XLA's runtime: a JaxRuntimeError, or a ValueError, that begins with a status."""
+    """Whether the error is one of XLA: a JaxRuntimeError, or a ValueError, that begins with a status."""
     status = re.match(r"([A-Z_]{5,}): ", str(error))
     return status is not None and status[1] != "RESOURCE_EXHAUSTED"
 
