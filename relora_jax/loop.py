@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -80,10 +80,10 @@ def train(run: OpenRun, signals: Signals, clock: Clock) -> int | None:
     stream = batches.prefetch(batches.stream(config, run.prepared.train, program.rows), run.update, updates)
     start = {"restored_update": run.update, "fresh": not run.resumed}
     with (
-        Checkpoints(run.workdir, config) as checkpoints,
-        Metrics(run.writer, updates=updates, sinks=_sinks(run), clock=clock, **start) as metrics,
         Stalls(run.writer, clock) as stalls,
         Profile(run.writer, clock, profile.parse(config.train.profile, updates=updates)) as profiler,
+        Checkpoints(run.workdir, config) as checkpoints,
+        Metrics(run.writer, updates=updates, sinks=_sinks(run), clock=clock, **start) as metrics,
         closing(stream),
     ):
         signals.exit_immediately, state = False, run.state
@@ -98,7 +98,9 @@ def train(run: OpenRun, signals: Signals, clock: Clock) -> int | None:
             if due.merge:
                 metrics.restart(u, merged=due.merge, reset=due.reset)
             learning_rate = steps.learning_rate(config, u)
-            state, values = program.train_step(state, batch, learning_rate)
+            compiles = u == run.update or due.start_low_rank
+            with clock.spending("compile") if compiles else nullcontext():
+                state, values = program.train_step(state, batch, learning_rate)
             clock.computing(values["loss"])
             stalls.update()
             profiler.after(u + 1, state.update)

@@ -9,14 +9,18 @@
     profile     the profiler starts and writes its trace
     redone      updates after the newest checkpoint, lost to a kill and done again
 
-time.jsonl in the workdir has a row per checkpoint: `elapsed_s`, the total time of all starts of the run, and
-`lost_s`, how much of it went to each cause. What remains went to updates; their share is the goodput.
+time.jsonl in the workdir has a row per checkpoint and per minute: `elapsed_s`, the total time of all starts
+of the run, and `lost_s`, how much of it went to each cause. What remains went to updates; their share is the
+goodput. Of a start that dies before its first row, nothing is known.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import math
+import queue
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -38,10 +42,12 @@ class _Compilations:
     def __init__(self) -> None:
         self._spans: list[tuple[float, float]] = []
 
-    def add(self, event: str, start_time: float, end_time: float, **_: Any) -> None:
-        """An event; of nested ones, the outer comes last."""
+    def add(self, event: str, duration_secs: float, **_: Any) -> None:
+        """An event that has just ended; of nested ones, the outer comes last."""
         if "/compile/" in event:
-            self._spans = [span for span in self._spans if span[0] < start_time] + [(start_time, end_time)]
+            end = _now()
+            start = end - duration_secs
+            self._spans = [span for span in self._spans if span[0] < start] + [(start, end)]
 
     def seconds(self) -> float:
         return sum(end - start for start, end in self._spans)
@@ -52,25 +58,53 @@ def _compilations() -> _Compilations:
     import jax  # here: it is slow to import, and reports need none
 
     compilations = _Compilations()
-    jax.monitoring.register_event_time_span_listener(compilations.add)
+    jax.monitoring.register_event_duration_secs_listener(compilations.add)
     return compilations
+
+
+class _Devices:
+    """Since when the devices have had nothing to compute, seen by a thread."""
+
+    def __init__(self) -> None:
+        self._outputs = queue.SimpleQueue[Any]()
+        self._given, self._done, self._idle_since = 0, 0, -math.inf
+        self._thread = threading.Thread(target=self._watch, name="devices", daemon=True)
+
+    def compute(self, output: Any) -> None:
+        """They will have computed this array, the newest, when it is ready; None ends the thread."""
+        if not self._given:
+            self._thread.start()
+        self._given += 1
+        self._outputs.put(output)
+
+    def idle_since(self) -> float:
+        """The time, infinite as long as they compute."""
+        return self._idle_since if self._given == self._done else math.inf
+
+    def _watch(self) -> None:
+        for output in iter(self._outputs.get, None):
+            with contextlib.suppress(Exception):  # whoever reads the output sees it
+                output.block_until_ready()
+            self._idle_since = _now()
+            self._done += 1
 
 
 class Clock:
     """Charges the time of this start to updates and causes; begins with `start`.
 
-    `earlier` is what earlier starts took (see `cut`).
+    `earlier` is what earlier starts took (see `cut`). `cause` is the current one, since `cause_since`.
     """
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = dict.fromkeys((UPDATES, *CAUSES), 0.0)  # seconds of this start
         self.cause, self.earlier = "start", Times()
-        self._since, self._compiled = _now(), _compilations().seconds()
-        self._computing: Any = None
+        self.cause_since = self._since = _now()
+        self._compiled, self._devices = _compilations().seconds(), _Devices()
 
-    def begin_updates(self) -> None:
-        """Ends the start."""
-        self._switch(UPDATES)
+    def begin(self, cause: str) -> None:
+        """Charges the time from now on to updates, or to a cause."""
+        self._charge()
+        self.cause, self.cause_since = cause, self._since
 
     @contextlib.contextmanager
     def spending(self, cause: str) -> Iterator[None]:
@@ -78,46 +112,50 @@ class Clock:
         if self.cause != UPDATES:
             yield
             return
-        self._switch(cause)
+        self.begin(cause)
         try:
             yield
         finally:
-            self._switch(UPDATES)
+            self.begin(UPDATES)
 
     def batches(self, batches: Iterator[_T]) -> Iterator[_T]:
-        """The batches. Waiting for one is charged to `data` if the devices had nothing left to compute."""
-        while True:
-            with self.spending("data"):
-                batch = next(batches, None)
-                if self._computing is not None and not self._computing.is_ready():
-                    self.cause = UPDATES
-            if batch is None:
-                return
-            yield batch
+        """The batches. Waiting for one is charged to `data` while the devices have nothing to compute."""
+        try:
+            while True:
+                with self.spending("data"):
+                    began, batch = _now(), next(batches, None)
+                waited_s = _now() - began
+                computing_s = min(max(self._devices.idle_since() - began, 0.0), waited_s)
+                self.spent["data"] -= computing_s
+                self.spent[UPDATES] += computing_s
+                if batch is None:
+                    return
+                yield batch
+        finally:
+            self._devices.compute(None)
 
     def computing(self, output: Any) -> None:
         """The devices compute this array, the newest."""
-        self._computing = output
+        self._devices.compute(output)
 
-    @property
     def training_s(self) -> float:
         """Seconds of this start for updates and their data: what tokens per second are measured over."""
-        self._switch(self.cause)
+        self._charge()
         return self.spent[UPDATES] + self.spent["data"]
 
     def times(self) -> "Times":
         """All starts together."""
-        self._switch(self.cause)
+        self._charge()
         lost = {cause: self.spent[cause] + self.earlier.lost_s.get(cause, 0.0) for cause in CAUSES}
         return Times(self.earlier.elapsed_s + sum(self.spent.values()), lost)
 
-    def _switch(self, cause: str) -> None:
+    def _charge(self) -> None:
         now, compiled = _now(), _compilations().seconds()
         passed = now - self._since
         compiling = min(compiled - self._compiled, passed)
         self.spent["compile"] += compiling
         self.spent[self.cause] += passed - compiling
-        self.cause, self._since, self._compiled = cause, now, compiled
+        self._since, self._compiled = now, compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +183,8 @@ class Times:
 
 
 def read(workdir: AnyPath) -> Times:
-    """The times at the newest checkpoint of a run; zero without one."""
-    rows = metrics_file.read(workdir, FILE)
+    """The newest times of a run; zero if it has none."""
+    rows = _valid(metrics_file.read(workdir, FILE))
     return Times(rows[-1]["elapsed_s"], rows[-1]["lost_s"]) if rows else Times()
 
 
@@ -155,10 +193,20 @@ def cut(writer: Writer, restored_update: int, train_rows: list[metrics_file.Row]
 
     `train_rows`: those of all earlier starts, before they were cut; their `elapsed_s` may be later.
     """
-    every = [*metrics_file.read(writer.folder, FILE), *train_rows]
-    kept = metrics_file.cut(writer, restored_update, FILE)
+    every = [*_valid(metrics_file.read(writer.folder, FILE)), *train_rows]
+    kept = _valid(metrics_file.cut(writer, restored_update, FILE))
     saved_s = [row["elapsed_s"] for row in (*kept, *train_rows) if row["update"] <= restored_update]
     elapsed_s = max((row["elapsed_s"] for row in every), default=0.0)
     lost_s = dict(kept[-1]["lost_s"]) if kept else {}
     lost_s["redone"] = lost_s.get("redone", 0.0) + elapsed_s - max(saved_s, default=0.0)
     return Times(elapsed_s, lost_s)
+
+
+def _valid(rows: list[metrics_file.Row]) -> list[metrics_file.Row]:
+    """Without rows that somebody has edited."""
+    return [row for row in rows if _numbers(row.get("elapsed_s")) and _numbers(row.get("lost_s"), dict)]
+
+
+def _numbers(value: Any, kind: Any = int | float) -> bool:
+    values = value.values() if isinstance(value, dict) else [value]
+    return isinstance(value, kind) and all(isinstance(number, int | float) for number in values)

@@ -32,6 +32,7 @@ from relora_jax.run.wandb_sink import WeightsAndBiases
 from relora_jax.storage.writer import Writer
 from relora_jax.training import processes
 
+TIMES_EVERY_S = 60.0
 MAX_PENDING_ROWS = 2  # older rows are waited for; the device still has these to compute
 
 Sink = Board | WeightsAndBiases
@@ -72,14 +73,15 @@ class Metrics:
         evaluated = max((row["update"] for row in rows if row["kind"] == "eval"), default=-1)
         self.evaluated = processes.from_writer(evaluated)
         self._last: Row = train_rows[-1] if train_rows else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
-        self._start, self._update = restored_update, restored_update
+        self._start, self._update, self._times_s = restored_update, max(kept, 0), 0.0
         self._queue: deque[tuple[Row, Any]] = deque()
         self._file, self._times = writer.append(metrics_file.NAME), writer.append(goodput.FILE)
         self._sinks = sinks
         out = sys.stdout if stream is None else stream  # looked up now: it may be redirected
         self._progress = Progress(writer.stream(out), updates=updates, start=restored_update)
-        self._clock.begin_updates()
-        self._trained_s = self._clock.training_s
+        self._clock.begin(goodput.UPDATES)
+        self._trained_s = self._clock.training_s()
+        self._write_times(self._update)
 
     def train(
         self,
@@ -118,9 +120,8 @@ class Metrics:
     def flush(self, update: int) -> None:
         """Writes every queued row to the disk, and the times after an update, before its checkpoint."""
         self._drain()
-        self._times.add(self._clock.times().row(update))
         self._file.sync()
-        self._times.sync()
+        self._write_times(update)
         for sink in self._sinks:
             sink.flush()
 
@@ -147,6 +148,7 @@ class Metrics:
                 with contextlib.suppress(Exception):  # the first error is the one to report
                     self._drain(keep=len(self._queue))
         finally:
+            self._clock.begin("save")  # the last checkpoint is waited for
             for part in (self._progress, self._file, self._times, *self._sinks):
                 with contextlib.suppress(OSError):  # a full disk was already reported by a write
                     part.close()
@@ -155,7 +157,7 @@ class Metrics:
         for value in (*row.values(), skipped_in_row):
             getattr(value, "copy_to_host_async", lambda: None)()
         self._queue.append((row, skipped_in_row))
-        self._update = row["update"]
+        self._update = max(self._update, row["update"])
         self._drain(keep=MAX_PENDING_ROWS)
 
     def _drain(self, *, keep: int = 0) -> None:
@@ -175,14 +177,22 @@ class Metrics:
             row["tokens_per_s"] = self._tokens_per_s(row)
             row["elapsed_s"] = round(self._clock.times().elapsed_s, 3)
             self._last = row
+            if row["elapsed_s"] - self._times_s > TIMES_EVERY_S:
+                self._write_times(row["update"])
         self._file.add(json.dumps(row, allow_nan=False))
         for sink in self._sinks:
             sink.write(row)
         self._show(row)
 
+    def _write_times(self, update: int) -> None:
+        times, self._update = self._clock.times(), max(self._update, update)
+        self._times_s = times.elapsed_s
+        self._times.add(times.row(self._update))
+        self._times.sync()
+
     def _tokens_per_s(self, row: Row) -> float | None:
         """Tokens since the previous row, or since this start, over the time since then."""
-        now = self._clock.training_s
+        now = self._clock.training_s()
         seconds, self._trained_s = now - self._trained_s, now
         tokens = row["tokens_seen"] - self._last["tokens_seen"]
         updates = row["update"] - self._last["update"]

@@ -42,13 +42,17 @@ class Profile:
         """Before update u: starts the trace, once the array `ready`, of the update before, is computed."""
         if self._span and not self._tracing and self._span[0] <= u < self._span[1]:
             jax.block_until_ready(ready)
-            with self._clock.spending("profile"):
-                jax.profiler.start_trace(self._folder())
-            self._tracing = True
+            try:
+                with self._clock.spending("profile"):
+                    jax.profiler.start_trace(self._folder())
+                self._tracing = True
+            except Exception as error:  # of any type, as in _stop
+                self._span = None
+                self._writer.print(f"warning: there is no trace of the profiler: {error}", warning=True)
 
     def after(self, updates: int, ready: Any) -> None:
         """After this many updates: ends the trace, once the array `ready`, of the last one, is computed."""
-        if self._span and updates >= self._span[1]:
+        if self._tracing and self._span and updates >= self._span[1]:
             jax.block_until_ready(ready)
             self._stop()
 
@@ -71,12 +75,16 @@ class Profile:
         if not self._tracing:
             return
         self._tracing = False
-        with self._clock.spending("profile"):
-            jax.profiler.stop_trace()
-            if self._temporary is not None:
-                with self._temporary as folder:
-                    file_system(self._target).put(f"{folder}/", f"{self._target}/", recursive=True)
-        self._writer.print(f"trace of the profiler in {self._target}: open it with xprof or TensorBoard")
+        try:
+            with self._clock.spending("profile"):
+                jax.profiler.stop_trace()
+                if self._temporary is not None:
+                    with self._temporary as folder:
+                        file_system(self._target).put(f"{folder}/", f"{self._target}/", recursive=True)
+        except Exception as error:  # of any type: a trace must not end weeks of training
+            self._writer.print(f"warning: there is no trace of the profiler: {error}", warning=True)
+        else:
+            self._writer.print(f"trace of the profiler in {self._target}: open it with xprof or TensorBoard")
 
     @property
     def _target(self) -> AnyPath:

@@ -10,29 +10,29 @@ from types import TracebackType
 
 import jax
 
-from relora_jax.run.goodput import Clock
+from relora_jax.run.goodput import UPDATES, Clock
 from relora_jax.storage import atomic
 from relora_jax.storage.writer import Writer
 
-TIMES_THE_MEDIAN = 10
 LEAST_S = 30.0  # a shorter wait is not worth a line
+FIRST_S = 1800.0  # for what has not ended yet in this start: the first updates, a first evaluation, say
+TIMES_LONGER = 10
 EVERY_S = 1.0  # between two looks
-_LAST = 100  # updates of which the median is taken
-_FIRST = 5  # updates until it is
+_FIRST = 5  # updates, until their median counts
+_LAST = 100  # updates, of which the median is taken
 
 
 class Stalls:
     """Watches the time between calls of `update`, on a thread, inside its `with`.
 
-    No call for 10 times the median of that time, and for longer than ever before (an evaluation, or the
-    compilation before the first one, may take long): one line on stderr, and every process writes
-    workdir/stacks-PROCESS.txt.
+    No call for 10 times the median of that time, or 10 times as long as it ever took in an evaluation, a save
+    or another cause of the clock: one line on stderr, and every process writes workdir/stacks-PROCESS.txt.
     """
 
     def __init__(self, writer: Writer, clock: Clock) -> None:
         self._writer, self._clock = writer, clock
-        self._between = deque[float](maxlen=_LAST)
-        self._longest, self._last, self._reported = LEAST_S, time.monotonic(), False
+        self._between, self._last = deque[float](maxlen=_LAST), time.monotonic()
+        self._longest = dict[str, float]()  # of each cause that has ended
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stalls", daemon=True)
 
@@ -40,9 +40,7 @@ class Stalls:
         """An update was dispatched."""
         now = time.monotonic()
         self._between.append(now - self._last)
-        if not self._reported:
-            self._longest = max(self._longest, now - self._last)
-        self._last, self._reported = now, False
+        self._last = now
 
     def __enter__(self) -> "Stalls":
         self._thread.start()
@@ -55,18 +53,27 @@ class Stalls:
         self._thread.join()
 
     def _watch(self) -> None:
+        cause, since, updates, reported = self._clock.cause, time.monotonic(), self._last, False
         while not self._ended.wait(EVERY_S):
-            waited_s = time.monotonic() - self._last
-            if not self._reported and len(self._between) >= _FIRST and waited_s > self._limit_s():
-                self._reported = True
-                self._report(waited_s)
+            now = time.monotonic()
+            if self._clock.cause != cause or self._last != updates:
+                if cause not in (UPDATES, "data"):
+                    self._longest[cause] = max(self._longest.get(cause, 0.0), now - since)
+                cause, since, updates, reported = self._clock.cause, now, self._last, False
+            elif not reported and now - since > self._limit_s(cause):
+                reported = True
+                self._report(now - updates, cause)
 
-    def _limit_s(self) -> float:
-        return max(self._longest, TIMES_THE_MEDIAN * statistics.median(self._between))
+    def _limit_s(self, cause: str) -> float:
+        if cause in (UPDATES, "data"):
+            usual_s = statistics.median(list(self._between)) if len(self._between) >= _FIRST else None
+        else:
+            usual_s = self._longest.get(cause)
+        return FIRST_S if usual_s is None else max(LEAST_S, TIMES_LONGER * usual_s)
 
-    def _report(self, waited_s: float) -> None:
-        median_s, doing = statistics.median(self._between), self._clock.cause
-        text = f"{time.ctime()}: no update for {waited_s:.0f} s, usually {median_s:.2g} s ({doing})"
+    def _report(self, waited_s: float, cause: str) -> None:
+        usual = f", usually {statistics.median(list(self._between)):.2g} s" if self._between else ""
+        text = f"{time.ctime()}: no update for {waited_s:.0f} s{usual} ({cause})"
         file = self._writer.folder / f"stacks-{jax.process_index()}.txt"
         try:
             atomic.write(file, f"{text}\n\n{stacks()}".encode())

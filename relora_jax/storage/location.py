@@ -1,8 +1,8 @@
 """Where a run lies: in a local directory, a `pathlib.Path`, or at gs://bucket/run, an `epath.Path`.
 
 An object store has whole objects only: a write replaces one in one step; nothing is appended, renamed or
-locked. Directories are common beginnings of names. The functions of this room that take an `AnyPath` do what
-is nearest to what they do on a disk.
+locked. Directories are common beginnings of names. The functions of this module that take an `AnyPath` do
+what is nearest to what they do on a disk.
 """
 
 import contextlib

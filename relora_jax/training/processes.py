@@ -28,6 +28,7 @@ from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import multihost_utils
 
 from relora_jax.errors import STOPPED, UserError
+from relora_jax.storage.location import is_store_error
 
 FLAGS = {"coordinator": "", "processes": "", "process": "", "heartbeat": "100"}
 AGREE_TIMEOUT_S = 7 * 24 * 3600  # one process may prepare rows for days while the others wait
@@ -35,6 +36,9 @@ LEAVE_TIMEOUT_S = 10  # until one that failed alone leaves without the others
 # no cluster is detected, or JAX has already started its devices, as a library
 _NO_CLUSTER = ("coordinator_address should be defined", "must be called before any JAX calls")
 _T = TypeVar("_T")
+_joined = False
+_Handler = ctypes.CFUNCTYPE(None)
+_terminate: Any = None  # what ends the process after any other C++ exception than `_told_of_death`'s
 _exit_code: int | None = None  # once the work is done and only the other processes are waited for
 _heartbeat_s = 0
 
@@ -48,7 +52,8 @@ def joined(flags: dict[str, Any]) -> Iterator[Callable[[], None] | None]:
     except (UserError, OSError):
         raise
     except Exception as error:
-        _fail(error)
+        if not is_store_error(error):
+            _fail(error)
         raise
 
 
@@ -58,7 +63,7 @@ def start(flags: dict[str, Any]) -> Callable[[], None] | None:
     Returns a function that makes all processes stop at the same `should_stop`, or None if this is the only
     process. UserError if a flag is missing or wrong, ConnectionError if the others cannot be reached.
     """
-    global _heartbeat_s
+    global _heartbeat_s, _joined
     own, _heartbeat_s = _check(flags), int(flags["heartbeat"])
     if own == {"num_processes": 1}:
         return None
@@ -70,11 +75,10 @@ def start(flags: dict[str, Any]) -> Callable[[], None] | None:
         if not own and any(text in str(error) for text in _NO_CLUSTER):
             return None
         reason = str(error).partition("\n")[0]
-        if own:
-            raise ConnectionError(
-                f"the other processes of --coordinator cannot be joined ({reason})"
-            ) from error
-        raise UserError(f"the other processes cannot be joined ({reason}): pass --processes=1") from error
+        reason = "not all of them answered" if reason == "std::bad_cast" else reason  # see `_told_of_death`
+        others = "of --coordinator" if own else "of this cluster (--processes=1 needs none)"
+        raise ConnectionError(f"the other processes {others} cannot be joined: {reason}") from error
+    _joined = True
     libc = ctypes.CDLL(None)
     libc.signal.restype = ctypes.c_void_p
     handler = libc.signal(signal.SIGTERM, None)  # JAX's; the caller sets its own, which may call this one
@@ -175,6 +179,8 @@ def leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     _exit_code = code
+    if not _joined:
+        os._exit(code)  # JAX would wait for the others
     with contextlib.suppress(Exception):
         _wait("leave", timeout_s=LEAVE_TIMEOUT_S)
     if is_writer():
@@ -225,14 +231,22 @@ def _told_of_death() -> Iterator[None]:
     JAX passes on no callback of ours, and the status that one gets cannot be converted for Python. The C++
     exception of that attempt is the news: it ends in std::terminate.
     """
+    global _terminate
     make_client = functools.partial(_jax.get_distributed_runtime_client, missed_heartbeat_callback=_on_death)
     with mock.patch.object(_jax, "get_distributed_runtime_client", make_client):
         yield
-    ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE(_on_death)
+    library = ctypes.CDLL("libstdc++.so.6")
+    library._ZSt13set_terminatePFvvE.restype = _Handler
+    _terminate = library._ZSt13set_terminatePFvvE(_on_death)
 
 
-@ctypes.CFUNCTYPE(None)
+@_Handler
 def _on_death() -> None:
+    library = ctypes.CDLL("libstdc++.so.6")
+    library.__cxa_current_exception_type.restype = ctypes.c_void_p
+    bad_cast = ctypes.addressof(ctypes.c_char.in_dll(library, "_ZTISt8bad_cast"))
+    if library.__cxa_current_exception_type() != bad_cast:
+        _terminate()
     _exit("process 0 died")
 
 

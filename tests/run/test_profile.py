@@ -44,6 +44,35 @@ def test_only_the_updates_of_the_span_are_traced(
     assert seen == traced and calls == ([str(tmp_path / "profile"), "stop"] if traced else [])
 
 
+def test_profiler_that_fails_neither_ends_the_run_nor_hides_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no trace")
+
+    with pytest.raises(KeyError), Profile(Writer(tmp_path), Clock(), (0, 9)) as profiler:
+        profiler.before(0, jnp.array(0))
+        stop = profile.jax.profiler.stop_trace
+        monkeypatch.setattr(profile.jax.profiler, "stop_trace", lambda: (stop(), fail()))
+        raise KeyError
+    monkeypatch.setattr(profile.jax.profiler, "start_trace", fail)
+    with Profile(Writer(tmp_path), Clock(), (0, 9)) as profiler:
+        profiler.before(0, jnp.array(0))
+        profiler.before(1, jnp.array(1))
+    assert capsys.readouterr().err == 2 * "warning: there is no trace of the profiler: no trace\n"
+
+
+def test_no_update_outside_of_the_span_is_waited_for(tmp_path: Path) -> None:
+    class Never:
+        def block_until_ready(self) -> None:
+            raise AssertionError("waits")
+
+    with Profile(Writer(tmp_path), Clock(), (2, 4)) as profiler:
+        for u in (0, 1, 4, 5):
+            profiler.before(u, Never())
+            profiler.after(u + 1, Never())
+
+
 def test_trace_is_what_xprof_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Profile(Writer(tmp_path), Clock(), (0, 1)) as profiler:
         profiler.before(0, jnp.array(0))

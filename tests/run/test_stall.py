@@ -12,9 +12,10 @@ from relora_jax.storage.writer import Writer
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(stall, "LEAST_S", 0.1)
+    monkeypatch.setattr(stall, "FIRST_S", 1.0)
     monkeypatch.setattr(stall, "EVERY_S", 0.01)
     clock = Clock()
-    clock.begin_updates()
+    clock.begin("updates")
     return clock
 
 
@@ -29,25 +30,41 @@ def test_run_that_stands_still_is_reported_once_with_its_stacks(
 ) -> None:
     with Stalls(Writer(tmp_path), clock) as stalls:
         updates(stalls)
-        with clock.spending("save"):
-            stand_still()
+        stand_still()
         reported = capsys.readouterr().err
         assert reported.count("no update for") == 1 and f"are in {tmp_path}/stacks-0.txt" in reported
         stacks = (tmp_path / "stacks-0.txt").read_text()
-        assert "Thread MainThread:" in stacks and "stand_still" in stacks and "(save)" in stacks
+        assert "Thread MainThread:" in stacks and "stand_still" in stacks and "(updates)" in stacks
         updates(stalls)
         stand_still()
-        assert capsys.readouterr().err.count("(updates)") == 1  # the next one, although not longer
+        assert capsys.readouterr().err.count("no update for") == 1  # the next one, although not longer
 
 
-def test_wait_that_is_no_longer_than_an_earlier_one_is_not_reported(tmp_path: Path, clock: Clock) -> None:
+def test_evaluation_is_measured_by_the_longest_one_before(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Stalls(Writer(tmp_path), clock) as stalls:
-        time.sleep(1.0)  # compilation
-        updates(stalls, 4)
-        stand_still()  # no median yet
-        updates(stalls, 1)
+        updates(stalls)
+        for _ in range(2):
+            with clock.spending("evaluation"):
+                time.sleep(0.2)
+            updates(stalls)
+        assert not capsys.readouterr().err
+        with clock.spending("save"):
+            time.sleep(1.2)  # longer than anything may take at first
+        assert "(save)" in capsys.readouterr().err
+
+
+def test_first_updates_have_a_limit_of_their_own(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Stalls(Writer(tmp_path), clock) as stalls:
         stand_still()
-    assert not (tmp_path / "stacks-0.txt").exists()
+        updates(stalls, 4)
+        stand_still()
+        assert not capsys.readouterr().err
+        time.sleep(0.7)
+        assert "(updates)" in capsys.readouterr().err
 
 
 def test_wait_below_ten_times_the_median_is_not_reported(tmp_path: Path, clock: Clock) -> None:
