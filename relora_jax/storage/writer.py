@@ -12,8 +12,8 @@ from relora_jax.storage.location import AnyPath, file_system, is_remote, store_e
 class Writer:
     """Writes to a run's directory and prints; with `active=False` (another process does it), does nothing.
 
-    Whatever a run writes goes through a `Writer` or is skipped if it is not `active` (curves, report, traces),
-    except the arrays of a checkpoint, of which each process writes its own shards, and the stacks of a stall.
+    Whatever a run writes goes through a `Writer` or is skipped if it is not `active` (curves, report, traces).
+    Each process itself writes its shards of a checkpoint's arrays, and its stacks if the run stands still.
     """
 
     def __init__(self, folder: AnyPath, *, active: bool = True) -> None:
