@@ -12,7 +12,7 @@ from relora_jax.storage.location import AnyPath, file_system, is_remote, store_e
 class Writer:
     """Writes to a run's directory and prints; with `active=False` (another process does it), does nothing.
 
-    Whatever a run writes goes through a `Writer` or is skipped if it is not `active` (curves, report, traces).
+    What a run writes goes through a `Writer` or is skipped if it is not `active` (curves, report, traces).
     Each process itself writes its shards of a checkpoint's arrays, and its stacks if the run stands still.
     """
 
