@@ -80,7 +80,7 @@ def train(run: OpenRun, signals: Signals, clock: Clock) -> int | None:
     stream = batches.prefetch(batches.stream(config, run.prepared.train, program.rows), run.update, updates)
     start = {"restored_update": run.update, "fresh": not run.resumed}
     with (
-        Stalls(run.writer, clock) as stalls,
+        Stalls(run.writer, clock),
         Profile(run.writer, clock, profile.parse(config.train.profile, updates=updates)) as profiler,
         Checkpoints(run.workdir, config) as checkpoints,
         Metrics(run.writer, updates=updates, sinks=_sinks(run), clock=clock, **start) as metrics,
@@ -102,7 +102,6 @@ def train(run: OpenRun, signals: Signals, clock: Clock) -> int | None:
             with clock.spending("compile") if compiles else nullcontext():
                 state, values = program.train_step(state, batch, learning_rate)
             clock.computing(values["loss"])
-            stalls.update()
             profiler.after(u + 1, state.update)
             recorder.log(u + 1, learning_rate, values)
             if recorder.record(u + 1, state):

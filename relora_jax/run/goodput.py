@@ -66,8 +66,8 @@ class _Devices:
     """Since when the devices have had nothing to compute, seen by a thread."""
 
     def __init__(self) -> None:
-        self._outputs = queue.SimpleQueue[Any]()
-        self._given, self._done, self._idle_since = 0, 0, -math.inf
+        self._outputs, self.done = queue.SimpleQueue[Any](), 0
+        self._given, self._idle_since = 0, -math.inf
         self._thread = threading.Thread(target=self._watch, name="devices", daemon=True)
 
     def compute(self, output: Any) -> None:
@@ -79,14 +79,14 @@ class _Devices:
 
     def idle_since(self) -> float:
         """The time, infinite as long as they compute."""
-        return self._idle_since if self._given == self._done else math.inf
+        return self._idle_since if self._given == self.done else math.inf
 
     def _watch(self) -> None:
         for output in iter(self._outputs.get, None):
             with contextlib.suppress(Exception):  # whoever reads the output sees it
                 output.block_until_ready()
             self._idle_since = _now()
-            self._done += 1
+            self.done += 1
 
 
 class Clock:
@@ -135,8 +135,13 @@ class Clock:
             self._devices.compute(None)
 
     def computing(self, output: Any) -> None:
-        """The devices compute this array, the newest."""
+        """The devices compute this array, of the newest update."""
         self._devices.compute(output)
+
+    @property
+    def completed(self) -> int:
+        """The updates of this start that the devices have completed."""
+        return self._devices.done
 
     def training_s(self) -> float:
         """Seconds of this start for updates and their data: what tokens per second are measured over."""

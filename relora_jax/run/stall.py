@@ -18,29 +18,23 @@ LEAST_S = 30.0  # a shorter wait is not worth a line
 FIRST_S = 1800.0  # for what has not ended yet in this start: the first updates, a first evaluation, say
 TIMES_LONGER = 10
 EVERY_S = 1.0  # between two looks
-_FIRST = 5  # updates, until their median counts
-_LAST = 100  # updates, of which the median is taken
+_FIRST = 5  # looks that saw an update completed, until the median counts
+_LAST = 100  # of these, of which the median is taken
 
 
 class Stalls:
-    """Watches the time between calls of `update`, on a thread, inside its `with`.
+    """Watches the clock's completed updates, on a thread, inside its `with`.
 
-    No call for 10 times the median of that time, or 10 times as long as it ever took in an evaluation, a save
-    or another cause of the clock: one line on stderr, and every process writes workdir/stacks-PROCESS.txt.
+    None for 10 times the median of their time, or 10 times as long as an evaluation, a save or another cause
+    ever took: one line on stderr, and every process writes workdir/stacks-PROCESS.txt.
     """
 
     def __init__(self, writer: Writer, clock: Clock) -> None:
         self._writer, self._clock = writer, clock
-        self._between, self._last = deque[float](maxlen=_LAST), time.monotonic()
+        self._seconds = deque[float](maxlen=_LAST)  # of an update
         self._longest = dict[str, float]()  # of each cause that has ended
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stalls", daemon=True)
-
-    def update(self) -> None:
-        """An update was dispatched."""
-        now = time.monotonic()
-        self._between.append(now - self._last)
-        self._last = now
 
     def __enter__(self) -> "Stalls":
         self._thread.start()
@@ -53,26 +47,30 @@ class Stalls:
         self._thread.join()
 
     def _watch(self) -> None:
-        cause, since, updates, reported = self._clock.cause, time.monotonic(), self._last, False
+        completed, cause, reported = self._clock.completed, self._clock.cause, False
+        completed_at = since = time.monotonic()
         while not self._ended.wait(EVERY_S):
-            now = time.monotonic()
-            if self._clock.cause != cause or self._last != updates:
+            now, count = time.monotonic(), self._clock.completed
+            if self._clock.cause != cause or count != completed:
                 if cause not in (UPDATES, "data"):
                     self._longest[cause] = max(self._longest.get(cause, 0.0), now - since)
-                cause, since, updates, reported = self._clock.cause, now, self._last, False
+                if count != completed:
+                    self._seconds.append((now - completed_at) / (count - completed))
+                    completed, completed_at = count, now
+                cause, since, reported = self._clock.cause, now, False
             elif not reported and now - since > self._limit_s(cause):
                 reported = True
-                self._report(now - updates, cause)
+                self._report(now - completed_at, cause)
 
     def _limit_s(self, cause: str) -> float:
         if cause in (UPDATES, "data"):
-            usual_s = statistics.median(list(self._between)) if len(self._between) >= _FIRST else None
+            usual_s = statistics.median(self._seconds) if len(self._seconds) >= _FIRST else None
         else:
             usual_s = self._longest.get(cause)
         return FIRST_S if usual_s is None else max(LEAST_S, TIMES_LONGER * usual_s)
 
     def _report(self, waited_s: float, cause: str) -> None:
-        usual = f", usually {statistics.median(list(self._between)):.2g} s" if self._between else ""
+        usual = f", usually {statistics.median(self._seconds):.2g} s" if self._seconds else ""
         text = f"{time.ctime()}: no update for {waited_s:.0f} s{usual} ({cause})"
         file = self._writer.folder / f"stacks-{jax.process_index()}.txt"
         try:

@@ -19,23 +19,28 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def updates(stalls: Stalls, count: int = 5) -> None:
+class Done:
+    def block_until_ready(self) -> None:
+        pass
+
+
+def updates(clock: Clock, count: int = 5, seconds: float = 0.02) -> None:
     for _ in range(count):
-        time.sleep(0.001)
-        stalls.update()
+        time.sleep(seconds)
+        clock.computing(Done())
 
 
 def test_run_that_stands_still_is_reported_once_with_its_stacks(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Stalls(Writer(tmp_path), clock) as stalls:
-        updates(stalls)
+    with Stalls(Writer(tmp_path), clock):
+        updates(clock)
         stand_still()
         reported = capsys.readouterr().err
         assert reported.count("no update for") == 1 and f"are in {tmp_path}/stacks-0.txt" in reported
         stacks = (tmp_path / "stacks-0.txt").read_text()
         assert "Thread MainThread:" in stacks and "stand_still" in stacks and "(updates)" in stacks
-        updates(stalls)
+        updates(clock)
         stand_still()
         assert capsys.readouterr().err.count("no update for") == 1  # the next one, although not longer
 
@@ -43,12 +48,12 @@ def test_run_that_stands_still_is_reported_once_with_its_stacks(
 def test_evaluation_is_measured_by_the_longest_one_before(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Stalls(Writer(tmp_path), clock) as stalls:
-        updates(stalls)
+    with Stalls(Writer(tmp_path), clock):
+        updates(clock)
         for _ in range(2):
             with clock.spending("evaluation"):
                 time.sleep(0.2)
-            updates(stalls)
+            updates(clock)
         assert not capsys.readouterr().err
         with clock.spending("save"):
             time.sleep(1.2)  # longer than anything may take at first
@@ -58,9 +63,9 @@ def test_evaluation_is_measured_by_the_longest_one_before(
 def test_first_updates_have_a_limit_of_their_own(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Stalls(Writer(tmp_path), clock) as stalls:
+    with Stalls(Writer(tmp_path), clock):
         stand_still()
-        updates(stalls, 4)
+        updates(clock, 4)
         stand_still()
         assert not capsys.readouterr().err
         time.sleep(0.7)
@@ -68,19 +73,31 @@ def test_first_updates_have_a_limit_of_their_own(
 
 
 def test_wait_below_ten_times_the_median_is_not_reported(tmp_path: Path, clock: Clock) -> None:
-    with Stalls(Writer(tmp_path), clock) as stalls:
-        for _ in range(5):
-            time.sleep(0.08)
-            stalls.update()
+    with Stalls(Writer(tmp_path), clock):
+        updates(clock, seconds=0.08)
         stand_still()
     assert not (tmp_path / "stacks-0.txt").exists()
+
+
+def test_host_may_be_ahead_of_the_devices(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow(Done):
+        def block_until_ready(self) -> None:
+            time.sleep(0.05)
+
+    with Stalls(Writer(tmp_path), clock):
+        for _ in range(20):  # dispatched at once; then one row of metrics is waited for
+            clock.computing(Slow())
+        time.sleep(1.0)
+    assert not capsys.readouterr().err
 
 
 def test_disk_that_fails_does_not_end_the_watch(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Stalls(Writer(tmp_path / "missing"), clock) as stalls:
-        updates(stalls)
+    with Stalls(Writer(tmp_path / "missing"), clock):
+        updates(clock)
         stand_still()
     assert "stacks-0.txt cannot be written ([Errno 2]" in capsys.readouterr().err
 
