@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant(
         "nested compilations count twice",
         "run/goodput.py",
-        "[span for span in self._spans if span[0] < start_time]",
+        "[span for span in self._spans if span[0] < start]",
         "self._spans",
         "tests/run/test_goodput.py::test_compilation_is_charged_to_itself_wherever_it_is",
     ),
