@@ -52,7 +52,7 @@ def test_evaluation_is_measured_by_the_longest_one_before(
         updates(clock)
         for _ in range(2):
             with clock.spending("evaluation"):
-                time.sleep(0.2)
+                time.sleep(0.4)
             updates(clock)
         assert not capsys.readouterr().err
         with clock.spending("save"):
