@@ -100,7 +100,7 @@ def _section(machine: Machine) -> str:
         return "\n".join([*lines, "", *_block(commands)])
     header, *body = zip(*columns, strict=True)
     lines = [f"## {machine.title}", "", f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    lines += [f"| {' | '.join(row)} |" for row in body]
+    lines += [f"| {' | '.join(row)} |" for row in body if set(row[1:]) != {"-"}]
     return "\n".join([*lines, "", *_block(commands)])
 
 
