@@ -29,7 +29,12 @@ def kernels(model: Any) -> list[np.ndarray]:
     return [np.asarray(v[...]) for _, v in nnx.to_flat_state(nnx.state(model, BaseKernel))]
 
 
-@pytest.mark.parametrize(("page", "number"), EXAMPLES)
+LONG = {("docs/own_model.md", 0): pytest.mark.slow}  # the other two show as much
+
+
+@pytest.mark.parametrize(
+    ("page", "number"), [pytest.param(*example, marks=LONG.get(example, ())) for example in EXAMPLES]
+)
 def test_documented_example_trains_a_custom_model_through_restarts(
     page: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

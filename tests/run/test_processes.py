@@ -136,7 +136,6 @@ def close(sandbox: Sandbox, workdir: str, other: str = "one") -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.ci
 def test_two_processes_give_the_losses_of_one(sandbox: Sandbox) -> None:
     close(sandbox, "two")
     facts = sandbox.facts("two")
