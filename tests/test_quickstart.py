@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from relora_jax.reporting import samples
-from relora_jax.run import metrics_file
+from relora_jax.run import goodput, metrics_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = {
@@ -47,7 +47,12 @@ def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
     assert last["tokens_seen"] == 20 * 16 * 128 and last["restarts"] == 2
     assert [r["update"] for r in rows if r["kind"] == "sample"] == [u for u in (0, 10, 20) for _ in range(3)]
     assert len({r["prompt"] for r in rows if r["kind"] == "sample"}) == 3
+    times = goodput.read(tmp_path / "run")
+    lost_to = [cause for cause, seconds in times.lost_s.items() if seconds > 0]
+    assert lost_to == ["start", "compile", "data", "evaluation", "save", "restart"]
+    assert last["elapsed_s"] <= times.elapsed_s and sum(times.lost_s.values()) < times.elapsed_s
     report = (tmp_path / "run" / "report.md").read_text()
+    assert f"| goodput | {times} |" in report
     assert "| after 0 updates | after 20 updates |" in report
     assert report.endswith(f"<b>{samples.escape(sample['prompt'])}</b>{samples.escape(sample['text'])} |\n")
     for picture in ("loss", "learning_rate", "perplexity", "spectrum"):

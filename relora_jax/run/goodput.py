@@ -92,19 +92,19 @@ class _Devices:
 class Clock:
     """Charges the time of this start to updates and causes; begins with `start`.
 
-    `earlier` is what earlier starts took (see `cut`). `cause` is the current one, since `cause_since`.
+    `earlier` is what earlier starts took (see `cut`), `cause` what the time is charged to now.
     """
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = dict.fromkeys((UPDATES, *CAUSES), 0.0)  # seconds of this start
         self.cause, self.earlier = "start", Times()
-        self.cause_since = self._since = _now()
-        self._compiled, self._devices = _compilations().seconds(), _Devices()
+        self._since, self._compiled = _now(), _compilations().seconds()
+        self._devices = _Devices()
 
     def begin(self, cause: str) -> None:
         """Charges the time from now on to updates, or to a cause."""
         self._charge()
-        self.cause, self.cause_since = cause, self._since
+        self.cause = cause
 
     @contextlib.contextmanager
     def spending(self, cause: str) -> Iterator[None]:
@@ -198,6 +198,7 @@ def cut(writer: Writer, restored_update: int, train_rows: list[metrics_file.Row]
 
     `train_rows`: those of all earlier starts, before they were cut; their `elapsed_s` may be later.
     """
+    train_rows = [row for row in train_rows if _numbers(row.get("elapsed_s"))]
     every = [*_valid(metrics_file.read(writer.folder, FILE)), *train_rows]
     kept = _valid(metrics_file.cut(writer, restored_update, FILE))
     saved_s = [row["elapsed_s"] for row in (*kept, *train_rows) if row["update"] <= restored_update]

@@ -32,7 +32,7 @@ from relora_jax.run.wandb_sink import WeightsAndBiases
 from relora_jax.storage.writer import Writer
 from relora_jax.training import processes
 
-TIMES_EVERY_S = 60.0
+TIMES_EVERY_S = 60.0  # between rows of time.jsonl
 MAX_PENDING_ROWS = 2  # older rows are waited for; the device still has these to compute
 
 Sink = Board | WeightsAndBiases
@@ -72,7 +72,7 @@ class Metrics:
         train_rows = [row for row in rows if row["kind"] == "train"]
         evaluated = max((row["update"] for row in rows if row["kind"] == "eval"), default=-1)
         self.evaluated = processes.from_writer(evaluated)
-        self._last: Row = train_rows[-1] if train_rows else {"update": 0, "tokens_seen": 0, "elapsed_s": 0.0}
+        self._last: Row = train_rows[-1] if train_rows else {"update": 0, "tokens_seen": 0}
         self._start, self._update, self._times_s = restored_update, max(kept, 0), 0.0
         self._queue: deque[tuple[Row, Any]] = deque()
         self._file, self._times = writer.append(metrics_file.NAME), writer.append(goodput.FILE)

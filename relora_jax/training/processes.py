@@ -24,7 +24,6 @@ from unittest import mock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
 from jax.experimental import multihost_utils
 
 from relora_jax.errors import STOPPED, UserError
@@ -229,14 +228,23 @@ def _told_of_death() -> Iterator[None]:
     """Inside, JAX's client is made so that it calls `_on_death` instead of aborting without process 0.
 
     JAX passes on no callback of ours, and the status that one gets cannot be converted for Python. The C++
-    exception of that attempt is the news: it ends in std::terminate.
+    exception of that attempt is the news: it ends in std::terminate. Where JAX or the C++ library has other
+    names, JAX aborts.
     """
     global _terminate
-    make_client = functools.partial(_jax.get_distributed_runtime_client, missed_heartbeat_callback=_on_death)
+    try:
+        from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+
+        make_client = functools.partial(
+            _jax.get_distributed_runtime_client, missed_heartbeat_callback=_on_death
+        )
+        library = ctypes.CDLL("libstdc++.so.6")
+        library._ZSt13set_terminatePFvvE.restype = _Handler
+    except (ImportError, AttributeError, OSError):
+        yield
+        return
     with mock.patch.object(_jax, "get_distributed_runtime_client", make_client):
         yield
-    library = ctypes.CDLL("libstdc++.so.6")
-    library._ZSt13set_terminatePFvvE.restype = _Handler
     _terminate = library._ZSt13set_terminatePFvvE(_on_death)
 
 

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import socket
+import time
 from typing import Any
 
 import jax
@@ -248,6 +249,24 @@ def test_processes_of_slurm_find_each_other_and_wait_for_the_report(sandbox: San
     errors = [process.communicate(timeout=400)[1] for process in running]
     assert [process.returncode for process in running] == [0, 0], errors
     assert sandbox.rows("slurm") == sandbox.rows("two")
+
+
+@pytest.mark.slow
+def test_processes_that_stand_still_write_their_stacks(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STALL_S", "5")
+    job = Job(sandbox, 2, "stall", HANG_AT="15")  # the last one, for which the other waits
+    files = [sandbox.folder / "stall" / f"stacks-{i}.txt" for i in range(2)]
+    deadline = time.monotonic() + 200
+    while not all(map(pathlib.Path.exists, files)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(1)  # until the line is printed
+    for process in job.processes:
+        process.kill()
+    job.codes()
+    assert "in killing" in files[1].read_text() and "Thread MainThread" in files[0].read_text()
+    assert job.errors[0].count("no update for") == 1 and "no update for" not in job.errors[1]
 
 
 @pytest.mark.slow

@@ -23,12 +23,14 @@ from tests.support.documents import texts, write_dataset
 # Environment variables make the config file inject faults: KILL_AT="u signal" sends its own process the
 # signal as update u begins; EMPTY_FROM="u" gives batches without targets from update u on; HANG_AT="u"
 # computes forever in C, blocking Python, as update u begins; TERM_IN="u" prints a line and sends SIGTERM at
-# each batch but the first of the evaluation after u updates; REPORT_S="s" makes the report s seconds slower.
+# each batch but the first of the evaluation after u updates; REPORT_S="s" makes the report s seconds slower;
+# STALL_S="s" reports a stall after s seconds.
 CONFIG = """
 import hashlib, os, signal, time
 from relora_jax import magnitude
 from relora_jax.data import batches as data
 from relora_jax.reporting import page
+from relora_jax.run import stall
 from relora_jax.training import program, steps
 from tests.support import small
 
@@ -56,6 +58,7 @@ def get_config(arm="relora"):
         return write(workdir)
 
     page.write = slow
+    stall.LEAST_S = float(os.environ.get("STALL_S", stall.LEAST_S))
     train_batch = data.train_batch
 
     def emptying(store, u, **shape):
