@@ -29,11 +29,12 @@ def kernels(model: Any) -> list[np.ndarray]:
     return [np.asarray(v[...]) for _, v in nnx.to_flat_state(nnx.state(model, BaseKernel))]
 
 
-LONG = {("docs/own_model.md", 0): pytest.mark.slow}  # the other two show as much
+FAST = ("README.md",)
 
 
 @pytest.mark.parametrize(
-    ("page", "number"), [pytest.param(*example, marks=LONG.get(example, ())) for example in EXAMPLES]
+    ("page", "number"),
+    [pytest.param(page, n, marks=() if page in FAST else pytest.mark.slow) for page, n in EXAMPLES],
 )
 def test_documented_example_trains_a_custom_model_through_restarts(
     page: str, number: int, monkeypatch: pytest.MonkeyPatch
