@@ -88,7 +88,7 @@ class Sandbox:
         (folder / "toy.py").write_text(CONFIG)
         self.environment = {"TFDS_DATA_DIR": str(folder / "tfds"), "XDG_CACHE_HOME": str(folder / "cache")}
         self.environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # these two as in conftest.py
-        self.environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir  # pyright: ignore
+        self.environment["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TFDS_DATA_DIR", self.environment["TFDS_DATA_DIR"])
             write_dataset("toy:1.0.0", {"train": texts(60), "validation": texts(20, seed=1)})
