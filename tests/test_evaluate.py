@@ -269,6 +269,7 @@ def test_moved_text_is_accepted_together_with_its_held_out_files(
     assert "trained on other rows" in output_line(capsys, f"--workdir={workdir}", args[0], code=2)
 
 
+@pytest.mark.slow
 def test_devices_and_microbatch_change_only_the_rounding(
     run: SavedRun, workdir: pathlib.Path, capsys: Any
 ) -> None:

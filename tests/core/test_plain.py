@@ -308,6 +308,7 @@ def test_attention_of_flax_is_the_same_wrapped_merged_and_unwrapped(options: dic
     assert nnx.graphdef(model) == graph
 
 
+@pytest.mark.slow
 def test_decoding_with_a_cache_works_with_wrapped_projections() -> None:
     model, x = attention(decode=True), jnp.asarray(drawn(2, 3, 8), jnp.float32)
     disturb(lower(model, base_dtype="float32"))

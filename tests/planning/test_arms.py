@@ -51,6 +51,7 @@ def test_compiled_matmul_flops_are_those_of_the_model(arm: str, product: str) ->
     assert plan.flops_per_token - plan.model_flops_per_token == pytest.approx(extra)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_shards() -> None:
     config = small.config("full", mesh__data=2, mesh__fsdp=4, train__microbatch=8)
     devices = topology(8, slices=2)

@@ -94,6 +94,7 @@ def restored_copy(program: Program, folder: pathlib.Path, config: Any) -> Any:
     return restored[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tables")
 def test_restart_adds_the_factors_product_to_the_kernel_that_a_base_reads() -> None:
     config = small.config(relora__base_dtype="int8_toy")

@@ -78,6 +78,7 @@ def test_checkpoint_of_one_mesh_is_continued_on_others(tmp_path: pathlib.Path, o
     np.testing.assert_allclose(losses, one[2], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 2, 2)])
 def test_saved_and_restored_state_is_bitwise_the_same_on_a_padded_mesh(
     mesh: tuple[int, int, int], tmp_path: pathlib.Path

@@ -90,6 +90,7 @@ def test_devices_share_a_run_without_changing_it(
     assert (len(kernel.sharding.device_set), shard.size * shape[1] * shape[2]) == (4, kernel.size)
 
 
+@pytest.mark.slow
 def test_train_step_compiles_once_per_phase(runs_on_devices: dict[Any, Any]) -> None:
     if not runs_on_devices:  # this test alone
         config = small.config(relora__merges_per_cycle=2)
