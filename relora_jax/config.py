@@ -56,7 +56,7 @@ class ModelConfig:
     rms_eps: float = 1e-6
     init_std: float = 0.02
     remat: str = run_field("none")
-    attention: str = run_field("xla")
+    attention: str = run_field("auto")
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     configs = []
     for arm in values["arms"].split(","):
         config, _ = cli.parse(cli.with_arm(argv, arm), **flags, **switches)
-        validate(config, devices=len(topology.devices))
+        validate(config, devices=len(topology.devices), platform=topology.chip.platform)
         configs.append(config)
     plans = make_plans(configs, topology, search=values["search"])
     if values["json"]:

@@ -15,14 +15,17 @@ from relora_jax.config import ARMS, LOW_RANK_ARMS, Config, check_types
 from relora_jax.core import base, low_rank, reset, restart
 from relora_jax.errors import UserError
 from relora_jax.families import FAMILIES
-from relora_jax.model import llama, rope
+from relora_jax.model import attention, llama, rope
 from relora_jax.training.sharding import mesh_shape
 
 
-def validate(config: Config, *, devices: int) -> None:
-    """UserError for the first setting that is invalid, by itself, with others, or on this many devices."""
+def validate(config: Config, *, devices: int, platform: str = "") -> None:
+    """UserError for the first setting that is invalid, by itself, with others, or on this many devices.
+
+    These are of the platform that JAX uses, unless another is named.
+    """
     check_settings(config)
-    _devices(config, devices)
+    _devices(config, devices, platform or jax.default_backend())
 
 
 def check_settings(config: Config) -> None:
@@ -45,7 +48,7 @@ def _model(config: Config) -> None:
     for name in ("rope_theta", "rms_eps", "init_std"):
         _rate(f"model.{name}", getattr(model, name))
     _one_of("model.remat", model.remat, llama.REMAT)
-    _one_of("model.attention", model.attention, llama.ATTENTION)
+    _one_of("model.attention", model.attention, attention.ATTENTION)
     _dtype("model.compute_dtype", model.compute_dtype)
     with _prefixed("model.rope_scaling: "):
         rope.parse(model.rope_scaling)
@@ -67,26 +70,12 @@ def _limits_rows(config: Config, name: str) -> None:
         raise UserError(f"data.sequence_length {length} exceeds model.{name} {limit}: shorten it")
 
 
-def _cudnn(config: Config) -> None:
+def _cudnn(config: Config, platform: str) -> None:
     """UserError without a GPU, or for a dtype or shape that cuDNN's attention does not support on any GPU."""
-    model, length = config.model, config.data.sequence_length
-    if model.compute_dtype != "bfloat16":
-        raise UserError(
-            f"model.attention cudnn computes in bfloat16, not in model.compute_dtype {model.compute_dtype}: "
-            "set that to bfloat16, or model.attention to xla"
-        )
-    if model.head_dim % 8 or model.head_dim > 256:
-        raise UserError(
-            f"model.attention cudnn needs a model.head_dim that is a multiple of 8 up to 256, not "
-            f"{model.head_dim}: set model.attention to xla"
-        )
-    if length % 2:
-        raise UserError(
-            f"model.attention cudnn needs an even data.sequence_length, not {length}: change it, or set "
-            "model.attention to xla"
-        )
-    if jax.default_backend() != "gpu":
-        raise UserError(f"model.attention cudnn needs a GPU, not {jax.default_backend()}: use xla")
+    if refusal := attention.cudnn_refusal(config):
+        raise UserError(f"model.attention cudnn {refusal}")
+    if platform not in attention.GPU:
+        raise UserError(f"model.attention cudnn needs a GPU, not {platform}: use xla")
 
 
 def _optimizer(config: Config) -> None:
@@ -101,10 +90,10 @@ def _optimizer(config: Config) -> None:
     _between("optimizer.warm_up_updates", optimizer.warm_up_updates, 0, updates, below=True, why=why)
 
 
-def _devices(config: Config, devices: int) -> None:
+def _devices(config: Config, devices: int, platform: str) -> None:
     train, mesh = config.train, config.mesh
     if config.model.attention == "cudnn":
-        _cudnn(config)
+        _cudnn(config, platform)
     data, fsdp, _ = mesh_shape(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
     if train.microbatch % (data * fsdp):
         raise UserError(

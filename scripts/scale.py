@@ -78,7 +78,7 @@ def _plans(machine: Machine, size: str, *, search: bool) -> list[dict[str, Any]]
     argv, configs = command(machine, size), []
     for arm in ARMS:
         config, _ = cli.parse(cli.with_arm(argv, arm), topology="", slices="")
-        validate(config, devices=len(topology.devices))
+        validate(config, devices=len(topology.devices), platform=topology.chip.platform)
         configs.append(config)
     return table.as_json(plan.make_plans(configs, topology, search=search))
 

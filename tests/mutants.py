@@ -99,8 +99,8 @@ MUTANTS = [
     Mutant(
         "activations are not kept on their rows on a mesh",
         "model/rows.py",
-        "    if devices == 1 or x.shape[0] % devices:",
-        "    if True:",
+        "    return math.prod(",
+        "    return 1 or math.prod(",
         "tests/training/test_collectives.py::test_no_device_holds_an_activation_of_the_global_batch"
         "[update-(1, 8, 1)]",
     ),
@@ -337,6 +337,41 @@ MUTANTS = [
         "tests/training/test_oracle.py::test_run_in_float64_equals_oracle[magnitude]",
     ),
     Mutant(
+        "a target that does not count has a gradient",
+        "model/loss.py",
+        "d = jnp.where(counted[..., None], d, 0).astype(x.dtype)",
+        "d = d.astype(x.dtype)",
+        "tests/model/test_loss.py::test_loss_and_gradients_equal_the_reference[12]",
+    ),
+    Mutant(
+        "all logits exist at once",
+        "model/loss.py",
+        "count = -(-rows * length // CHUNK)",
+        "count = 1",
+        "tests/model/test_loss.py::test_logits_of_one_chunk_exist_at_once[True]",
+    ),
+    Mutant(
+        "the head's gradient is summed in bfloat16",
+        "model/loss.py",
+        'dw += jnp.einsum("bld,blv->dv", x, d, preferred_element_type=wide)',
+        'dw = (dw + jnp.einsum("bld,blv->dv", x, d)).astype(x.dtype).astype(wide)',
+        "tests/model/test_loss.py::test_gradients_of_bfloat16_are_summed_in_float32",
+    ),
+    Mutant(
+        "the gradients of an id that repeats are summed in bfloat16",
+        "model/llama.py",
+        "jnp.zeros_like(table).at[ids].add(dy.astype(table.dtype))",
+        "jnp.zeros(table.shape, dy.dtype).at[ids].add(dy).astype(table.dtype)",
+        "tests/model/test_llama.py::test_gradient_of_a_repeated_id_is_summed_in_float32",
+    ),
+    Mutant(
+        "remat=dots computes the products of the fused form again",
+        "model/llama.py",
+        "jax.checkpoint_policies.save_only_these_names(PRODUCT)",
+        "jax.checkpoint_policies.dots_with_no_batch_dims_saveable",
+        "tests/planning/test_arms.py::test_compiled_matmul_flops_are_those_of_the_model[relora-fused-dots]",
+    ),
+    Mutant(
         "the last batch of an evaluation is weighted like a full one",
         "training/evaluation.py",
         "loss = math.fsum(float(nats) for nats, _ in sums) / tokens",
@@ -465,9 +500,9 @@ MUTANTS = [
     ),
     Mutant(
         "a document mask shifted by one id",
-        "training/steps.py",
-        "batch.segment_ids[:, :-1]",
-        "batch.segment_ids[:, 1:]",
+        "model/llama.py",
+        "segment_ids[:, :-1])",
+        "segment_ids[:, 1:])",
         "tests/test_evaluate.py::test_evaluation_of_separate_documents_equals_that_of_each_alone",
     ),
     Mutant(

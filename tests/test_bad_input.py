@@ -92,6 +92,7 @@ SETTINGS = {
     "--config.model.attention=cudnn": "cudnn computes in bfloat16, not in model.compute_dtype float32: set",
     f"{CUDNN} --config.model.head_dim=12": "multiple of 8 up to 256, not 12: set model.attention to xla",
     f"{CUDNN} --config.data.sequence_length=11": "needs an even data.sequence_length, not 11: change it",
+    f"{CUDNN} --config.data.sequence_length=64 --config.data.attend_across_documents=false": "may give NaN",
     CUDNN: "needs a GPU",
     "--config.model.attention=flash": "model.attention 'flash'",
     "--config.model.remat=all": "model.remat 'all'",

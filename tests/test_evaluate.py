@@ -24,7 +24,6 @@ from relora_jax.data import batches as data
 from relora_jax.data.batches import Batch
 from relora_jax.data.prepared import Prepared, prepare, rows_of_split
 from relora_jax.data.stores import PrepareOptions
-from relora_jax.model.loss import token_loss
 from relora_jax.run import directory, restored
 from relora_jax.storage.writer import Writer
 from relora_jax.training import evaluation
@@ -50,8 +49,8 @@ def test_evaluation_weighs_tokens_not_batches(program: Program) -> None:
     state, (ids, lengths) = program.init(), rows()
     parts = [Batch(jnp.asarray(ids[i : i + 4]), jnp.asarray(lengths[i : i + 4])) for i in (0, 4)]
     result = evaluate(program, state, parts)
-    logits = program.phase.model(state.trained, state.frozen)(jnp.asarray(ids[:, :-1]))
-    nats, count = token_loss(logits, jnp.asarray(ids), jnp.asarray(lengths))
+    model = program.phase.model(state.trained, state.frozen)
+    nats, count = model.loss(jnp.asarray(ids), jnp.asarray(lengths))
     assert result.tokens == int(count) == (lengths - 1).sum()
     assert math.isclose(result.loss, float(nats) / int(count), rel_tol=1e-6)
     assert math.isclose(result.perplexity, math.exp(result.loss), rel_tol=1e-9)

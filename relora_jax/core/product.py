@@ -8,11 +8,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from relora_jax.core.base import Base, Stored
 
 FORMS = ("separate", "fused")
+PRODUCT = (
+    "product"  # the name, for policies of jax.checkpoint, of what products with kernels and factors give
+)
 
 
 def check(form: str, dropout: float) -> None:
@@ -52,7 +56,8 @@ def product(
         keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
         branch = jnp.where(keep, x / (1 - dropout), jnp.zeros_like(x))
     dot = partial(jnp.matmul, precision=precision)
-    low_rank = scale * dot(dot(branch, a), b, out_sharding=out_sharding)
+    inner = checkpoint_name(dot(branch, a), PRODUCT)
+    low_rank = scale * dot(inner, b, out_sharding=out_sharding)
     return base.multiply(x, w, precision=precision, out_sharding=out_sharding) + low_rank
 
 

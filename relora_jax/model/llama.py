@@ -12,15 +12,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from relora_jax.config import ModelConfig
+from relora_jax.core.product import PRODUCT
 from relora_jax.families import FAMILIES
 from relora_jax.model import rope
+from relora_jax.model.attention import attend
+from relora_jax.model.loss import token_loss
 from relora_jax.model.rows import on_rows, with_whole_rows
 
 REMAT = ("none", "dots", "full")
-ATTENTION = ("xla", "einsum", "cudnn")
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
@@ -32,7 +35,7 @@ def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
 
 
 class Llama(nnx.Module):
-    """Causal language model: logits [B, L, V] of ids [B, L].
+    """Causal language model: logits [B, L, V] of ids [B, L], or the loss of ids [B, T], T = L + 1.
 
     `segment_ids` [B, L] number the documents within a row. With them, ids attend only to their own document:
     the logits equal those of each document run separately.
@@ -67,6 +70,27 @@ class Llama(nnx.Module):
         at: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B out V"]:
         """Logits in at least float32, at every position, or only at position `at` of each row."""
+        x = self._hidden(ids, segment_ids)
+        x = x if at is None else jnp.take_along_axis(x, at[:, None, None], axis=1)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return on_rows(jnp.matmul(x, self._head_kernel.astype(x.dtype), preferred_element_type=wide))
+
+    def loss(
+        self,
+        ids: Int[Array, "B T"],
+        lengths: Int[Array, " B"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """(summed nats, number) of the targets ids[:, 1:] that count, by `loss.token_loss`."""
+        x = self._hidden(ids[:, :-1], None if segment_ids is None else segment_ids[:, :-1])
+        return token_loss(x, self._head_kernel, ids, lengths, segment_ids)
+
+    @property
+    def _head_kernel(self) -> Float[Array, "D V"]:
+        return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+
+    def _hidden(self, ids: Int[Array, "B L"], segment_ids: Int[Array, "B L"] | None) -> Float[Array, "B L D"]:
+        """The last hidden states, normalized."""
         graph, layers = nnx.split(self.blocks)
         positions, mask = jnp.arange(ids.shape[1])[None], None
         if segment_ids is not None:
@@ -76,10 +100,7 @@ class Llama(nnx.Module):
             return on_rows(nnx.merge(graph, layer)(on_rows(x), positions, mask)), None
 
         x, _ = lax.scan(_remat(block, self.remat), on_rows(self.embed(ids)), layers)
-        x = on_rows(self.norm(x if at is None else jnp.take_along_axis(x, at[:, None, None], axis=1)))
-        kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        return on_rows(jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=wide))
+        return on_rows(self.norm(x))
 
 
 class Embedding(nnx.Embed):
@@ -87,7 +108,25 @@ class Embedding(nnx.Embed):
 
     def __call__(self, ids: Int[Array, "*ids"], out_sharding: Any = None) -> Float[Array, "*ids D"]:
         """The row of each id."""
-        return jnp.take(with_whole_rows(self.embedding[...].astype(self.dtype)), ids, axis=0)
+        return _lookup(self.embedding[...], ids, self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table: Any, ids: Any, dtype: Any) -> Any:
+    """The rows in the compute dtype; their gradients are summed in the table's, not rounded at each sum."""
+    return jnp.take(with_whole_rows(table.astype(dtype)), ids, axis=0)
+
+
+def _lookup_forward(table: Any, ids: Any, dtype: Any) -> Any:
+    return _lookup(table, ids, dtype), (table, ids)
+
+
+def _lookup_backward(dtype: Any, residuals: Any, dy: Any) -> Any:
+    table, ids = residuals
+    return with_whole_rows(jnp.zeros_like(table).at[ids].add(dy.astype(table.dtype))), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class Block(nnx.Module):
@@ -132,9 +171,9 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B L D"]:
         """Causal self-attention, restricted to `mask` if given."""
         rows, length, _ = x.shape
-        q = self.q(x).reshape(rows, length, self.heads, self.head_dim)
-        k = self.k(x).reshape(rows, length, self.kv_heads, self.head_dim)
-        v = self.v(x).reshape(rows, length, self.kv_heads, self.head_dim)
+        q = _product(self.q, x).reshape(rows, length, self.heads, self.head_dim)
+        k = _product(self.k, x).reshape(rows, length, self.kv_heads, self.head_dim)
+        v = _product(self.v, x).reshape(rows, length, self.kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         frequencies = self.scaling.frequencies(self.head_dim, theta=self.theta, length=length)
@@ -146,7 +185,7 @@ class Attention(nnx.Module):
             mask,
             implementation=self.implementation,
         )
-        return self.o(y.reshape(rows, length, -1))
+        return _product(self.o, y.reshape(rows, length, -1))
 
 
 class Mlp(nnx.Module):
@@ -160,7 +199,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The feed-forward half of a block."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return _product(self.down, jax.nn.silu(_product(self.gate, x)) * _product(self.up, x))
 
 
 def positions_and_mask(segment_ids: Int[Array, "B L"]) -> tuple[Int[Array, "B L"], Bool[Array, "B L L"]]:
@@ -184,37 +223,6 @@ def rotate(
     cos, sin = factor * jnp.cos(angle), factor * jnp.sin(angle)
     x1, x2 = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
-
-
-def attend(
-    q: Float[Array, "B L H h"],
-    k: Float[Array, "B L K h"],
-    v: Float[Array, "B L K h"],
-    mask: Bool[Array, "B L L"] | None = None,
-    *,
-    implementation: str,
-) -> Float[Array, "B L H h"]:
-    """Causal attention, restricted to `mask` [B, query, key] if given.
-
-    "einsum" is written out here, because JAX's own implementations round to float32.
-    """
-    if implementation != "einsum":
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            mask=None if mask is None else mask[:, None],
-            is_causal=True,
-            implementation=implementation,  # pyright: ignore
-        )
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    rows, length, heads, dim = q.shape
-    q = q.reshape(rows, length, k.shape[2], heads // k.shape[2], dim)
-    logits = jnp.einsum("blkgh,bmkh->bkglm", q, k, preferred_element_type=wide) * dim**-0.5
-    visible = jnp.tril(jnp.ones((1, length, length), bool))
-    visible = visible if mask is None else visible & mask
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("bkglm,bmkh->blkgh", weights, v).reshape(rows, length, heads, dim)
 
 
 def dtypes(config: ModelConfig) -> tuple[Any, Any]:
@@ -246,6 +254,11 @@ def _linear(
     )
 
 
+def _product(layer: Any, x: Any) -> Any:
+    """layer(x), named: a policy does not recognize the product in the custom VJP of a low-rank layer."""
+    return checkpoint_name(layer(x), PRODUCT)
+
+
 def _norm(config: ModelConfig, width: int, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.RMSNorm:
     dtype, param_dtype = dtypes(config)
     return nnx.RMSNorm(
@@ -259,8 +272,8 @@ def _norm(config: ModelConfig, width: int, *, axes: tuple[str, ...], rngs: nnx.R
 
 
 def _remat(block: Any, remat: str) -> Any:
-    """The block, rematerialized: "dots" saves products without batch axes, "full" saves only its input."""
+    """The block, rematerialized: "dots" saves its products with kernels, "full" only its input."""
     if remat == "none":
         return block
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "dots" else None
     return partial(jax.checkpoint, prevent_cse=False, policy=policy)(block)

@@ -17,8 +17,7 @@ def on_rows(x: Array) -> Array:
 
     Unchanged without such a mesh, or if it does not divide the rows. Other axes are left to the partitioner.
     """
-    devices = _sharing_devices()
-    if devices == 1 or x.shape[0] % devices:
+    if not shared_by_devices(x):
         return x
     others = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *others))
@@ -32,6 +31,12 @@ def with_whole_rows(table: Array) -> Array:
     if _sharing_devices() == 1:
         return table
     return jax.lax.with_sharding_constraint(table, PartitionSpec(PartitionSpec.UNCONSTRAINED, None))
+
+
+def shared_by_devices(x: Array) -> bool:
+    """Whether several devices share the rows of x: its first axis is split over them."""
+    devices = _sharing_devices()
+    return devices > 1 and x.shape[0] % devices == 0
 
 
 def _sharing_devices() -> int:

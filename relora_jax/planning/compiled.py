@@ -1,11 +1,13 @@
 """A run's programs compiled for a topology: a device's memory by purpose, and what one run of each costs."""
 
+import contextlib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 
 from relora_jax.errors import UserError
 from relora_jax.planning.hlo import Costs, costs
@@ -54,12 +56,24 @@ class Compiler:
         weights, moments = _device_bytes((state.trained, state.frozen)), _device_bytes(state.opt_state)
         gradients = _device_bytes(state.trained) if name.endswith("_update") else 0.0
         known = Memory(weights, moments, gradients, 0.0)
-        lowered = program.lower(name)
+        with _target_has_cudnn():
+            lowered = program.lower(name)
         text = lowered.as_text()
         if text not in self._compiled:
             self._compiled[text] = _compile(lowered.compile, self.topology.slice_size, weights + moments)
         used, program_costs, refusal = self._compiled[text]
         return Compiled(known._replace(temporaries=max(used - known.total, 0.0)), program_costs, refusal)
+
+
+@contextlib.contextmanager
+def _target_has_cudnn() -> Iterator[None]:
+    """JAX asks for the version of a local cuDNN even if it compiles for another machine: there, 9.13."""
+    asked = fused_attention_stablehlo.check_cudnn_version
+    fused_attention_stablehlo.check_cudnn_version = lambda: 91300
+    try:
+        yield
+    finally:
+        fused_attention_stablehlo.check_cudnn_version = asked
 
 
 def _compile(

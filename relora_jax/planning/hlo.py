@@ -1,7 +1,8 @@
 """What a compiled program does, from the text of its optimized HLO: cost = sum over instructions x trips.
 
 XLA's own cost analysis counts the body of a loop once; here it counts as often as the loop runs it. Matrix
-products are `dot`, `convolution` (as TPUs write them) and cuBLAS calls; each multiply-add is two FLOPs.
+products are `dot`, `convolution` (as TPUs write them), cuBLAS calls, and those in cuDNN's attention, as if
+it computed all pairs of positions; each multiply-add is two FLOPs.
 """
 
 import dataclasses
@@ -111,6 +112,10 @@ def matmul_flops(instruction: Instruction, shapes: dict[str, str]) -> float:
     if opcode == "custom-call" and 'custom_call_target="__cublas' in attributes:
         dims = _numbers(r'"lhs_contracting_dimensions":\[([0-9",]*)\]', attributes)
         return _dot_flops(instruction, shapes, dims)
+    if match := re.search(r'custom_call_target="__cudnn\$fmhaSoftmax(Backward)?"', attributes):
+        (_, q), (_, k) = (arrays(shapes[name])[0] for name in instruction.operands[:2])  # [B, L, heads, h]
+        # q k^T and weights v; backward the scores once more, and the gradients of q, k, v and the weights
+        return (5 if match[1] else 2) * 2.0 * math.prod(q) * k[1]
     return 0.0
 
 

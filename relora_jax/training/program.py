@@ -4,6 +4,7 @@ With donation alone, the partitioner may choose output shardings that differ fro
 update would compile again. Pinned, there are two training programs: before and after the warm start.
 """
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -15,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from relora_jax.config import Config
 from relora_jax.data.batches import Batch
-from relora_jax.model import sampling
+from relora_jax.model import attention, sampling
 from relora_jax.storage import places
 from relora_jax.training import steps
 from relora_jax.training.sharding import on_mesh, padded, row_sharding, shardings
@@ -33,7 +34,7 @@ class Program:
         self.config, self.mesh = config, mesh
         self.rows = row_sharding(mesh, accumulated=True)
         self.eval_rows = row_sharding(mesh, accumulated=False)
-        (self.phase, full), low = _phases(config)
+        (self.phase, full), low = _phases(_for_devices(config, mesh))
         # in a checkpoint, and on the devices, where axes that `mesh.tensor` does not divide are padded
         self.full_rank = self.low_rank = _with_shardings(full, mesh)
         self.full_rank_on_devices = self.low_rank_on_devices = self._on_devices(full)
@@ -167,6 +168,12 @@ def enable_compilation_cache() -> None:
     if not jax.config.jax_compilation_cache_dir:  # pyright: ignore
         jax.config.update("jax_compilation_cache_dir", str(places.cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _for_devices(config: Config, mesh: Mesh) -> Config:
+    """The config with an implementation of attention that suits the devices."""
+    model = dataclasses.replace(config.model, attention=attention.resolved(config, mesh.devices.flat[0]))
+    return dataclasses.replace(config, model=model)
 
 
 def abstract_state(config: Config, u: int) -> TrainState:

@@ -21,7 +21,6 @@ from relora_jax.core import restart as restarts
 from relora_jax.core.paths import Path
 from relora_jax.data.batches import Batch
 from relora_jax.model.llama import Llama
-from relora_jax.model.loss import token_loss
 from relora_jax.training import names, optimizer
 from relora_jax.training.sharding import as_stored
 from relora_jax.training.state import TrainState
@@ -179,8 +178,7 @@ def train_step(
 
 def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(summed nats, number) of the counted targets in rows [M, L+1], without dropout."""
-    segment_ids = None if batch.segment_ids is None else batch.segment_ids[:, :-1]
-    return token_loss(model(batch.ids[:, :-1], segment_ids), *batch)
+    return model.loss(*batch)
 
 
 def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:

@@ -19,7 +19,6 @@ from relora_jax.core import base, low_rank
 from relora_jax.core.low_rank import BaseKernel, LowRankDense, merge_and_reinit, unwrap, wrap
 from relora_jax.core.product import product
 from relora_jax.model.llama import Llama
-from relora_jax.model.loss import token_loss
 
 EVERY = lambda path, module: True  # noqa: E731
 FORMS = ("separate", "fused")
@@ -597,7 +596,7 @@ def gradient_of_llama(form: str) -> Any:
     graph, trained, frozen = llama(form)
 
     def loss(trained: Any, frozen: Any, ids: Any) -> Any:
-        return token_loss(nnx.merge(graph, trained, frozen)(ids[:, :-1]), ids, jnp.full(ROWS, LENGTH + 1))[0]
+        return nnx.merge(graph, trained, frozen).loss(ids, jnp.full(ROWS, LENGTH + 1))[0]
 
     ids = jax.ShapeDtypeStruct((ROWS, LENGTH + 1), jnp.int32)
     return jax.jit(jax.grad(loss)).lower(trained, frozen, ids).compile(), frozen

@@ -15,7 +15,6 @@ from relora_jax.data.batches import number_documents
 from relora_jax.families import FAMILIES
 from relora_jax.model import rope
 from relora_jax.model.llama import Llama, positions_and_mask
-from relora_jax.model.loss import token_loss
 from tests.support import oracle, small
 from tests.support.small import VARIABLE_PATHS
 
@@ -141,7 +140,7 @@ def test_logits_and_loss_equal_the_oracle(changes: dict[str, Any]) -> None:
             net(text[:, :-1]), oracle.forward(twin, params, np.asarray(text)[:, :-1], 1.0), atol=1e-12
         )
         lengths = jnp.array([13, 1, 7], jnp.int32)
-        nats, targets = token_loss(net(text[:, :-1]), text, lengths)
+        nats, targets = net.loss(text, lengths)
         expected, count, _ = oracle.loss_and_grads(twin, params, np.asarray(text), np.asarray(lengths), 1.0)
         np.testing.assert_allclose(float(nats), expected, rtol=1e-12)
         assert int(targets) == count == 12 + 0 + 6
@@ -191,8 +190,7 @@ def test_separate_documents_equal_the_oracle_of_each_one_alone(changes: dict[str
         numbers = number_documents(text, 0)
 
         def loss(state: Any) -> Any:
-            logits = nnx.merge(graph, state)(jnp.asarray(text[:, :-1]), jnp.asarray(numbers[:, :-1]))
-            return token_loss(logits, *map(jnp.asarray, (text, lengths, numbers)))
+            return nnx.merge(graph, state).loss(*map(jnp.asarray, (text, lengths, numbers)))
 
         (nats, targets), grads = jax.value_and_grad(loss, has_aux=True)(state)
         np.testing.assert_allclose(float(nats), expected, rtol=1e-12)
@@ -224,8 +222,7 @@ def test_separate_documents_have_the_loss_and_gradients_of_each_one_alone(change
 
     def loss_and_grads(text: np.ndarray, lengths: np.ndarray, *numbers: np.ndarray) -> Any:
         def loss(state: Any) -> Any:
-            logits = nnx.merge(graph, state)(text[:, :-1], *(part[:, :-1] for part in numbers))
-            return token_loss(logits, text, lengths, *numbers)
+            return nnx.merge(graph, state).loss(text, lengths, *numbers)
 
         text, lengths, *numbers = map(jnp.asarray, (text, lengths, *numbers))
         return jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
@@ -244,7 +241,7 @@ def test_run_options_do_not_change_loss_or_gradients(changes: dict[str, Any]) ->
     def loss_and_grads(config: ModelConfig) -> Any:
         graph, state = nnx.split(build(config))
         text, lengths = ids(2, 13), jnp.array([13, 13], jnp.int32)
-        loss = lambda s: token_loss(nnx.merge(graph, s)(text[:, :-1]), text, lengths)[0]  # noqa: E731
+        loss = lambda s: nnx.merge(graph, s).loss(text, lengths)[0]  # noqa: E731
         return jax.jit(jax.value_and_grad(loss))(state)
 
     plain, grads = loss_and_grads(model(attention="einsum"))
@@ -260,6 +257,15 @@ def test_bfloat16_computes_in_bfloat16_with_float32_variables_and_logits() -> No
     logits = net(ids())
     assert logits.dtype == jnp.float32 and net.blocks.mlp.gate.dtype == jnp.bfloat16
     np.testing.assert_allclose(logits, build(model())(ids()), atol=0.01)
+
+
+def test_gradient_of_a_repeated_id_is_summed_in_float32() -> None:
+    graph, state = nnx.split(build(model(compute_dtype="bfloat16")).embed)
+    total = lambda state: jnp.sum(nnx.merge(graph, state)(jnp.full((8, 512), 5)).astype(jnp.float32))  # noqa: E731
+    gradient = jax.grad(total)(state)["embedding"][...]
+    np.testing.assert_array_equal(
+        gradient, 4096 * (np.arange(61) == 5)[:, None] * np.ones(16)
+    )  # 256 in bfloat16
 
 
 @pytest.mark.parametrize("family", FAMILIES)

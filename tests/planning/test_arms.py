@@ -31,15 +31,19 @@ def compiled(total: float, *, costs: Costs | None = COSTS, fixed: float = 0.0) -
 
 
 @pytest.mark.parametrize(
-    ("arm", "product"),
+    ("arm", "product", "remat"),
     [
-        pytest.param("full", "separate", marks=pytest.mark.slow),
-        ("relora", "separate"),
-        pytest.param("relora", "fused", marks=pytest.mark.slow),
+        pytest.param("full", "separate", "none", marks=pytest.mark.slow),
+        ("relora", "separate", "none"),
+        pytest.param("relora", "fused", "none", marks=pytest.mark.slow),
+        pytest.param("full", "separate", "dots", marks=pytest.mark.slow),
+        pytest.param("relora", "separate", "dots", marks=pytest.mark.slow),
+        ("relora", "fused", "dots"),
     ],
 )
-def test_compiled_matmul_flops_are_those_of_the_model(arm: str, product: str) -> None:
-    config = small.config(arm, relora__product=product, relora__warm_start_updates=0)
+def test_compiled_matmul_flops_are_those_of_the_model(arm: str, product: str, remat: str) -> None:
+    changes = {"relora__product": product, "model__remat": remat}
+    config = small.config(arm, relora__warm_start_updates=0, **changes)
     name = arms.program_names(config)[-1]
     program = Program(config, make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
     plan = ArmPlan(config, topology(), {name: Compiler(topology())(program, name)}, None)
@@ -47,6 +51,8 @@ def test_compiled_matmul_flops_are_those_of_the_model(arm: str, product: str) ->
     targets = shapes.target_kernels(config).values()
     once = 2 * 2 * sum(m * n * config.relora.rank for m, n in targets) * config.model.layers
     extra = once / (config.train.microbatch * config.data.sequence_length) if product == "fused" else 0
+    if remat == "dots":  # attention is computed again, but no product with a kernel
+        extra += 4 * config.data.sequence_length * config.model.hidden * config.model.layers
     assert plan.flops_per_token is not None
     assert plan.flops_per_token - plan.model_flops_per_token == pytest.approx(extra)
 

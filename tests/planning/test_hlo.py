@@ -113,6 +113,17 @@ def test_cublas_call_counts_as_dot() -> None:
     assert hlo.costs(text, slice_size=1).matmul_flops == 2 * 128 * 64 * 512
 
 
+@pytest.mark.parametrize(("target", "products"), [("fmhaSoftmax", 2), ("fmhaSoftmaxBackward", 5)])
+def test_attention_of_cudnn_counts_its_products(target: str, products: int) -> None:
+    text = module(
+        "%q = bf16[16,512,12,64]{3,2,1,0} parameter(0)",
+        "%k = bf16[16,256,4,64]{3,2,1,0} parameter(1)",
+        "%call = (bf16[16,12,512,64]{3,1,2,0}, f32[16,12,512]{2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), "
+        f'custom_call_target="__cudnn${target}", backend_config={{"fmha_scale":0.125}}',
+    )
+    assert hlo.costs(text, slice_size=1).matmul_flops == products * 2 * 16 * 12 * 512 * 256 * 64
+
+
 @pytest.mark.parametrize(
     ("attributes", "groups"),
     [

@@ -1,0 +1,85 @@
+"""Causal attention in several implementations, and which of them a run uses.
+
+    xla      JAX's own: all weights, B x H x L x L, are in memory at once
+    cudnn    the flash kernel of NVIDIA's library: they never are
+    einsum   written out, for reference computations in float64
+    auto     cudnn on GPUs since Ampere if it suits the run, else xla
+
+Shapes: B rows, L positions, H query heads, K key-value heads, h head dimension.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from relora_jax.config import Config
+
+ATTENTION = ("auto", "xla", "einsum", "cudnn")
+GPU = ("gpu", "cuda")  # what JAX calls NVIDIA's, by where it asks
+
+
+def resolved(config: Config, device: Any) -> str:
+    """`model.attention`, with "auto" replaced by what is fastest on such devices."""
+    if config.model.attention != "auto":
+        return config.model.attention
+    gpu = device.platform in GPU and float(device.compute_capability) >= 8
+    # Separate documents need a mask, L x L for each row: most of what the kernel does not hold otherwise.
+    plain = config.data.attend_across_documents and config.model.head_dim <= 128
+    return "cudnn" if gpu and plain and not cudnn_refusal(config) else "xla"
+
+
+def cudnn_refusal(config: Config) -> str:
+    """Why cuDNN's attention supports the dtype or shape of a run on no GPU, with the remedy; else empty."""
+    model, length = config.model, config.data.sequence_length
+    if model.compute_dtype != "bfloat16":
+        return (
+            f"computes in bfloat16, not in model.compute_dtype {model.compute_dtype}: set that to bfloat16, "
+            "or model.attention to xla"
+        )
+    if model.head_dim % 8 or model.head_dim > 256:
+        return (
+            f"needs a model.head_dim that is a multiple of 8 up to 256, not {model.head_dim}: set "
+            "model.attention to xla"
+        )
+    if length % 2:
+        return f"needs an even data.sequence_length, not {length}: change it, or set model.attention to xla"
+    if not config.data.attend_across_documents and length % 128 == 64:  # PyTorch's issue 196678
+        return (
+            "may give NaN gradients with data.attend_across_documents=false at a data.sequence_length that "
+            f"leaves 64 modulo 128, as {length}: change it, or set model.attention to xla"
+        )
+    return ""
+
+
+def attend(
+    q: Float[Array, "B L H h"],
+    k: Float[Array, "B L K h"],
+    v: Float[Array, "B L K h"],
+    mask: Bool[Array, "B L L"] | None = None,
+    *,
+    implementation: str,
+) -> Float[Array, "B L H h"]:
+    """Causal attention, restricted to `mask` [B, query, key] if given; "auto" that is not resolved is "xla".
+
+    "einsum" is written out here, because JAX's own implementations round to float32.
+    """
+    if implementation != "einsum":
+        implementation = "xla" if implementation == "auto" else implementation
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            mask=None if mask is None else mask[:, None],
+            is_causal=True,
+            implementation=implementation,  # pyright: ignore
+        )
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    rows, length, heads, dim = q.shape
+    q = q.reshape(rows, length, k.shape[2], heads // k.shape[2], dim)
+    logits = jnp.einsum("blkgh,bmkh->bkglm", q, k, preferred_element_type=wide) * dim**-0.5
+    visible = jnp.tril(jnp.ones((1, length, length), bool))
+    visible = visible if mask is None else visible & mask
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkglm,bmkh->blkgh", weights, v).reshape(rows, length, heads, dim)

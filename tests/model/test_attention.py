@@ -1,0 +1,38 @@
+"""Which implementation of attention a run uses."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from relora_jax.model.attention import resolved
+from tests.support import small
+
+A100, T4, TPU, CPU, H100_OF_A_PLAN = (
+    SimpleNamespace(platform=platform, compute_capability=capability)
+    for platform, capability in (("gpu", "8.0"), ("gpu", "7.5"), ("tpu", ""), ("cpu", ""), ("cuda", "9.0"))
+)
+SUITS = {"model__compute_dtype": "bfloat16", "model__head_dim": 64, "data__sequence_length": 512}
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "expected"),
+    [
+        (A100, {}, "cudnn"),
+        (H100_OF_A_PLAN, {}, "cudnn"),
+        (T4, {}, "xla"),
+        (TPU, {}, "xla"),
+        (CPU, {}, "xla"),
+        (A100, {"model__compute_dtype": "float32"}, "xla"),
+        (A100, {"model__head_dim": 20}, "xla"),
+        (A100, {"model__head_dim": 256}, "xla"),
+        (A100, {"data__sequence_length": 511}, "xla"),
+        (A100, {"data__attend_across_documents": False}, "xla"),
+        (A100, {"model__attention": "xla"}, "xla"),
+        (CPU, {"model__attention": "einsum"}, "einsum"),
+    ],
+)
+def test_auto_is_cudnn_only_where_it_exists_and_suits_the_run(
+    device: Any, changes: dict[str, Any], expected: str
+) -> None:
+    assert resolved(small.config(**(SUITS | changes)), device) == expected
