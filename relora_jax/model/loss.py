@@ -102,7 +102,7 @@ def _of_rows(x: Any, kernel: Any, targets: Any, counted: Any, *, gradient: bool)
         return (total, dw), jnp.matmul(d, w.T)
 
     rows, length, width = x.shape
-    count = -(-rows * length // CHUNK)
+    count = min(length, -(-rows * length // CHUNK))
     padding = -length % count  # positions that do not count
 
     def chunks(v: Any) -> Any:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from relora_jax.model import loss
 from relora_jax.model.loss import token_loss
+from relora_jax.planning.hlo import costs
 from relora_jax.training.sharding import on_mesh
 from tests.support import hlo, small
 
@@ -80,6 +81,12 @@ def test_logits_of_one_chunk_exist_at_once(gradient: bool, monkeypatch: pytest.M
     text = jax.jit(step).lower(*inputs()).compile().as_text()
     sizes = {np.prod(shape) for _, shape in hlo.shapes(text) if VOCAB in shape and WIDTH not in shape}
     assert max(sizes) == 8 * VOCAB
+
+
+def test_more_rows_than_a_chunk_has_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 1)
+    text = jax.jit(gradients).lower(*inputs()).compile().as_text()
+    assert costs(text, slice_size=1).matmul_flops == 3 * 2 * 4 * 10 * WIDTH * VOCAB
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 1), pytest.param((1, 2, 2), marks=pytest.mark.slow)])
