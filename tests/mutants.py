@@ -372,6 +372,13 @@ MUTANTS = [
         "tests/planning/test_arms.py::test_compiled_matmul_flops_are_those_of_the_model[relora-fused-dots]",
     ),
     Mutant(
+        "auto is XLA's attention on every device",
+        "training/program.py",
+        "_phases(_for_devices(config, mesh))",
+        "_phases(config)",
+        "tests/model/test_attention.py::test_programs_have_the_attention_of_their_devices",
+    ),
+    Mutant(
         "the last batch of an evaluation is weighted like a full one",
         "training/evaluation.py",
         "loss = math.fsum(float(nats) for nats, _ in sums) / tokens",

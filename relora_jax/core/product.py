@@ -14,9 +14,8 @@ from jaxtyping import Array, Float
 from relora_jax.core.base import Base, Stored
 
 FORMS = ("separate", "fused")
-PRODUCT = (
-    "product"  # the name, for policies of jax.checkpoint, of what products with kernels and factors give
-)
+# the name, for policies of jax.checkpoint, of what products with kernels and factors give
+PRODUCT = "product"
 
 
 def check(form: str, dropout: float) -> None:

@@ -8,6 +8,7 @@
 Shapes: B rows, L positions, H query heads, K key-value heads, h head dimension.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -17,17 +18,18 @@ from jaxtyping import Array, Bool, Float
 from relora_jax.config import Config
 
 ATTENTION = ("auto", "xla", "einsum", "cudnn")
-GPU = ("gpu", "cuda")  # what JAX calls NVIDIA's, by where it asks
+GPU = ("gpu", "cuda")  # a device, and a topology's
 
 
 def resolved(config: Config, device: Any) -> str:
     """`model.attention`, with "auto" replaced by what is fastest on such devices."""
     if config.model.attention != "auto":
         return config.model.attention
-    gpu = device.platform in GPU and float(device.compute_capability) >= 8
+    generation = re.match(r"(\d+)\.", device.compute_capability) if device.platform in GPU else None
+    since_ampere = generation is not None and int(generation[1]) >= 8  # AMD's have names, such as gfx942
     # Separate documents need a mask, L x L for each row: most of what the kernel does not hold otherwise.
     plain = config.data.attend_across_documents and config.model.head_dim <= 128
-    return "cudnn" if gpu and plain and not cudnn_refusal(config) else "xla"
+    return "cudnn" if since_ampere and plain and not cudnn_refusal(config) else "xla"
 
 
 def cudnn_refusal(config: Config) -> str:

@@ -88,6 +88,7 @@ def _of_rows(x: Any, kernel: Any, targets: Any, counted: Any, *, gradient: bool)
     w, wide = kernel.astype(x.dtype), jnp.promote_types(x.dtype, jnp.float32)
 
     def add(sums: Any, chunk: Any) -> Any:
+        """((nats, dw) with those of the chunk, its dx)."""
         x, targets, counted = chunk
         logits = jnp.matmul(x, w, preferred_element_type=wide)
         normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)

@@ -5,12 +5,21 @@ from typing import Any
 
 import pytest
 
+from relora_jax.model import attention
 from relora_jax.model.attention import resolved
+from relora_jax.training.program import Program
 from tests.support import small
 
-A100, T4, TPU, CPU, H100_OF_A_PLAN = (
+A100, T4, TPU, CPU, H100_OF_A_PLAN, AMD = (
     SimpleNamespace(platform=platform, compute_capability=capability)
-    for platform, capability in (("gpu", "8.0"), ("gpu", "7.5"), ("tpu", ""), ("cpu", ""), ("cuda", "9.0"))
+    for platform, capability in (
+        ("gpu", "8.0"),
+        ("gpu", "7.5"),
+        ("tpu", ""),
+        ("cpu", ""),
+        ("cuda", "9.0"),
+        ("gpu", "gfx942"),
+    )
 )
 SUITS = {"model__compute_dtype": "bfloat16", "model__head_dim": 64, "data__sequence_length": 512}
 
@@ -21,6 +30,7 @@ SUITS = {"model__compute_dtype": "bfloat16", "model__head_dim": 64, "data__seque
         (A100, {}, "cudnn"),
         (H100_OF_A_PLAN, {}, "cudnn"),
         (T4, {}, "xla"),
+        (AMD, {}, "xla"),
         (TPU, {}, "xla"),
         (CPU, {}, "xla"),
         (A100, {"model__compute_dtype": "float32"}, "xla"),
@@ -36,3 +46,11 @@ def test_auto_is_cudnn_only_where_it_exists_and_suits_the_run(
     device: Any, changes: dict[str, Any], expected: str
 ) -> None:
     assert resolved(small.config(**(SUITS | changes)), device) == expected
+
+
+def test_programs_have_the_attention_of_their_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "resolved", lambda config, device: f"that of {device.platform}")
+    program = Program(small.config(), small.mesh())
+    for phase, state in ((program.phase, program.full_rank), (program.low_phase, program.low_rank)):
+        model = phase.model(state.trained, state.frozen)
+        assert model.blocks.attention.implementation == "that of cpu"

@@ -50,6 +50,18 @@ def test_compiled_program_has_the_flops_of_the_model_and_sends_less_between_slic
 
 
 @pytest.mark.slow
+def test_gpu_computes_attention_with_cudnn() -> None:
+    if not any(importlib.util.find_spec(module) for module in PLUGINS["cuda"][0]):
+        pytest.skip("needs jax_cuda12_plugin or jax_cuda13_plugin")
+    config = small.config("full", model__compute_dtype="bfloat16", model__head_dim=8, train__microbatch=8)
+    topology = make_topology("h100:1")
+    plan = arms.plan(config, topology, Compiler(topology), search=False)
+    # its backward pass computes q k^T once more
+    again = 2 * config.data.sequence_length * config.model.heads * config.model.head_dim * config.model.layers
+    assert plan.flops_per_token == plan.model_flops_per_token + again
+
+
+@pytest.mark.slow
 def test_shape_that_no_chip_has_is_one_line() -> None:
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("needs libtpu")
