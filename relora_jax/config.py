@@ -63,7 +63,8 @@ class ModelConfig:
 class ReloraConfig:
     """The low-rank phase: its layers, its restarts and its learning rates.
 
-    `base_dtype` and `restart`: in the grammars of core/base.py and core/restart.py.
+    `base_dtype` and `restart`: in the grammars of core/base.py and core/restart.py. `base_master`: with
+    "host", W is also kept in float32, in the hosts' memory: merges into fewer bits then lose nothing.
     """
 
     product: str = run_field()
@@ -79,6 +80,7 @@ class ReloraConfig:
     targets: tuple[str, ...] = ("attention", "mlp")
     dropout: float = 0.0
     base_init: str = "keep"
+    base_master: str = "none"
     merges_per_cycle: int = 1
     restart: str = "merge_and_reinit"
     jagged: bool = True

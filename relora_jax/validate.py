@@ -151,6 +151,12 @@ def _relora(config: Config) -> None:
     for kernel, sides in shapes.target_kernels(config).items():
         with _prefixed("relora.", suffix=f" (the kernel {kernel})"):
             low_rank.check(sides, **layer)
+    _one_of("relora.base_master", relora.base_master, ("none", "host"))
+    if relora.base_master == "host" and relora.base_dtype in ("float32", "float64"):
+        raise UserError(
+            f"relora.base_master host only repeats a base_dtype of {relora.base_dtype}: set "
+            "relora.base_master=none, or relora.base_dtype to bfloat16 or another below float32"
+        )
     if relora.base_init == "zero" and relora.warm_start_updates:
         raise UserError("relora.base_init zero would discard the warm start: set relora.warm_start_updates=0")
 

@@ -22,6 +22,7 @@ def checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 def checksum_on_host(array: np.ndarray) -> int:
     """The same checksum of an array in host memory, with NumPy alone: devices may be full."""
+    array = array.astype(np.int8) if array.dtype == jnp.int4 else array  # 4 bits are in a byte of their own
     flat = np.ascontiguousarray(array).reshape(-1)
     words = flat.view({1: np.uint8, 2: np.uint16}.get(flat.itemsize, np.uint32))
     total = 0
@@ -52,5 +53,7 @@ def _bits(array: jax.Array) -> jax.Array:
     """The bits as uint32; a 64-bit element becomes two."""
     if array.dtype == jnp.bool_:
         array = array.astype(jnp.uint8)
+    if array.dtype == jnp.int4:
+        array = array.astype(jnp.int8)
     dtype = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
     return lax.bitcast_convert_type(array, dtype).astype(jnp.uint32)

@@ -4,12 +4,19 @@
     bfloat16    half the memory; merges are rounded stochastically, so that updates smaller than the
                 spacing of bfloat16 survive in the mean
     float64     for reference computations; needs JAX's 64-bit types
+    int8        a scale for each output channel; the products with x, and with dy for dx, are 8-bit, too
+    float8_e4m3 the same with a mantissa of 3 bits
+    nf4         4 bits, and a scale for every 64 inputs of a channel (QLoRA, arXiv 2305.14314)
+
+Scales are chosen when W is stored, and again at each merge. Everything below float32 is rounded to nearest
+when W is stored, and stochastically at merges.
 
 W [*layers, in, out] is stored as a dict of arrays, which become variables of the layer: `kernel`, with the
-shape of W, and optionally others named `kernel_...` with the same number of axes (size 1 where shared),
-because layers are merged one at a time and variables are sharded by the names of their axes.
+shape of W, and optionally others named `kernel_...` with the same number of axes (fewer entries where they
+are shared), because layers are merged one at a time and variables are sharded by the names of their axes.
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -97,7 +104,185 @@ class Float64(_Plain):
             raise ValueError("base_dtype float64 needs jax_enable_x64: use float32 or bfloat16")
 
 
-CHOICES: dict[str, type[Base]] = {choice.kind: choice for choice in (Float32, Bfloat16, Float64)}
+class _Scaled(Base):
+    """W = values * scale, |values| <= `largest`: the values in few bits, a scale for each group of inputs."""
+
+    largest: ClassVar[float]
+
+    def store(self, w: Float[Array, "*layers in out"]) -> Stored:
+        """W rounded to nearest."""
+        return self._stored(w, self.nearest)
+
+    def round(self, w: Float[Array, "in out"], key: Any) -> Stored:
+        """W rounded stochastically."""
+        noise = jax.random.uniform(key, w.shape)
+        return self._stored(w, lambda values: self.rounded(values, noise))
+
+    def read(self, stored: Stored) -> Float[Array, "*layers in out"]:
+        """W in float32."""
+        values = self.values(stored["kernel"])
+        return values * self.spread(stored["kernel_scale"], values.shape[-2])
+
+    def nearest(self, values: Float[Array, "*shape"]) -> Any:
+        """The values as the kernel stores them, rounded to nearest."""
+        return self.rounded(values, 0.5)
+
+    def rounded(self, values: Float[Array, "*shape"], noise: Any) -> Any:
+        """The same, rounded up if the distance from below, as a part of the spacing, plus noise reaches 1."""
+        raise NotImplementedError
+
+    def values(self, kernel: Any) -> Float[Array, "*layers in out"]:
+        """The inverse of `rounded`."""
+        return kernel.astype(jnp.float32)
+
+    def magnitudes(self, w: Float[Array, "*layers in out"]) -> Float[Array, "*layers groups out"]:
+        """The largest |W| of each group of inputs: all of them, unless overridden."""
+        return jnp.max(jnp.abs(w), axis=-2, keepdims=True)
+
+    def spread(
+        self, scale: Float[Array, "*layers groups out"], fan_in: int
+    ) -> Float[Array, "*layers #in out"]:
+        """The scale of each input's group."""
+        del fan_in
+        return scale
+
+    def _stored(self, w: Float[Array, "*layers in out"], rounded: Any) -> Stored:
+        scale = _scale(self.magnitudes(w), self.largest)
+        values = w.astype(scale.dtype) / self.spread(scale, w.shape[-2])
+        return {"kernel": rounded(jnp.clip(values, -self.largest, self.largest)), "kernel_scale": scale}
+
+
+class _EightBit(_Scaled):
+    """Products of 8-bit values: x, and dy for dx, are rounded to nearest with a scale for each token.
+
+    Chips that multiply 8-bit values do so at twice the rate of bfloat16; others give the same result.
+    """
+
+    sums: ClassVar[Any]  # the dtype in which products are summed
+
+    def multiply(
+        self,
+        x: Float[Array, "*tokens in"],
+        stored: Stored,
+        *,
+        precision: Any = None,
+        out_sharding: Any = None,
+    ) -> Float[Array, "*tokens out"]:
+        """x @ W with both in 8 bits, in the dtype of x; `precision` is of no use here."""
+        del precision
+        return _eight_bit_product(x, stored, self, out_sharding)
+
+    def dot(
+        self, x: Float[Array, "*tokens k"], kernel: Any, axis: int, out_sharding: Any = None
+    ) -> Float[Array, "*tokens n"]:
+        """x times the kernel's values, summed over this axis of the kernel, in at least float32."""
+        scale = _scale(jnp.max(jnp.abs(x), axis=-1, keepdims=True), self.largest)
+        values = self.nearest(jnp.clip(x.astype(scale.dtype) / scale, -self.largest, self.largest))
+        dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
+        y = lax.dot_general(
+            values, kernel, dimensions, preferred_element_type=self.sums, out_sharding=out_sharding
+        )
+        return y.astype(scale.dtype) * scale
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _eight_bit_product(x: Any, stored: Stored, base: _EightBit, out_sharding: Any) -> Any:
+    y = base.dot(x, stored["kernel"], 0, out_sharding)
+    return (y * _per_output(stored, y.ndim)).astype(x.dtype)
+
+
+def _eight_bit_forward(x: Any, stored: Stored, *options: Any) -> Any:
+    return _eight_bit_product(x, stored, *options), stored
+
+
+def _eight_bit_backward(base: _EightBit, _: Any, stored: Stored, dy: Any) -> Any:
+    """dx = (dy * scale) @ kernel^T; W is frozen."""
+    return base.dot(dy * _per_output(stored, dy.ndim), stored["kernel"], 1).astype(dy.dtype), None
+
+
+_eight_bit_product.defvjp(_eight_bit_forward, _eight_bit_backward)
+
+
+def _per_output(stored: Stored, ndim: int) -> Any:
+    return lax.expand_dims(stored["kernel_scale"][0], range(ndim - 1))
+
+
+class Int8(_EightBit):
+    """W = kernel * kernel_scale, the kernel in -127 to 127."""
+
+    kind: ClassVar[str] = "int8"
+    largest: ClassVar[float] = 127
+    sums: ClassVar[Any] = jnp.int32
+
+    def rounded(self, values: Float[Array, "*shape"], noise: Any) -> Any:
+        """The integer below values + noise."""
+        return jnp.minimum(jnp.floor(values + noise), self.largest).astype(jnp.int8)
+
+
+class Float8(_EightBit):
+    """W = kernel * kernel_scale, the kernel in the float8 with 4 bits of exponent and 3 of mantissa."""
+
+    kind: ClassVar[str] = "float8_e4m3"
+    largest: ClassVar[float] = 448
+    sums: ClassVar[Any] = jnp.float32
+
+    def nearest(self, values: Float[Array, "*shape"]) -> Any:
+        """The nearest value of the type."""
+        return values.astype(jnp.float8_e4m3fn)
+
+    def rounded(self, values: Float[Array, "*shape"], noise: Any) -> Any:
+        """In the spacing of the type, 2^-3 of the power of two at or below a value, and 2^-9 at least."""
+        _, exponent = jnp.frexp(values)  # |values| in [2^(exponent - 1), 2^exponent)
+        spacing = jnp.ldexp(jnp.ones_like(values), jnp.maximum(exponent - 1, -6) - 3)
+        steps = jnp.floor(values / spacing + noise)
+        return jnp.minimum(steps * spacing, self.largest).astype(jnp.float8_e4m3fn)
+
+
+class Nf4(_Scaled):
+    """W = QUANTILES[kernel] * kernel_scale, a scale for every 64 inputs; products are in the dtype of x."""
+
+    kind: ClassVar[str] = "nf4"
+    largest: ClassVar[float] = 1
+    group: ClassVar[int] = 64
+
+    def rounded(self, values: Float[Array, "*shape"], noise: Any) -> Any:
+        """The index of one of the two quantiles around a value."""
+        table = jnp.asarray(QUANTILES, values.dtype)
+        last = len(QUANTILES) - 2
+        below = jnp.minimum(sum((values >= quantile).astype(jnp.int32) for quantile in table[1:]), last)
+        start, end = _select(below, table[:-1]), _select(below, table[1:])
+        up = jnp.floor((values - start) / (end - start) + noise).astype(jnp.int32)
+        return (below + jnp.minimum(up, 1) - 8).astype(jnp.int4)
+
+    def values(self, kernel: Any) -> Float[Array, "*layers in out"]:
+        """The quantile of each index."""
+        return _select(kernel.astype(jnp.int32) + 8, jnp.asarray(QUANTILES, jnp.float32))
+
+    def magnitudes(self, w: Float[Array, "*layers in out"]) -> Float[Array, "*layers groups out"]:
+        """The largest |W| of every 64 inputs; the last group may have fewer."""
+        *layers, fan_in, fan_out = w.shape
+        groups = -(-fan_in // self.group)
+        widths = [*((0, 0) for _ in layers), (0, groups * self.group - fan_in), (0, 0)]
+        return jnp.max(jnp.abs(jnp.pad(w, widths).reshape(*layers, groups, self.group, fan_out)), axis=-2)
+
+    def spread(
+        self, scale: Float[Array, "*layers groups out"], fan_in: int
+    ) -> Float[Array, "*layers in out"]:
+        """Each scale 64 times."""
+        return jnp.repeat(scale, self.group, axis=-2)[..., :fan_in, :]
+
+
+# Of a normal distribution, as the published code of QLoRA has them: 7 below 0, 0 itself, and 8 above.
+QUANTILES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
+)  # fmt: skip
+
+
+KINDS = (Float32, Bfloat16, Float64, Int8, Float8, Nf4)
+CHOICES: dict[str, type[Base]] = {choice.kind: choice for choice in KINDS}
 
 
 def parse(base_dtype: Any) -> Base:
@@ -117,3 +302,14 @@ def round_stochastically(x: Any, key: Any) -> Any:
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     rounded = lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _scale(magnitude: Any, largest: float) -> Any:
+    """magnitude / largest in at least float32; 1 where the magnitude is 0."""
+    wide = jnp.promote_types(magnitude.dtype, jnp.float32)
+    return jnp.where(magnitude == 0, 1, magnitude.astype(wide) / largest).astype(wide)
+
+
+def _select(index: Any, table: Any) -> Any:
+    """table[index] by comparisons: faster than a lookup on accelerators, and fused with what follows."""
+    return lax.select_n(index, *(jnp.broadcast_to(value, index.shape) for value in table))

@@ -26,7 +26,7 @@ from relora_jax.core.product import product as low_rank_product
 
 BASE_INITS = ("keep", "zero")
 # what LowRankDense adds to the attributes of the plain layer
-_OWN = ("plain", "base", "stored_names", "lora_a", "lora_b", "dropout_key")
+_OWN = ("plain", "base", "stored_names", "master", "lora_a", "lora_b", "dropout_key")
 _OWN += ("rank", "alpha", "dropout", "product")
 
 
@@ -35,6 +35,10 @@ class BaseKernel(nnx.Variable):
 
     Not an `nnx.Param`, so it has no gradient and no optimizer state.
     """
+
+
+class BaseMaster(nnx.Variable):
+    """W [*layers, in, out] in at least float32, beside a kernel in fewer bits: what merges are summed in."""
 
 
 class LowRankFactor(nnx.LoRAParam):
@@ -53,7 +57,8 @@ class LowRankDense(nnx.Module):
 
     Initially computes the same function as `layer`: A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that B has
     a gradient from the first update. `base_init="zero"` sets W to 0 instead and draws both factors from
-    U(-1/sqrt(r), 1/sqrt(r)). The kernel may be stacked: [*layers, in, out]. If the layer's own kernel has
+    U(-1/sqrt(r), 1/sqrt(r)). With `base_master`, W is also kept in at least float32, so that merges lose
+    nothing (see `take_masters`). The kernel may be stacked: [*layers, in, out]. If the layer's own kernel has
     other axes (`nnx.LinearGeneral`, `nnx.Einsum`), W is that kernel as a matrix. It is called as `layer` is,
     and has its other attributes.
     """
@@ -77,14 +82,16 @@ class LowRankDense(nnx.Module):
         product: str = "separate",
         base_dtype: Any = jnp.float32,
         base_init: str = "keep",
+        base_master: bool = False,
     ) -> None:
         plain = plain_layers.plain(layer)
         kernel = plain.matrix(layer.kernel[...])
         check(kernel.shape, rank=rank, alpha=alpha, dropout=dropout, product=product, base_init=base_init)
         *layers, fan_in, fan_out = kernel.shape
         keep = base_init == "keep"
+        kernel = kernel if keep else jnp.zeros_like(kernel)
         chosen_base = base.parse(base_dtype)
-        stored = chosen_base.store(kernel if keep else jnp.zeros_like(kernel))
+        stored = chosen_base.store(kernel)
         _check_names(layer, chosen_base, stored)
         plain_layers.copy_attributes(layer, self)
         del self.kernel
@@ -92,6 +99,8 @@ class LowRankDense(nnx.Module):
         metadata = dict(plain.kernel_metadata) if plain.is_matrix else {}
         for name, part in stored.items():
             setattr(self, name, BaseKernel(part, **metadata))
+        wide = jnp.promote_types(kernel.dtype, jnp.float32)
+        self.master: Any = nnx.data(BaseMaster(kernel.astype(wide), **metadata) if base_master else None)
         bound = 1 / math.sqrt(fan_in if keep else rank)
         axes = metadata.pop("axes", (*("layers",) * len(layers), "in", "out"))
         a = _uniform_layers(key, (*layers, fan_in, rank), bound, layer.param_dtype)
@@ -170,13 +179,15 @@ def wrap(
     product: str = "separate",
     base_dtype: Any = jnp.float32,
     base_init: str = "keep",
+    base_master: bool = False,
 ) -> Any:
     """The model with its targeted linear layers replaced by `LowRankDense`, in place; same output by default.
 
     `targets(path, layer)` selects among the layers of type `nnx.Linear`, `nnx.LinearGeneral` (such as the
     projections of `nnx.MultiHeadAttention`) and `nnx.Einsum`; path is a tuple of attribute names and indices.
     Kernel and bias keep their values unless `base_init="zero"`; `base_dtype`, a dtype, its name or a
-    `core.base.Base`, sets how the kernel is stored. `dropout` zeroes this fraction of the branch's inputs,
+    `core.base.Base`, sets how the kernel is stored, and `base_master` whether it is also kept in float32 for
+    merges. `dropout` zeroes this fraction of the branch's inputs,
     but only in calls with a key: `layer(x, key=...)`, or one from `with_dropout_keys`; `rngs` are not used
     for it. One key is taken from `rngs.params()` and folded with each layer's path.
 
@@ -185,7 +196,7 @@ def wrap(
     """
     key = rngs.params()
     options: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "product": product}
-    options |= {"base_dtype": base_dtype, "base_init": base_init}
+    options |= {"base_dtype": base_dtype, "base_init": base_init, "base_master": base_master}
     candidates = list(modules(model, plain_layers.KINDS))
     selected = [(path, layer) for path, layer in candidates if targets(path, layer)]
     if not selected:
@@ -221,12 +232,17 @@ def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
     """Sets W += scale * (A @ B), A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 in place; same outputs up to rounding.
 
     Computed layer by layer in at least float32 at highest precision. The base type decides how the sum is
-    rounded: a bfloat16 kernel stochastically, so that merges smaller than its spacing survive in the mean.
+    rounded: a bfloat16 kernel stochastically, so that merges smaller than its spacing survive in the mean. A
+    layer with a master adds to that, which loses nothing, and stores W as its master rounded to nearest.
     `key` is folded with each layer's path and index.
     """
     for path, dense in low_rank_layers(model):
         a, b = dense.lora_a[...], dense.lora_b[...]
-        merged, a = merge_layers(dense.base, dense.stored, a, b, dense.scale, path_key(key, path))
+        master = None if dense.master is None else dense.master[...]
+        layer_key = path_key(key, path)
+        merged, a, master = merge_layers(dense.base, dense.stored, a, b, dense.scale, layer_key, master)
+        if dense.master is not None:
+            dense.master[...] = master
         for name, part in merged.items():
             getattr(dense, name)[...] = part
         dense.lora_a[...], dense.lora_b[...] = a, jnp.zeros_like(b)
@@ -243,6 +259,26 @@ def with_dropout_keys(model: Any, *, key: Key[Array, ""]) -> Any:
             layers = dense.kernel[...].shape[:-2]
             keys = jax.random.split(path_key(key, path), layers) if layers else path_key(key, path)
             dense.dropout_key = nnx.data(BranchKey(keys, axes=("layers",) * len(layers)))
+    return model
+
+
+def take_masters(model: Any) -> dict[str, BaseMaster]:
+    """{path of a layer: its master}, which the layers then no longer have: only merges need them.
+
+    They can be anywhere, such as in the memory of the host, until `give_masters`.
+    """
+    masters = {}
+    for path, dense in low_rank_layers(model):
+        if dense.master is not None:
+            masters[path_text(path)], dense.master = dense.master, nnx.data(None)
+    return masters
+
+
+def give_masters(model: Any, masters: dict[str, BaseMaster]) -> Any:
+    """The inverse of `take_masters`: the model with its masters back, in place."""
+    for path, dense in low_rank_layers(model):
+        if master := masters.get(path_text(path)):
+            dense.master = nnx.data(master)
     return model
 
 

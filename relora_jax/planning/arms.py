@@ -9,7 +9,7 @@ from typing import Any
 from relora_jax import shapes
 from relora_jax.config import LOW_RANK_ARMS, Config
 from relora_jax.planning.chips import Chip
-from relora_jax.planning.compiled import Compiled, Compiler, Memory
+from relora_jax.planning.compiled import Compiled, Compiler, Memory, host_bytes
 from relora_jax.planning.hlo import Costs
 from relora_jax.planning.topology import Topology
 from relora_jax.training.program import Program
@@ -24,6 +24,7 @@ class ArmPlan:
     topology: Topology
     programs: dict[str, Compiled]
     largest_microbatch: int | None  # that fits, of the last phase's update; None: not searched, 0: none does
+    host_bytes: float = 0.0  # in the memory of the hosts, per device
 
     @property
     def update(self) -> Compiled:
@@ -70,7 +71,7 @@ def plan(config: Config, topology: Topology, compiler: Compiler, *, search: bool
             return compiler(Program(dataclasses.replace(config, train=train), mesh), names[-1])
 
         largest = largest_microbatch(config, topology, compiled)
-    return ArmPlan(config, topology, programs, largest)
+    return ArmPlan(config, topology, programs, largest, host_bytes(program))
 
 
 def program_names(config: Config) -> list[str]:

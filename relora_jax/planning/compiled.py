@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo
 
 from relora_jax.errors import UserError
@@ -62,6 +63,8 @@ class Compiler:
         if text not in self._compiled:
             self._compiled[text] = _compile(lowered.compile, self.topology.slice_size, weights + moments)
         used, program_costs, refusal = self._compiled[text]
+        if name in ("start_low_rank", "restart") and self.topology.chip.platform == "cuda":
+            used -= host_bytes(program)  # without a GPU, its compiler knows no memory but the device's
         return Compiled(known._replace(temporaries=max(used - known.total, 0.0)), program_costs, refusal)
 
 
@@ -109,7 +112,17 @@ def _needed_bytes(message: str, state_bytes: float) -> float:
     return 0.0
 
 
+def host_bytes(program: Program) -> float:
+    """What a run keeps in the memory of the hosts, per device."""
+    return _device_bytes(program.low_rank_on_devices.master)
+
+
 def _device_bytes(tree: Any) -> float:
     """The bytes of one device's shards."""
     shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
-    return float(sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes))
+    return float(sum(math.prod(shape) * _bits(dtype) / 8 for shape, dtype in shapes))
+
+
+def _bits(dtype: Any) -> int:
+    """The bits of an element on a device; NumPy gives int4 a byte."""
+    return 4 if dtype == jnp.int4 else 8 * dtype.itemsize

@@ -26,8 +26,11 @@ def rows(plans: Sequence[ArmPlan]) -> list[list[str]]:
     row("parameters frozen", lambda plan: f"{shapes.count(plan.config).frozen:,}")
     for part in ("weights", "moments", "gradients", "temporaries"):
         row(f"{part} per device", lambda plan, part=part: gigabytes(getattr(plan.update.memory, part)))
+    if any(plan.host_bytes for plan in plans):
+        row("in the host's memory per device", lambda plan: gigabytes(plan.host_bytes))
     for name, label in NAMES.items():
         row(f"{label}", lambda plan, name=name: verdict(plan, name) if name in plan.programs else "-")
+    row("most memory in", _peak)
     row("largest microbatch", _largest)
     row("matmul FLOPs per token", _flops)
     row("sent within a slice, per update", lambda plan: _sent(plan, between=False))
@@ -81,7 +84,7 @@ def remedies(plans: Sequence[ArmPlan]) -> list[str]:
         elif failing:
             lines.append(
                 f"{plan.config.arm}: does not fit. Use a smaller train.microbatch, model.remat=dots or full, "
-                "a larger mesh.fsdp, or relora.base_dtype=bfloat16"
+                "a larger mesh.fsdp, or relora.base_dtype=bfloat16 or int8"
             )
     return lines
 
@@ -110,6 +113,10 @@ def verdict(plan: ArmPlan, name: str) -> str:
     if not plan.fits(name):
         return f"{total}, only by computing {program.costs.recomputed_flops:.1e} FLOPs again"
     return f"fits: {total}, {gigabytes(-over)} left"
+
+
+def _peak(plan: ArmPlan) -> str:
+    return NAMES[max(plan.programs, key=lambda name: plan.programs[name].memory.total)]
 
 
 def _largest(plan: ArmPlan) -> str:
@@ -155,6 +162,7 @@ def _facts(plan: ArmPlan) -> dict[str, Any]:
         "microbatch": train.microbatch,
         "largest_microbatch": plan.largest_microbatch,
         "parameters": {"trained": counts.trained, "frozen": counts.frozen},
+        "host_bytes": plan.host_bytes,
         "memory_bytes": plan.topology.chip.memory_bytes,
         "flops_per_token": plan.flops_per_token,
         "model_flops_per_token": plan.model_flops_per_token,

@@ -20,7 +20,7 @@ from relora_jax.model import attention, sampling
 from relora_jax.storage import places
 from relora_jax.training import steps
 from relora_jax.training.sharding import on_mesh, padded, row_sharding, shardings
-from relora_jax.training.state import TrainState, is_low_rank
+from relora_jax.training.state import TrainState, is_low_rank, without_master
 from relora_jax.training.steps import Due, Phase
 
 PROGRAMS = ("full_rank_update", "start_low_rank", "restart", "low_rank_update")
@@ -62,7 +62,7 @@ class Program:
                 out_shardings=out,
                 static_argnames="reset",
             )
-            self._low_train = self._train_step(self.low_phase, self._low)
+            self._low_train = self._train_step(self.low_phase, without_master(self._low))
         self._eval: dict[bool, Any] = {}
         self._sample: dict[bool, Any] = {}
 
@@ -96,7 +96,9 @@ class Program:
         self, state: TrainState, batch: Batch, learning_rate: float
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """`steps.train_step` for the phase of the state; the state is donated."""
-        return (self._low_train if is_low_rank(state) else self._train)(state, batch, learning_rate)
+        step = self._low_train if is_low_rank(state) else self._train
+        updated, metrics = step(without_master(state), batch, learning_rate)
+        return dataclasses.replace(updated, master=state.master), metrics
 
     def restart(self, state: TrainState, *, reset: bool) -> TrainState:
         """`steps.restart`; the state is donated."""
@@ -135,7 +137,7 @@ class Program:
             case "restart":
                 return self._restart.lower(self.low_rank_on_devices, reset=True)
             case "low_rank_update":
-                return self._low_train.lower(self.low_rank_on_devices, batch, 0.0)
+                return self._low_train.lower(without_master(self.low_rank_on_devices), batch, 0.0)
         raise ValueError(f"name {name!r} must be one of {PROGRAMS}")
 
     def _abstract_rows(self, *shape: int) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from relora_jax.core.low_rank import BaseMaster
 from relora_jax.errors import UserError
 from relora_jax.model.rows import ROWS
 
@@ -86,21 +87,33 @@ def axes_of(leaf: nnx.Variable[Any]) -> tuple[str, ...]:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A tree of NamedShardings: Variables are sharded by their `axes`, everything else is replicated."""
+    """A tree of NamedShardings: Variables are sharded by their `axes`, everything else is replicated.
+
+    A `BaseMaster` is in the memory of the hosts.
+    """
 
     def sharding(leaf: Any) -> Any:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, PartitionSpec())
-        return leaf.replace(NamedSharding(mesh, spec(axes_of(leaf), leaf.shape, **_split_sizes(mesh))))
+        memory = "pinned_host" if isinstance(leaf, BaseMaster) else None
+        parts = spec(axes_of(leaf), leaf.shape, **_split_sizes(mesh))
+        return leaf.replace(NamedSharding(mesh, parts, memory_kind=memory))
 
     return jax.tree.map(sharding, tree, is_leaf=_is_variable)
 
 
 def padded(tree: Any, mesh: Any) -> Any:
-    """The tree with each Variable's axes in TENSOR_AXES padded with zeros to multiples of `tensor`."""
+    """The tree with each Variable's axes in TENSOR_AXES padded with zeros to multiples of `tensor`.
+
+    But for a `BaseMaster`, which nothing is computed with where it is.
+    """
 
     def pad(leaf: Any) -> Any:
-        if not _is_variable(leaf) or (shape := _padded_shape(leaf, mesh)) == leaf.shape:
+        if (
+            not _is_variable(leaf)
+            or isinstance(leaf, BaseMaster)
+            or (shape := _padded_shape(leaf, mesh)) == leaf.shape
+        ):
             return leaf
         widths = [(0, new - old) for new, old in zip(shape, leaf.shape, strict=True)]
         return leaf.replace(jnp.pad(leaf.get_value(), widths))

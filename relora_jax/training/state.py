@@ -20,6 +20,7 @@ class TrainState:
     trained: Any  # nnx.State of Param and LowRankFactor
     frozen: Any  # nnx.State of BaseKernel; empty before the low-rank phase
     opt_state: Any
+    master: Any = dataclasses.field(default_factory=dict)  # {layer: BaseMaster}, in the host's memory
 
 
 def is_low_rank(state: TrainState) -> bool:
@@ -30,6 +31,11 @@ def is_low_rank(state: TrainState) -> bool:
 def model_of(state: TrainState) -> TrainState:
     """The state reduced to the model's variables; other fields are None."""
     return TrainState(None, None, None, None, trained=state.trained, frozen=state.frozen, opt_state=None)
+
+
+def without_master(state: TrainState) -> TrainState:
+    """The state as updates take it: only restarts need the master."""
+    return dataclasses.replace(state, master={})
 
 
 def flatten(state: TrainState) -> dict[str, Any]:

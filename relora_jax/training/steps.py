@@ -124,23 +124,27 @@ def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Pha
         product=relora.product,
         base_dtype=relora.base_dtype,
         base_init=relora.base_init,
+        base_master=relora.base_master == "host",
     )
+    master = low_rank.take_masters(model)
     graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
     tx = _optimizer(config, trained)
     opt_state = optimizer.carry_over_rest(tx.init(trained), state.opt_state)
-    return Phase(graph, tx), dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state)
+    state = dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state, master=master)
+    return Phase(graph, tx), state
 
 
 def restart(config: Config, phase: Phase, state: TrainState, *, reset: bool) -> TrainState:
     """The state after the restart method `relora.restart`; with `reset`, the factors' moments are pruned."""
     method = restarts.parse(config.relora.restart)
-    model = phase.model(state.trained, state.frozen)
+    model = low_rank.give_masters(phase.model(state.trained, state.frozen), state.master)
     model = method.model(model, key=key(config, REINIT, state.update))
+    master = low_rank.take_masters(model)
     _, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
     opt_state = state.opt_state
     if reset:
         opt_state = method.opt_state(opt_state, key=key(config, PRUNE, state.update))
-    return dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state)
+    return dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state, master=master)
 
 
 def train_step(
