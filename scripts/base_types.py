@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     own = {"seeds": "3", "json": "", "workdir": "runs/base_types"}
     config, values = cli.parse(argv, **own)
     seeds = cli.count("seeds", values["seeds"], at_least=1)
-    settings = [arg for arg in argv if not arg.startswith(tuple(f"--{name}=" for name in own))]
+    settings = [arg for arg in argv[1:] if not arg.startswith(tuple(f"--{name}=" for name in own))]
     losses: dict[str, list[float]] = {name: [] for name in TYPES}
     for seed in range(seeds):
         for name, (kind, master) in TYPES.items():
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         for name, row in table.items():
             print(f"{name:26} {row['perplexity']:8.2f}  {row['to_float32']:+.4f} +- {row['spread']:.4f} nats")
         if values["json"]:
-            facts = {"command": f"python scripts/base_types.py {' '.join(argv)}", "config": config.name}
+            facts = {"command": f"python scripts/base_types.py {' '.join(argv[1:])}", "config": config.name}
             facts |= {package: version(package) for package in ("jax", "flax")}
             content = json.dumps(facts | {"seeds": seed + 1, "types": table}, indent=2)
             Path(values["json"]).write_text(f"{content}\n")

@@ -158,8 +158,6 @@ class _EightBit(_Scaled):
     Chips that multiply 8-bit values do so at twice the rate of bfloat16; others give the same result.
     """
 
-    sums: ClassVar[Any]  # the dtype in which products are summed
-
     def multiply(
         self,
         x: Float[Array, "*tokens in"],
@@ -172,22 +170,29 @@ class _EightBit(_Scaled):
         del precision
         return _eight_bit_product(x, stored, self, out_sharding)
 
+    def sums(self, dtype: Any) -> Any:
+        """The dtype in which a product in this dtype is summed, before it is multiplied by its scales."""
+        return dtype
+
     def dot(
-        self, x: Float[Array, "*tokens k"], kernel: Any, axis: int, out_sharding: Any = None
+        self, x: Float[Array, "*tokens k"], kernel: Any, *, axis: int, dtype: Any, out_sharding: Any = None
     ) -> Float[Array, "*tokens n"]:
-        """x times the kernel's values, summed over this axis of the kernel, in at least float32."""
+        """x times the kernel's values, summed over this axis of the kernel."""
         scale = _scale(jnp.max(jnp.abs(x), axis=-1, keepdims=True), self.largest)
         values = self.nearest(jnp.clip(x.astype(scale.dtype) / scale, -self.largest, self.largest))
-        dimensions = (((x.ndim - 1,), (axis,)), ((), ()))
         y = lax.dot_general(
-            values, kernel, dimensions, preferred_element_type=self.sums, out_sharding=out_sharding
+            values,
+            kernel,
+            (((x.ndim - 1,), (axis,)), ((), ())),
+            preferred_element_type=self.sums(dtype),
+            out_sharding=out_sharding,
         )
         return y.astype(scale.dtype) * scale
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _eight_bit_product(x: Any, stored: Stored, base: _EightBit, out_sharding: Any) -> Any:
-    y = base.dot(x, stored["kernel"], 0, out_sharding)
+    y = base.dot(x, stored["kernel"], axis=0, dtype=x.dtype, out_sharding=out_sharding)
     return (y * _per_output(stored, y.ndim)).astype(x.dtype)
 
 
@@ -197,7 +202,8 @@ def _eight_bit_forward(x: Any, stored: Stored, *options: Any) -> Any:
 
 def _eight_bit_backward(base: _EightBit, _: Any, stored: Stored, dy: Any) -> Any:
     """dx = (dy * scale) @ kernel^T; W is frozen."""
-    return base.dot(dy * _per_output(stored, dy.ndim), stored["kernel"], 1).astype(dy.dtype), None
+    scaled = dy * _per_output(stored, dy.ndim)
+    return base.dot(scaled, stored["kernel"], axis=1, dtype=dy.dtype).astype(dy.dtype), None
 
 
 _eight_bit_product.defvjp(_eight_bit_forward, _eight_bit_backward)
@@ -212,7 +218,10 @@ class Int8(_EightBit):
 
     kind: ClassVar[str] = "int8"
     largest: ClassVar[float] = 127
-    sums: ClassVar[Any] = jnp.int32
+
+    def sums(self, dtype: Any) -> Any:
+        """Integers, exactly."""
+        return jnp.int32
 
     def rounded(self, values: Float[Array, "*shape"], noise: Any) -> Any:
         """The integer below values + noise."""
@@ -224,7 +233,6 @@ class Float8(_EightBit):
 
     kind: ClassVar[str] = "float8_e4m3"
     largest: ClassVar[float] = 448
-    sums: ClassVar[Any] = jnp.float32
 
     def nearest(self, values: Float[Array, "*shape"]) -> Any:
         """The nearest value of the type."""
