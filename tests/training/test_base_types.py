@@ -93,9 +93,11 @@ def test_sharded_run_agrees_with_one_device(kind: str, master: str) -> None:
         }
 
 
-def test_update_neither_takes_nor_returns_the_master() -> None:
-    settings = config("int8", "host")
-    program = Program(settings, small.mesh())
+def test_master_is_on_the_host_and_no_part_of_updates() -> None:
+    program = Program(config("int8", "host"), small.mesh())
+    masters = {path: leaf for path, leaf in flatten(program.low_rank).items() if path.startswith("master/")}
+    assert len(masters) == len(names.LAYERS)
+    assert {leaf.sharding.memory_kind for leaf in masters.values()} == {"pinned_host"}
     shape = "tensor<2x16x24xf32>"  # a float32 kernel of gate
     text = program.lower("low_rank_update").as_text()
     main = next(line for line in text.splitlines() if "func.func public @main" in line)
