@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {  # name: the module of `core` that defines it
     "LowRankDense": "low_rank",  # x @ W + scale * (x @ A) @ B, W frozen
     "BaseKernel": "low_rank",  # the nnx.Variable type of frozen kernels
+    "BaseMaster": "low_rank",  # the nnx.Variable type of W in float32 beside a kernel in fewer bits
     "LowRankFactor": "low_rank",  # the nnx.Variable type of the factors, which a restart merges and resets
     "wrap": "low_rank",  # replaces a model's linear layers by LowRankDense, in place
     "unwrap": "low_rank",  # the inverse, with the factors merged
     "merge_and_reinit": "low_rank",  # a restart's effect on the weights
+    "take_masters": "low_rank",  # takes these out of the model between merges
+    "give_masters": "low_rank",  # the inverse
     "with_dropout_keys": "low_rank",  # dropout in models that do not pass keys to their layers
     "with_reset": "reset",  # makes the factors' statistics of any optax transformation resettable
     "reset": "reset",  # a restart's effect on the optimizer state
