@@ -3,7 +3,7 @@
     python -m relora_jax.plan --config=configs/FILE.py --topology=CHIP:SHAPE [--slices=N] [--arms=full,relora]
         [--config.GROUP.FIELD=VALUE ...] [--search] [--json] [--markdown] [--picture=FILE.png]
 
---topology: v5e:4x4, v5p:2x2x2, v6e:4x4 (the extra tpu), h100:1, h100:8 (the extra plan-cuda).
+--topology: v5e:4x4, v5p:2x2x2, v6e:4x4 (the extra tpu), h100:1, h100:8, h200:8 (the extra plan-cuda).
 --slices: of that shape, joined by the data center's network; for GPUs, machines.
 --search: also finds the largest microbatch that fits, in two to five more compilations of each arm.
 

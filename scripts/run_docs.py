@@ -23,7 +23,18 @@ from relora_jax.data import sotu
 from relora_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("index", "train", "text", "continue", "devices", "evaluate", "reliability", "results", "design")
+PAGES = (
+    "index",
+    "train",
+    "text",
+    "continue",
+    "devices",
+    "evaluate",
+    "reliability",
+    "performance",
+    "results",
+    "design",
+)
 BLOCK = re.compile(
     r"^(?: *<!-- not run: (?P<reason>.+?) -->\n)?(?P<indent> *)```bash\n(?P<code>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,

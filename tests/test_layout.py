@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "relora_jax"
-COMMANDS = {"train", "prepare", "evaluate", "generate", "export", "import_hf", "report", "throughput", "plan"}
+COMMANDS = {"train", "prepare", "evaluate", "generate", "export", "import_hf", "report", "bench", "plan"}
 # Subpackages (rooms) and top-level modules from the bottom up; each imports only lower floors and itself.
 FLOORS = [
     {"core", "errors"},
@@ -21,7 +21,7 @@ FLOORS = [
     {"checkpoint", "validate"},
     {"run"},
     {"hf", "reporting", "planning"},
-    {"loop"},
+    {"loop", "benchmark"},
     COMMANDS,
 ]
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}

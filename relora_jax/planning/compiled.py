@@ -12,6 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from relora_jax.errors import UserError
 from relora_jax.planning.hlo import Costs, costs
+from relora_jax.planning.kernels import Kernel, kernels
 from relora_jax.planning.topology import Topology
 from relora_jax.training.program import Program
 
@@ -41,6 +42,7 @@ class Compiled(NamedTuple):
     memory: Memory
     costs: Costs | None
     refusal: str = ""
+    kernels: tuple[Kernel, ...] = ()
 
 
 class Compiler:
@@ -62,10 +64,10 @@ class Compiler:
         text = lowered.as_text()
         if text not in self._compiled:
             self._compiled[text] = _compile(lowered.compile, self.topology.slice_size, weights + moments)
-        used, program_costs, refusal = self._compiled[text]
+        used, *rest = self._compiled[text]
         if name in ("start_low_rank", "restart") and self.topology.chip.platform == "cuda":
             used -= host_bytes(program)  # without a GPU, its compiler knows no memory but the device's
-        return Compiled(known._replace(temporaries=max(used - known.total, 0.0)), program_costs, refusal)
+        return Compiled(known._replace(temporaries=max(used - known.total, 0.0)), *rest)
 
 
 @contextlib.contextmanager
@@ -81,12 +83,12 @@ def _target_has_cudnn() -> Iterator[None]:
 
 def _compile(
     compile_program: Callable[[], Any], slice_size: int, state_bytes: float
-) -> tuple[float, Costs | None, str]:
-    """(bytes of a device, costs, why the compiler refuses the program)."""
+) -> tuple[float, Costs | None, str, tuple[Kernel, ...]]:
+    """(bytes of a device, costs, why the compiler refuses the program, kernels)."""
     try:
         compiled = compile_program()
     except jax.errors.JaxRuntimeError as error:
-        return _needed_bytes(str(error), state_bytes), None, " ".join(str(error).split())[:200]
+        return _needed_bytes(str(error), state_bytes), None, " ".join(str(error).split())[:200], ()
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError as error:  # libtpu newer than jaxlib
@@ -95,10 +97,14 @@ def _compile(
             f"({str(error).splitlines()[0][:120]}): install the version that jax asks for "
             "(pip install 'relora-jax[tpu]', or plan-cuda)"
         ) from error
+    return used_bytes(compiled), costs(text, slice_size=slice_size), "", kernels(text)
+
+
+def used_bytes(compiled: Any) -> float:
+    """What a program needs of a device's memory: arguments, results, temporaries and its own code."""
     stats = compiled.memory_analysis()
     used = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    used += stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    return float(used), costs(text, slice_size=slice_size), ""
+    return float(used + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
 
 
 def _needed_bytes(message: str, state_bytes: float) -> float:

@@ -8,7 +8,7 @@ it computed all pairs of positions; each multiply-add is two FLOPs.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +21,10 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
 class Instruction(NamedTuple):
-    """name = shape opcode(operands), attributes; the shape and the attributes are text."""
+    """name = shape opcode(operands), attributes; the shape and the attributes are text.
+
+    The operand of a constant is its value, that of a parameter its index.
+    """
 
     name: str
     shape: str
@@ -59,7 +62,7 @@ def costs(text: str, *, slice_size: int) -> Costs:
     """The costs of a module's entry computation, on slices of `slice_size` devices each."""
     computations, entry = parse(text)
     matmul, recomputed, collectives, channels = 0.0, 0.0, [], set()
-    for computation, trips in _runs(computations, entry):
+    for computation, trips in runs(computations, entry):
         instructions = computations[computation]
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         for instruction in instructions:
@@ -119,8 +122,13 @@ def matmul_flops(instruction: Instruction, shapes: dict[str, str]) -> float:
     return 0.0
 
 
-def _runs(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tuple[str, int]]:
-    """(computation, times that it runs) for the entry and everything that it calls, once per caller."""
+def runs(
+    computations: dict[str, list[Instruction]], entry: str, *, opcodes: Sequence[str] | None = None
+) -> Iterator[tuple[str, int]]:
+    """(computation, times that it runs) for the entry and everything that it calls, once per caller.
+
+    With `opcodes`, only what instructions of these opcodes call.
+    """
     pending = [(entry, 1)]
     while pending:
         name, trips = pending.pop()
@@ -128,10 +136,16 @@ def _runs(computations: dict[str, list[Instruction]], entry: str) -> Iterator[tu
         for instruction in computations[name]:
             is_loop = instruction.opcode == "while"
             times = trips * _trip_count(instruction, name, computations) if is_loop else trips
-            called = _CALLED.findall(instruction.attributes)
-            for branches in _BRANCHES.findall(instruction.attributes):
-                called += re.findall(r"%([\w.-]+)", branches)
-            pending += [(computation, times) for computation in called]
+            if opcodes is None or instruction.opcode in opcodes:
+                pending += [(computation, times) for computation in called(instruction)]
+
+
+def called(instruction: Instruction) -> list[str]:
+    """The computations that an instruction calls, except the condition of a loop."""
+    names = _CALLED.findall(instruction.attributes)
+    for branches in _BRANCHES.findall(instruction.attributes):
+        names += re.findall(r"%([\w.-]+)", branches)
+    return names
 
 
 def _trip_count(loop: Instruction, caller: str, computations: dict[str, list[Instruction]]) -> int:
@@ -178,7 +192,8 @@ def _instruction(name: str, text: str) -> Instruction:
     opcode, _, _ = rest.partition("(")
     end = _closing(rest, len(opcode))
     inner = rest[len(opcode) + 1 : end - 1]
-    operands = tuple(re.findall(r"%([\w.-]+)", inner)) or ((inner,) if opcode == "constant" else ())
+    operands = tuple(re.findall(r"%([\w.-]+)", inner))
+    operands = operands or ((inner,) if opcode in ("constant", "parameter") else ())
     return Instruction(name, shape, opcode, operands, rest[end:])
 
 

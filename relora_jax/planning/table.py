@@ -42,10 +42,14 @@ def rows(plans: Sequence[ArmPlan]) -> list[list[str]]:
 
 def text(plans: Sequence[ArmPlan]) -> str:
     """The table in aligned columns, with what it is of above it and remedies below it."""
-    table = rows(plans)
+    return "\n".join([title(plans[0]), *aligned(rows(plans)), *remedies(plans)])
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its columns padded to their widest cells."""
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    return "\n".join([title(plans[0]), *(line.rstrip() for line in lines), *remedies(plans)])
+    return [line.rstrip() for line in lines]
 
 
 def markdown(plans: Sequence[ArmPlan]) -> str:

@@ -21,7 +21,7 @@ PLUGINS = {  # platform: (one of these modules must be installed, the extra that
     "tpu": (("libtpu",), "tpu"),
     "cuda": (("jax_cuda13_plugin", "jax_cuda12_plugin"), "plan-cuda"),
 }
-KNOWN = "v5e:4x4, v5e:16x16, v5p:2x2x2, v6e:4x4, h100:1, h100:8"
+KNOWN = "v5e:4x4, v5e:16x16, v5p:2x2x2, v6e:4x4, h100:1, h100:8, h200:8"
 
 
 class Topology(NamedTuple):
@@ -79,7 +79,9 @@ def _devices(chip: Chip, shape: str, slices: int) -> list[Any]:
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     name = f"{chip.name}:{shape}"
     if chip.platform == "cuda":
-        config = files("relora_jax.planning").joinpath(f"{chip.name}.txtpb").read_text()
+        # An H200 is an H100 with another memory.
+        config = files("relora_jax.planning").joinpath("h100.txtpb").read_text()
+        config = re.sub(r"(memory_bandwidth: )\d+", rf"\g<1>{int(chip.memory_bytes_per_s)}", config)
         # With the true size XLA would, without a word, compute values again to fit: here it is to say what a
         # program needs, and chips.py what there is.
         config = re.sub(r"(device_memory_size: )\d+", rf"\g<1>{16 * 10**12}", config)

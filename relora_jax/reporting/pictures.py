@@ -165,6 +165,30 @@ def memory(file: AnyPath, parts: Mapping[str, Mapping[str, float]], *, limit: fl
     _save(figure, file)
 
 
+def bench(
+    file: AnyPath, steps: Mapping[str, tuple[float, float, float]], memory_bytes: Mapping[str, float | None]
+) -> None:
+    """Draws each column's memory beside its step, {name: (median, first, third quartile) in seconds}."""
+    figure = Figure(figsize=(9, 1.4 + 0.45 * len(steps)), dpi=120, layout="constrained")
+    time, memory = figure.subplots(1, 2, sharey=True)
+    medians, low, high = 1e3 * np.array(list(steps.values())).T
+    bars = time.barh(list(steps), medians, height=0.6, color=BLUE)
+    time.errorbar(
+        medians, list(steps), xerr=(medians - low, high - medians), fmt="none", ecolor=INK, capsize=3
+    )
+    time.set_xlabel("ms per update (whiskers: quartiles)", color=INK)
+    sizes = np.array([memory_bytes[name] or np.nan for name in steps]) / 1e9
+    memory_bars = memory.barh(list(steps), sizes, height=0.6, color=ORANGE)
+    memory.set_xlabel("GB per device, compiled", color=INK)
+    for axes, values, patches in ((time, medians, bars), (memory, sizes, memory_bars)):
+        _style(axes)
+        axes.margins(x=0.15)
+        labels = ["" if np.isnan(value) else f"{value:,.3g}" for value in values]
+        axes.bar_label(patches, labels, label_type="center", color="white", fontsize=9)
+    time.invert_yaxis()
+    _save(figure, file)
+
+
 def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Mean over a centered window of 1/50 of the curve, narrower at its ends; below 100 points, unchanged."""
     half = len(values) // 100

@@ -88,7 +88,7 @@ def test_equal_programs_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> No
     compilations: list[Any] = []
     monkeypatch.setattr(
         "relora_jax.planning.compiled._compile",
-        lambda compile_program, *_: compilations.append(compile_program) or (1e6, COSTS, ""),
+        lambda compile_program, *_: compilations.append(compile_program) or (1e6, COSTS, "", ()),
     )
     compiler = Compiler(topology())
     for arm in ("full", "lora_warm"):

@@ -13,7 +13,7 @@ from tests.support import small
 
 @pytest.mark.parametrize("name", ["", "v5e", "h100", "tpu:2x2", "h100:1x8", "h100:0", "v5e:4", "v5e:4x4x4x4"])
 def test_unknown_topology_is_one_line_with_those_known(name: str) -> None:
-    with pytest.raises(UserError, match="one of v5e, v5p, v6e, h100, such as v5e:4x4"):
+    with pytest.raises(UserError, match="one of v5e, v5p, v6e, h100, h200, such as v5e:4x4"):
         make_topology(name)
 
 

@@ -2,12 +2,12 @@ import re
 
 import pytest
 
-from relora_jax import throughput
+from relora_jax import bench
 from relora_jax.data import batches
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # from ml_collections
-def test_command_reads_the_rows_twice_and_prints_both_speeds(folder, tmp_path, monkeypatch, capsys):
+def test_input_reads_the_rows_twice_and_prints_both_speeds(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "c.py").write_text(
         "import pathlib\nfrom tests.support import own_text, small\n"
@@ -17,7 +17,7 @@ def test_command_reads_the_rows_twice_and_prints_both_speeds(folder, tmp_path, m
     read, train_batch = [], batches.train_batch
     spy = lambda store, u, **shape: read.append(u) or train_batch(store, u, **shape)  # noqa: E731
     monkeypatch.setattr(batches, "train_batch", spy)
-    assert throughput.main(["throughput", f"--config={tmp_path}/c.py"]) == 0
+    assert bench.main(["bench", "--input", f"--config={tmp_path}/c.py"]) == 0
     out = capsys.readouterr().out
     (cold, cold_tokens), (warm, warm_tokens) = (
         [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:rows|tokens)/s", line)]
@@ -28,4 +28,4 @@ def test_command_reads_the_rows_twice_and_prints_both_speeds(folder, tmp_path, m
     epoch = len(read) // 2
     assert read == [*range(epoch), *range(epoch)] and epoch == 8
     with pytest.raises(ValueError, match="--seconds=soon is not a number"):
-        throughput.main(["throughput", f"--config={tmp_path}/c.py", "--seconds=soon"])
+        bench.main(["bench", "--input", f"--config={tmp_path}/c.py", "--seconds=soon"])

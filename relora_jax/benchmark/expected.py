@@ -1,0 +1,34 @@
+"""Columns compiled for a topology that is not there: memory, and the roofline of the compiled kernels."""
+
+import dataclasses
+from typing import Any
+
+from relora_jax.benchmark.column import Column
+from relora_jax.config import LOW_RANK_ARMS, Config
+from relora_jax.errors import UserError
+from relora_jax.planning.compiled import Compiled
+from relora_jax.planning.kernels import roofline_s
+from relora_jax.planning.topology import Topology
+from relora_jax.training.program import Program
+from relora_jax.training.sharding import make_mesh
+
+
+def column(name: str, config: Config, topology: Topology, compiler: Any) -> Column:
+    """The column of a config, by a `Compiler`; UserError if its update does not compile."""
+    mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices)
+    program, chip = Program(config, mesh), topology.chip
+    low_rank = config.arm in LOW_RANK_ARMS
+    update = compiler(program, "low_rank_update" if low_rank else "full_rank_update")
+    if update.costs is None:
+        raise UserError(
+            f"{name} does not compile for {topology.name} ({update.refusal}): use a smaller --microbatch"
+        )
+    restart: Compiled | None = compiler(program, "restart") if config.arm == "relora" else None
+    return Column(
+        name,
+        config,
+        chip.matmul_flops_per_s * len(topology.devices),
+        (roofline_s(update.kernels, chip),),
+        restart_s=roofline_s(restart.kernels, chip) if restart and restart.kernels else None,
+        compiled_bytes=update.memory.total,
+    )
