@@ -21,6 +21,7 @@ what they held.
 import dataclasses
 import json
 import os
+import platform
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from relora_jax import cli
-from relora_jax.benchmark import expected, measured, reading, table
+from relora_jax.benchmark import expected, measured, peer, reading, table
 from relora_jax.benchmark.column import Column
 from relora_jax.config import LOW_RANK_ARMS, Config
 from relora_jax.data import prepared
@@ -47,6 +48,7 @@ FLAGS: dict[str, Any] = {
     "microbatch": "",
     "rounds": "10",
     "topology": "",
+    "peer": "",
     "seconds": "5",
     "picture": "",
     "json": False,
@@ -59,58 +61,87 @@ def main(argv: Sequence[str]) -> int:
     config, values = cli.parse(argv, **FLAGS)
     if values["input"]:
         return _read(config, values["seconds"], argv)
-    rounds = cli.count("rounds", values["rounds"], at_least=1)
     if not values["arms"]:
         raise UserError("--arms is empty: pass --arms=full,relora or others")
+    rounds = cli.count("rounds", values["rounds"], at_least=1)
+    _check_peer(values)
     picture = Path(values["picture"]).expanduser() if values["picture"] else None
     if picture and not picture.parent.is_dir():
         raise UserError(f"--picture={picture}: the directory {picture.parent} does not exist")
     configs = _configs(argv, values)
     if values["topology"]:
-        topology = make_topology(values["topology"])
-        device, count = topology.name, len(topology.devices)
-        for config in configs.values():
-            validate(config, devices=count, platform=topology.chip.platform)
-        compiler = Compiler(topology)
-        columns = [expected.column(name, config, topology, compiler) for name, config in configs.items()]
+        columns, facts = _compile(configs, values["topology"])
     else:
-        device, count = start_devices()[0].device_kind, len(start_devices())
-        for config in configs.values():
-            validate(config, devices=count)
-        enable_compilation_cache()
-        ours = [measured.Ours(name, config) for name, config in configs.items()]
-        measured.measure_peaks(ours)
-        columns = measured.alternate(ours, rounds=rounds)
-    _show(columns, values, picture, argv, device={"kind": device, "count": count, "cores": os.cpu_count()})
-    return 0
-
-
-def _show(
-    columns: Sequence[Column],
-    values: dict[str, Any],
-    picture: Path | None,
-    argv: Sequence[str],
-    *,
-    device: dict[str, Any],
-) -> None:
-    compiled = bool(values["topology"])
+        columns, facts = _measure(configs, rounds=rounds, with_peer=bool(values["peer"]))
     if values["json"]:
-        facts = {
-            "config": columns[0].config.name,
+        facts |= {
+            "config": config.name,
             "command": shlex.join(["python", "-m", "relora_jax.bench", *argv[1:]]),
-            "versions": {name: version(name) for name in ("relora-jax", "jax", "jaxlib", "flax")},
-            "device": device,
             "rows": columns[0].config.train.batch,
             "sequence_length": columns[0].config.data.sequence_length,
-            "compiled": compiled,
+            "columns": [column.facts(columns[0]) for column in columns],
         }
-        print(json.dumps(facts | {"columns": [column.facts(columns[0]) for column in columns]}, indent=1))
+        print(json.dumps(facts, indent=1))
     else:
-        label = device["kind"] if compiled else f"{device['count']} x {device['kind']}"
-        print(table.text(columns, device=label, compiled=compiled))
+        print(table.text(columns, device=facts["device"], compiled=facts["compiled"]))
     if picture:
         steps = {column.name: (column.median_s, *column.quartiles_s) for column in columns}
         pictures.bench(picture, steps, {column.name: column.compiled_bytes for column in columns})
+    return 0
+
+
+def _compile(configs: dict[str, Config], name: str) -> tuple[list[Column], dict[str, Any]]:
+    """(columns, facts) of a topology."""
+    topology = make_topology(name)
+    for config in configs.values():
+        validate(config, devices=len(topology.devices), platform=topology.chip.platform)
+    compiler = Compiler(topology)
+    columns = [expected.column(name, config, topology, compiler) for name, config in configs.items()]
+    return columns, {"compiled": True, "device": topology.name, "versions": _versions()}
+
+
+def _measure(
+    configs: dict[str, Config], *, rounds: int, with_peer: bool
+) -> tuple[list[Column], dict[str, Any]]:
+    """(columns, facts) of this machine."""
+    if with_peer:
+        peer.share_gpu()
+    devices = start_devices()
+    for config in configs.values():
+        validate(config, devices=len(devices))
+        if with_peer:
+            peer.check(config)
+    enable_compilation_cache()
+    ours = [measured.Ours(name, config) for name, config in configs.items()]
+    measured.measure_peaks(ours)
+    peers = _peers(configs) if with_peer else []
+    columns = measured.alternate([*ours, *peers], rounds=rounds)
+    device = f"{len(devices)} x {devices[0].device_kind}"
+    facts = {"compiled": False, "device": device, "cores": os.cpu_count(), "versions": _versions()}
+    for runner in peers:
+        facts |= {"torch_threads": runner.facts["threads"]}
+        facts["versions"] |= runner.facts["versions"]
+    return columns, facts
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in ("jax", "jaxlib", "flax")}
+
+
+def _check_peer(values: dict[str, Any]) -> None:
+    if values["peer"] not in ("", "torch"):
+        raise UserError(f"--peer={values['peer']} is not known: pass --peer=torch, or none")
+    if values["peer"] and values["topology"]:
+        raise UserError("--peer=torch is run, not compiled: omit it or --topology")
+
+
+def _peers(configs: dict[str, Config]) -> list[peer.TorchPeer]:
+    """PyTorch's column of each arm, with the dropout of the arm's first; LoRA's product is separate."""
+    arms: dict[str, Config] = {}
+    for config in configs.values():
+        relora = dataclasses.replace(config.relora, product="separate")
+        arms.setdefault(config.arm, dataclasses.replace(config, relora=relora))
+    return [peer.TorchPeer(f"torch {arm}", config) for arm, config in arms.items()]
 
 
 def _configs(argv: Sequence[str], values: dict[str, Any]) -> dict[str, Config]:

@@ -850,6 +850,13 @@ MUTANTS = [
         "test_peak_of_a_device_is_asked_after_each_runner_alone_smallest_first",
     ),
     Mutant(
+        "a peer with all targets, whatever the run's are",
+        "benchmark/peer.py",
+        "shapes.target_kernels(config)]",
+        "shapes.kernels(model)]",
+        "tests/benchmark/test_peer.py::test_low_rank_arm_has_the_factors_of_the_run",
+    ),
+    Mutant(
         "a plan that counts a collective once for each computation that it spans",
         "planning/hlo.py",
         "            if kind and (identity is None or identity not in channels):",

@@ -46,7 +46,7 @@ def test_json_has_a_column_for_each_arm_and_product(toy, tmp_path, capsys):
     names = [column["name"] for column in facts["columns"]]
     assert names == ["full", "relora separate", "relora fused"]
     assert facts["rows"] == 16 and facts["compiled"] is False and "--rounds=2" in facts["command"]
-    assert {"jax", "flax"} <= facts["versions"].keys() and facts["device"]["count"] == 8
+    assert {"jax", "flax"} <= facts["versions"].keys() and facts["device"] == "8 x cpu"
     assert [column["step_s"] for column in facts["columns"]] == [[1, 4], [2, 5], [3, 6]]
     assert [column["step_to_first"] for column in facts["columns"]] == [1, (2 + 5 / 4) / 2, (3 + 6 / 4) / 2]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
@@ -73,6 +73,9 @@ def test_update_is_one_microbatch_in_the_phase_of_its_arm(toy, capsys):
         (["--rounds=few"], "--rounds=few"),
         (["--picture=missing/a.png"], "the directory missing does not exist"),
         (["--topology=a100:1"], "unknown topology"),
+        (["--peer=tf"], "--peer=tf is not known"),
+        (["--peer=torch", "--topology=h100:1"], "is run, not compiled"),
+        (["--peer=torch"], "--peer=torch "),
     ],
 )
 def test_mistake_is_reported_before_anything_is_compiled(toy, args, message):
