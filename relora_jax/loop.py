@@ -7,12 +7,17 @@ from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
+from relora_jax import shapes
 from relora_jax.checkpoint.manager import Checkpoints
 from relora_jax.config import Config, to_json
 from relora_jax.data import batches
 from relora_jax.data.batches import Batch
 from relora_jax.data.stores import PrepareOptions
 from relora_jax.errors import DIVERGED, STOPPED
+from relora_jax.planning import chips
 from relora_jax.reporting import page
 from relora_jax.run import directory, profile, record, wandb_sink
 from relora_jax.run.goodput import Clock
@@ -124,7 +129,8 @@ class Recorder:
     def log(self, u: int, learning_rate: float, values: dict[str, Any]) -> None:
         """Writes the train row after u updates, if due."""
         if u % self.config.train.log_every_updates == 0 or u == self.config.train.updates:
-            self.metrics.train(u, lr=learning_rate, restarts=steps.restarts_done(self.config, u), **values)
+            values |= {"lr": learning_rate, "restarts": steps.restarts_done(self.config, u)}
+            self.metrics.train(u, **values, **hardware(self.config, self.program.mesh, u))
 
     def record(self, u: int, state: TrainState) -> bool:
         """Evaluates and saves the state after u updates, if due; metrics reach the disk before a checkpoint.
@@ -158,6 +164,16 @@ class Recorder:
             yield batch
             if self.signals.should_stop():
                 return
+
+
+def hardware(config: Config, mesh: Mesh, u: int) -> dict[str, Any]:
+    """What the devices could do in the update before u, and have held; None if it is not known."""
+    chip, memory = chips.of_device(mesh.devices.flat[0]), jax.local_devices()[0].memory_stats() or {}
+    flops = shapes.matmul_flops_per_token(config, low_rank=u > config.low_rank_start)
+    return {
+        "peak_tokens_per_s": chip and chip.matmul_flops_per_s * mesh.size / flops,
+        "peak_bytes": memory.get("peak_bytes_in_use"),
+    }
 
 
 def _sinks(run: OpenRun) -> list[Sink]:

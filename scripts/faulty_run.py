@@ -169,8 +169,9 @@ def outcome(workdir: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
         for path, (shape, dtype) in checkpoint.specs.items()
     }
     arrays = {path: np.asarray(value) for path, value in checkpoint.read(like).items()}
-    times = ("tokens_per_s", "elapsed_s")
-    rows = [{k: v for k, v in row.items() if k not in times} for row in metrics_file.read(workdir)]
+    rows = [
+        {k: v for k, v in row.items() if k not in metrics_file.TIMES} for row in metrics_file.read(workdir)
+    ]
     return {path: value.dtype.name.encode() + value.tobytes() for path, value in arrays.items()}, rows
 
 

@@ -857,6 +857,20 @@ MUTANTS = [
         "tests/benchmark/test_peer.py::test_low_rank_arm_has_the_factors_of_the_run",
     ),
     Mutant(
+        "an MFU of the low-rank phase for the warm start",
+        "loop.py",
+        "low_rank=u > config.low_rank_start)",
+        "low_rank=u >= config.low_rank_start)",
+        "tests/test_loop.py::test_train_row_has_what_the_devices_could_do_in_its_phase",
+    ),
+    Mutant(
+        "a share of the wait for data that counts earlier rows again",
+        "run/metrics.py",
+        "data_s, self._waited_s = waited_s - self._waited_s, waited_s",
+        "data_s = waited_s - self._waited_s",
+        "tests/run/test_metrics.py::test_mfu_and_the_wait_for_data_are_shares_of_the_time_of_updates",
+    ),
+    Mutant(
         "a plan that counts a collective once for each computation that it spans",
         "planning/hlo.py",
         "            if kind and (identity is None or identity not in channels):",

@@ -26,8 +26,9 @@ def sandbox(emulator: Emulator, tmp_path_factory: pytest.TempPathFactory) -> San
 
 def outcome(workdir: AnyPath) -> tuple[list[dict[str, object]], dict[str, np.ndarray]]:
     """The rows without their times, and the model of the last checkpoint."""
-    times = ("tokens_per_s", "elapsed_s")
-    rows = [{k: v for k, v in row.items() if k not in times} for row in metrics_file.read(workdir)]
+    rows = [
+        {k: v for k, v in row.items() if k not in metrics_file.TIMES} for row in metrics_file.read(workdir)
+    ]
     return rows, dict(variables_of(workdir, updates_saved(workdir)[-1]))
 
 

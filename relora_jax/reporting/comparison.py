@@ -158,7 +158,7 @@ def _row(run: Run) -> list[str]:
         number(last.get("tokens_seen"), ","),
         last_perplexity,
         f"{best[1]:,.1f} (update {best[0]:,})" if best else "-",
-        number(metrics_file.tokens_per_s(run.rows), ",.0f"),
+        number(metrics_file.median(run.rows, "tokens_per_s"), ",.0f"),
         duration(last["elapsed_s"]) if train else "-",
         number(last.get("skipped"), ","),
     ]

@@ -109,13 +109,19 @@ def _outcome(run: Run) -> dict[str, str]:
         "restarts completed": number(last.get("restarts"), ","),
         "skipped updates": number(last.get("skipped"), ","),
         "tokens seen": number(last.get("tokens_seen"), ","),
-        "tokens/s (median)": number(metrics_file.tokens_per_s(run.rows), ",.0f"),
+        "tokens/s (median)": number(metrics_file.median(run.rows, "tokens_per_s"), ",.0f"),
+        "MFU (median)": number(metrics_file.median(run.rows, "mfu"), ".1%"),
+        "peak memory of a device": _gigabytes(max((row.get("peak_bytes") or 0 for row in train), default=0)),
         "time": duration(last["elapsed_s"]) if train else "-",
         "goodput": str(goodput.read(run.workdir)),
         "first perplexity": perplexities[0],
         "last perplexity": perplexities[-1],
         "unigram perplexity": number(run.facts.get("unigram_perplexity"), ",.1f"),
     }
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.2f} GB" if count else "-"
 
 
 def _curves(run: Run, folder: AnyPath) -> list[str]:

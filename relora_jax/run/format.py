@@ -5,7 +5,7 @@ from typing import Any
 
 
 def describe(row: dict[str, Any], *, left_s: float) -> list[str]:
-    """A train row as text: loss, perplexity, learning rate, tokens/s, time left."""
+    """A train row as text: loss, perplexity, learning rate, tokens/s, MFU if it is known, time left."""
     loss, learning_rate, speed = row["loss"], row["lr"], row["tokens_per_s"]
     parts = [
         f"loss {number(loss, '.3f')}",
@@ -13,6 +13,8 @@ def describe(row: dict[str, Any], *, left_s: float) -> list[str]:
         f"lr {number(learning_rate, '.1e')}",
         f"{number(speed, ',.0f')} tokens/s",
     ]
+    if row["mfu"] is not None:
+        parts.append(f"{row['mfu']:.0%} MFU")
     if math.isfinite(left_s):
         parts.append(f"{duration(left_s)} left")
     return parts

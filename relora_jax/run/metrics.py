@@ -1,6 +1,7 @@
 """A run's metrics rows, written from one queue to metrics.jsonl, sinks such as TensorBoard, and the terminal.
 
-    train    update, loss, lr, grad_norm, tokens_seen, tokens_per_s, restarts, skipped, elapsed_s
+    train    update, loss, lr, grad_norm, tokens_seen, tokens_per_s, mfu, data_share, restarts, skipped,
+             peak_bytes, elapsed_s
     eval     update, loss, perplexity, tokens
     sample   update, prompt, text: the model's continuation of a held-out prompt
     restart  update, merged, reset
@@ -8,7 +9,9 @@
 `update` counts completed updates. A line is one row in strict JSON: a number that is not finite (the loss
 of a skipped update, say) is null. `elapsed_s` is the total time of all starts of the run in seconds.
 `tokens_per_s` is the mean since the previous train row, without pauses (see `pause`) and compilation: quote
-the median over a run (`metrics_file.tokens_per_s`).
+the median over a run (`metrics_file.median`). In the same time, `mfu` is the share of the devices' peak that
+the model's FLOPs take (null if the peak is not known), and `data_share` that in which they waited for data.
+`peak_bytes` is the most memory that a device has held in this start (null if it does not say).
 """
 
 import contextlib
@@ -80,7 +83,7 @@ class Metrics:
         out = sys.stdout if stream is None else stream  # looked up now: it may be redirected
         self._progress = Progress(writer.stream(out), updates=updates, start=restored_update)
         self._clock.begin(goodput.UPDATES)
-        self._trained_s = self._clock.training_s()
+        self._trained_s, self._waited_s = self._clock.training_s(), self._clock.spent["data"]
         self._write_times(self._update)
 
     def train(
@@ -94,13 +97,16 @@ class Metrics:
         restarts: Any,
         skipped: Any,
         skipped_in_row: Any = 0,
+        peak_bytes: int | None = None,
+        peak_tokens_per_s: float | None = None,
     ) -> None:
         """Queues a train row. Raises Diverged, now or later, if `skipped_in_row` (not written) is 20 or more.
 
-        `tokens_seen` may be uint32[2]: its low and high word.
+        `tokens_seen` may be uint32[2]: its low and high word. `peak_tokens_per_s`: at an MFU of 1.
         """
         row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_seen": tokens_seen}
-        row |= {"tokens_per_s": None, "restarts": restarts, "skipped": skipped, "elapsed_s": 0.0}
+        row |= {"tokens_per_s": None, "mfu": peak_tokens_per_s, "data_share": None}  # replaced when written
+        row |= {"restarts": restarts, "skipped": skipped, "peak_bytes": peak_bytes, "elapsed_s": 0.0}
         self._put({"kind": "train", "update": update} | row, skipped_in_row)
 
     def eval(self, update: int, *, loss: Any, perplexity: Any, tokens: Any) -> None:
@@ -174,7 +180,7 @@ class Metrics:
 
     def _write(self, row: Row) -> None:
         if row["kind"] == "train":
-            row["tokens_per_s"] = self._tokens_per_s(row)
+            row |= self._rates(row, peak_tokens_per_s=row["mfu"])
             row["elapsed_s"] = round(self._clock.times().elapsed_s, 3)
             self._last = row
             if row["elapsed_s"] - self._times_s > TIMES_EVERY_S:
@@ -190,14 +196,19 @@ class Metrics:
         self._times.add(times.row(self._update))
         self._times.sync()
 
-    def _tokens_per_s(self, row: Row) -> float | None:
-        """Tokens since the previous row, or since this start, over the time since then."""
-        now = self._clock.training_s()
+    def _rates(self, row: Row, *, peak_tokens_per_s: float | None) -> Row:
+        """Tokens since the previous row, or since this start, over the time since then, and shares of it."""
+        now, waited_s = self._clock.training_s(), self._clock.spent["data"]
         seconds, self._trained_s = now - self._trained_s, now
+        data_s, self._waited_s = waited_s - self._waited_s, waited_s
         tokens = row["tokens_seen"] - self._last["tokens_seen"]
         updates = row["update"] - self._last["update"]
         own_updates = row["update"] - max(self._start, self._last["update"])  # since this start
-        return round(tokens * own_updates / updates / seconds, 1) if seconds > 0 and updates > 0 else None
+        if seconds <= 0 or updates <= 0:
+            return {"tokens_per_s": None, "mfu": None, "data_share": None}
+        speed = tokens * own_updates / updates / seconds
+        mfu = round(speed / peak_tokens_per_s, 4) if peak_tokens_per_s else None
+        return {"tokens_per_s": round(speed, 1), "mfu": mfu, "data_share": round(data_s / seconds, 4)}
 
     def _show(self, row: Row) -> None:
         if row["kind"] == "train":
@@ -220,7 +231,7 @@ def _plain(key: str, value: Any) -> Any:
     """The value as JSON has it: int for counts, else float, None if not finite."""
     if value is None or isinstance(value, str | bool):
         return value
-    if key in ("update", "tokens", "tokens_seen", "restarts", "skipped"):
+    if key in ("update", "tokens", "tokens_seen", "restarts", "skipped", "peak_bytes"):
         return exact_count(value)
     value = float(value)
     return value if math.isfinite(value) else None

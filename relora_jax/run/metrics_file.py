@@ -10,6 +10,8 @@ from relora_jax.storage.location import AnyPath
 from relora_jax.storage.writer import Writer
 
 NAME = "metrics.jsonl"
+# What differs between two runs that are equal otherwise
+TIMES = ("tokens_per_s", "mfu", "data_share", "peak_bytes", "elapsed_s")
 
 Row = dict[str, Any]
 
@@ -31,10 +33,10 @@ def cut(writer: Writer, restored_update: int, name: str = NAME) -> list[Row]:
     return [row for _, row in lines]
 
 
-def tokens_per_s(rows: Iterable[Row]) -> float | None:
-    """The median of the train rows' tokens per second; None if no row has one."""
-    speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train" and row["tokens_per_s"]]
-    return statistics.median(speeds) if speeds else None
+def median(rows: Iterable[Row], name: str) -> float | None:
+    """The median of a value of the train rows, such as tokens_per_s; None if no row has one."""
+    values = [row[name] for row in rows if row["kind"] == "train" and row.get(name)]
+    return statistics.median(values) if values else None
 
 
 def _complete_lines(file: AnyPath) -> Iterator[tuple[str, Row]]:

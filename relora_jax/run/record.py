@@ -89,7 +89,7 @@ def summary(workdir: AnyPath) -> str:
     """First and last perplexity, the unigram distribution's, tokens/s, and the path of the report."""
     run = read(workdir)
     perplexities = [text for _, text in run.perplexities()] or ["-"]
-    unigram, speed = run.facts.get("unigram_perplexity"), metrics_file.tokens_per_s(run.rows)
+    unigram, speed = run.facts.get("unigram_perplexity"), metrics_file.median(run.rows, "tokens_per_s")
     return (
         f"perplexity {perplexities[0]} -> {perplexities[-1]} "
         f"(unigram distribution {number(unigram, ',.1f')}), "

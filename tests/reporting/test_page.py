@@ -85,6 +85,7 @@ def test_report_has_the_numbers_of_the_run_and_every_picture(tmp_path: Path, mon
     assert (
         facts["skipped updates"] == "1" and facts["tokens/s (median)"] == "4,201" and facts["time"] == "1:40"
     )
+    assert facts["MFU (median)"] == "20.1%" and facts["peak memory of a device"] == "4.00 GB"
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert pictures == [f"report/{name}.png" for name in ("loss", "learning_rate", "perplexity", "spectrum")]
     for name in pictures:

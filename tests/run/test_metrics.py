@@ -20,7 +20,6 @@ from relora_jax.run.metrics_file import read
 from relora_jax.run.tensorboard_sink import Board
 from relora_jax.storage.writer import Writer
 
-TIMES = ("tokens_per_s", "elapsed_s")
 SAVES = (0, 10, 20, 30)
 
 
@@ -98,7 +97,10 @@ def text_of(rows: Metrics) -> str:
 
 
 def without_times(text: str) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in metrics_file.TIMES}
+        for line in text.splitlines()
+    ]
 
 
 def events(workdir: Path) -> list[Event]:
@@ -338,10 +340,32 @@ def test_first_row_of_a_resumed_run_counts_only_its_own_updates(tmp_path: Path, 
     assert read(tmp_path)[1]["elapsed_s"] == 11.0  # of both starts
 
 
+def test_mfu_and_the_wait_for_data_are_shares_of_the_time_of_updates(tmp_path: Path, clock: Clock) -> None:
+    out, peak = io.StringIO(), {"peak_tokens_per_s": 40.0, "peak_bytes": 2**40}
+    with opened(tmp_path, stream=out) as rows:
+        clock.now += 6
+        with rows._clock.spending("data"):
+            clock.now += 2
+        with rows.pause("save"):
+            clock.now += 1000
+        train(rows, 1, tokens_seen=80, **peak)
+        clock.now += 10
+        train(rows, 2, tokens_seen=380, **peak)
+        train(rows, 3, tokens_seen=480, **peak)  # no time since the last
+        clock.now += 1
+        train(rows, 4, tokens_seen=580)
+    first, second, third, last = (row for row in read(tmp_path) if row["kind"] == "train")
+    assert (first["tokens_per_s"], first["mfu"], first["data_share"]) == (10, 0.25, 0.25)
+    assert (second["tokens_per_s"], second["mfu"], second["data_share"]) == (30, 0.75, 0)
+    assert (third["tokens_per_s"], third["mfu"], third["data_share"]) == (None, None, None)
+    assert (last["mfu"], last["peak_bytes"], first["peak_bytes"]) == (None, None, 2**40)
+    assert "10 tokens/s  25% MFU\n" in out.getvalue()
+
+
 def test_throughput_of_a_run_is_the_median_of_its_rows() -> None:
     rows = [{"kind": "train", "tokens_per_s": speed} for speed in (1.0, 90.0, 100.0, None, 110.0, 95.0)]
-    assert metrics_file.tokens_per_s([*rows, {"kind": "eval"}]) == 95.0
-    assert metrics_file.tokens_per_s([]) is None
+    assert metrics_file.median([*rows, {"kind": "eval"}], "tokens_per_s") == 95.0
+    assert metrics_file.median(rows, "mfu") is None  # as in rows of earlier versions
 
 
 @pytest.mark.parametrize("u", [10, 15, 20])

@@ -125,7 +125,7 @@ class Sandbox:
     def rows(self, workdir: str) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl without their times."""
         rows = metrics_file.read(self.folder / workdir)
-        return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "elapsed_s")} for row in rows]
+        return [{k: v for k, v in row.items() if k not in metrics_file.TIMES} for row in rows]
 
     def weights(self, workdir: str) -> dict[str, np.ndarray]:
         """The model variables of the last checkpoint."""

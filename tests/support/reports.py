@@ -59,7 +59,14 @@ def rows(arm: str = "relora", every: int = 2) -> list[dict]:
                 "grad_norm": 1.0,
                 "tokens_seen": 256 * u,
             }
-            row |= {"tokens_per_s": 4000.0 + u, "restarts": restarts, "skipped": 1, "elapsed_s": u / 4}
+            row |= {
+                "tokens_per_s": 4000.0 + u,
+                "mfu": u / 1000,
+                "peak_bytes": 10**7 * u,
+                "restarts": restarts,
+                "skipped": 1,
+                "elapsed_s": u / 4,
+            }
             rows.append(row)
         if u % 50 == 0:
             loss = 3.55 + 2.8 * np.exp(-u / 80)
