@@ -19,7 +19,8 @@ from relora_jax.config import LOW_RANK_ARMS, Config
 class Column:
     """Times in seconds, memory in bytes of one device; None is not known.
 
-    `step_s`: of an update, in the order of the rounds; as compiled, its one roofline.
+    `step_s`: of an update, in the order of the rounds; as compiled, its one roofline, of which
+    `memory_bound_s` is in kernels without a matrix product.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Column:
     peak_flops_per_s: float | None  # of all devices
     step_s: tuple[float, ...]
     restart_s: float | None = None
+    memory_bound_s: float | None = None
     compiled_bytes: float | None = None  # what the update needs
     peak_bytes: float | None = None  # what the device says that it held
 
@@ -79,6 +81,7 @@ class Column:
             "step_median_s": self.median_s,
             "step_quartiles_s": self.quartiles_s,
             "step_to_first": self.ratio(first),
+            "memory_bound_s": self.memory_bound_s,
             "tokens_per_s": self.tokens_per_s,
             "model_flops_per_token": self.flops_per_token,
             "mfu": self.mfu,

@@ -30,5 +30,6 @@ def column(name: str, config: Config, topology: Topology, compiler: Any) -> Colu
         chip.matmul_flops_per_s * len(topology.devices),
         (roofline_s(update.kernels, chip),),
         restart_s=roofline_s(restart.kernels, chip) if restart and restart.kernels else None,
+        memory_bound_s=roofline_s([kernel for kernel in update.kernels if not kernel.flops], chip),
         compiled_bytes=update.memory.total,
     )

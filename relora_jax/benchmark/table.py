@@ -16,6 +16,7 @@ def rows(columns: Sequence[Column], *, compiled: bool) -> list[list[str]]:
 
     if compiled:
         row("step, roofline of the compiled kernels", lambda column: milliseconds(column.median_s))
+        row("of it, kernels without a product", lambda column: _time(column.memory_bound_s))
     else:
         row("step, median (quartiles)", _step)
     row(f"step, to {first.name}", lambda column: f"{column.ratio(first):.3f}")
@@ -26,7 +27,7 @@ def rows(columns: Sequence[Column], *, compiled: bool) -> list[list[str]]:
         row("peak memory, measured", lambda column: _size(column.peak_bytes))
     row("memory, compiled", lambda column: _size(column.compiled_bytes))
     row(f"memory, to {first.name}", lambda column: _ratio(column.memory_ratio(first)))
-    row("restart", lambda column: "-" if column.restart_s is None else milliseconds(column.restart_s))
+    row("restart", lambda column: _time(column.restart_s))
     row("restart, of a cycle", lambda column: _percent(column.restart_share))
     return table
 
@@ -45,6 +46,10 @@ def text(columns: Sequence[Column], *, device: str, compiled: bool) -> str:
 def milliseconds(seconds: float) -> str:
     """Seconds in ms, with three digits or more."""
     return f"{1e3 * seconds:,.{1 if seconds < 0.1 else 0}f} ms"
+
+
+def _time(seconds: float | None) -> str:
+    return "-" if seconds is None else milliseconds(seconds)
 
 
 def _step(column: Column) -> str:

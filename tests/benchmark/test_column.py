@@ -39,7 +39,7 @@ def test_restart_share_is_of_a_cycle_of_updates() -> None:
 def test_table_says_what_is_not_known() -> None:
     columns = [
         Column("full", small.config("full"), None, (0.2, 0.2), compiled_bytes=2e9),
-        Column("relora", small.config(), None, (0.1, 0.1), 0.004, 1e9, 1.5e9),
+        Column("relora", small.config(), None, (0.1, 0.1), 0.004, None, 1e9, 1.5e9),
     ]
     measured = {label: cells for label, *cells in table.rows(columns, compiled=False)}
     assert measured[""] == ["full", "relora"]

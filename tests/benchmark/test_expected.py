@@ -29,6 +29,8 @@ def test_kernels_of_an_update_do_its_products_and_move_its_state() -> None:
     assert moved > 2 * state  # each weight and moment is read and written
     column = expected.column("full", CONFIG, TOPOLOGY, compiler)
     assert column.median_s == sum(max(k.flops, k.bytes) / 1e9 for k in update.kernels)
+    others = [kernel.bytes for kernel in update.kernels if kernel.flops == 0]
+    assert column.memory_bound_s == pytest.approx(sum(others) / 1e9) and others
     assert column.compiled_bytes == update.memory.total and column.restart_s is None
     assert column.mfu is not None and 0 < column.mfu < 1
 
