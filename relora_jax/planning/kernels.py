@@ -19,13 +19,8 @@ FREE = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"),
     *("partition-id", "replica-id", "send", "recv"),
 )
-UNARY = (
-    "bitcast",
-    "convert",
-    "copy",
-    "reshape",
-    "transpose",
-)  # a slice of their result is one of their operand
+# A slice of their result is one of their operand.
+UNARY = ("bitcast", "convert", "copy", "reshape", "transpose")
 PARTS = ("dynamic-slice", "slice", "gather")
 
 
