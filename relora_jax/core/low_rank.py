@@ -6,6 +6,7 @@ weights' half of a restart, and `unwrap` converts back to plain layers (ReLoRA, 
 Shapes: `in`, `out` sides of the kernel; `r` rank; `*layers` leading axes of a stacked model.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -133,8 +134,11 @@ class LowRankDense(nnx.Module):
         inputs, _, bias = self.promote_dtype((inputs, of_kernel, bias), dtype=self.dtype)
         if a.ndim > 2:
             raise ValueError(f"the layer is stacked, {a.shape[:-2]}: scan or map over its layers")
+        plain = self.plain
+        if plain.is_matrix:  # a model may have padded its variables
+            plain = dataclasses.replace(plain, kernel_sizes=(a.shape[0], b.shape[1]))
         y = low_rank_product(
-            self.plain.rows(inputs),
+            plain.rows(inputs),
             self.base,
             lax.stop_gradient(w),
             a,
@@ -144,10 +148,10 @@ class LowRankDense(nnx.Module):
             dropout=self.dropout,
             key=self.dropout_key[...] if key is None and self.dropout_key is not None else key,
             precision=self.precision,
-            out_sharding=out_sharding if self.plain.is_matrix else None,
+            out_sharding=out_sharding if plain.is_matrix else None,
         )
-        y = self.plain.outputs(y, bias, ndim=inputs.ndim)
-        return y if out_sharding is None or self.plain.is_matrix else jax.sharding.reshard(y, out_sharding)
+        y = plain.outputs(y, bias, ndim=inputs.ndim)
+        return y if out_sharding is None or plain.is_matrix else jax.sharding.reshard(y, out_sharding)
 
     def delta(self) -> Float[Array, "*layers in out"]:
         """scale * (A @ B), in at least float32 at highest precision."""

@@ -52,7 +52,8 @@ def product(
     a, b = (v.astype(x.dtype) for v in (a, b))
     branch = x
     if key is not None and dropout > 0:
-        keep = jax.random.bernoulli(key, 1 - dropout, x.shape)
+        # drawn column by column, so that columns of padding after them leave the draws as they are
+        keep = jnp.moveaxis(jax.random.bernoulli(key, 1 - dropout, (x.shape[-1], *x.shape[:-1])), 0, -1)
         branch = jnp.where(keep, x / (1 - dropout), jnp.zeros_like(x))
     dot = partial(jnp.matmul, precision=precision)
     inner = checkpoint_name(dot(branch, a), PRODUCT)

@@ -21,6 +21,7 @@ from relora_jax.families import FAMILIES
 from relora_jax.model import rope
 from relora_jax.model.attention import attend
 from relora_jax.model.loss import token_loss
+from relora_jax.model.padding import padded
 from relora_jax.model.rows import on_rows, with_whole_rows
 
 REMAT = ("none", "dots", "full")
@@ -60,7 +61,7 @@ class Llama(nnx.Module):
         self.norm = _norm(config, config.hidden, axes=("norm",), rngs=rngs)
         head = (config.hidden, config.vocab_size, ("embed", "vocab"), rngs)
         self.head = None if config.tied_embeddings else _linear(config, *head)
-        self.remat = config.remat
+        self.remat, self.mlp = config.remat, config.mlp
 
     def __call__(
         self,
@@ -97,6 +98,7 @@ class Llama(nnx.Module):
             positions, mask = positions_and_mask(segment_ids)
 
         def block(x: Array, layer: Any) -> tuple[Array, None]:
+            layer = padded(layer, "mlp", self.mlp, x.dtype)
             return on_rows(nnx.merge(graph, layer)(on_rows(x), positions, mask)), None
 
         x, _ = lax.scan(_remat(block, self.remat), on_rows(self.embed(ids)), layers)

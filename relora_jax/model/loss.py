@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from relora_jax.model import padding
 from relora_jax.model.rows import ROWS, shared_by_devices
 
 CHUNK = 1024  # targets whose logits exist at once on one device
@@ -86,11 +87,15 @@ def _in_chunks(x: Any, kernel: Any, targets: Any, counted: Any, *, gradient: boo
 def _of_rows(x: Any, kernel: Any, targets: Any, counted: Any, *, gradient: bool) -> Any:
     """(nats, dx, dw) of these rows, over chunks of positions, one at a time."""
     w, wide = kernel.astype(x.dtype), jnp.promote_types(x.dtype, jnp.float32)
+    vocab = w.shape[1]
+    w = jnp.pad(w, ((0, 0), (0, padding.side(vocab, x.dtype) - vocab)))
+    is_id = jnp.arange(w.shape[1]) < vocab
 
     def add(sums: Any, chunk: Any) -> Any:
         """((nats, dw) with those of the chunk, its dx)."""
         x, targets, counted = chunk
         logits = jnp.matmul(x, w, preferred_element_type=wide)
+        logits = logits if w.shape[1] == vocab else jnp.where(is_id, logits, -jnp.inf)
         normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         nats = normalizer - jnp.take_along_axis(logits, targets[..., None], axis=-1)
         total, dw = sums
@@ -104,14 +109,14 @@ def _of_rows(x: Any, kernel: Any, targets: Any, counted: Any, *, gradient: bool)
 
     rows, length, width = x.shape
     count = min(length, -(-rows * length // CHUNK))
-    padding = -length % count  # positions that do not count
+    missing = -length % count  # positions that do not count
 
     def chunks(v: Any) -> Any:
-        v = jnp.pad(v, ((0, 0), (0, padding), *((0, 0),) * (v.ndim - 2)))
+        v = jnp.pad(v, ((0, 0), (0, missing), *((0, 0),) * (v.ndim - 2)))
         return jnp.moveaxis(v.reshape(rows, count, -1, *v.shape[2:]), 1, 0)
 
-    zeros = jnp.zeros((), wide), jnp.zeros(kernel.shape if gradient else (), wide)
+    zeros = jnp.zeros((), wide), jnp.zeros(w.shape if gradient else (), wide)
     (nats, dw), dx = lax.scan(add, zeros, (chunks(x), chunks(targets), chunks(counted)))
     if gradient:
         dx = jnp.moveaxis(dx, 0, 1).reshape(rows, -1, width)[:, :length]
-    return nats, dx, dw.astype(kernel.dtype)
+    return nats, dx, (dw[:, :vocab] if gradient else dw).astype(kernel.dtype)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from relora_jax.model import loss
+from relora_jax.model import loss, padding
 from relora_jax.model.loss import token_loss
 from relora_jax.planning.hlo import costs
 from relora_jax.training.sharding import on_mesh
@@ -46,9 +46,14 @@ def gradients(*args: Any) -> Any:
     return jax.value_and_grad(token_loss, (0, 1), has_aux=True)(*args)
 
 
-@pytest.mark.parametrize("chunk", [1, 12, 1024])  # 10, 4 (padded to 12 positions) and 1 chunks
-def test_loss_and_gradients_equal_the_reference(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "side"), [(1, VOCAB), (12, VOCAB), (1024, VOCAB), (12, 64)]
+)  # 10, 4 (padded to 12 positions), 1 and 4 chunks; the last with a padded vocabulary
+def test_loss_and_gradients_equal_the_reference(
+    chunk: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loss, "CHUNK", chunk)
+    monkeypatch.setattr(padding, "side", lambda size, dtype: side)
     with jax.enable_x64(True):
         args = inputs(np.float64)
         (nats, count), (dx, dw) = jax.jit(gradients)(*args)
