@@ -912,6 +912,13 @@ MUTANTS = [
         "    if compiled.costs is None:",
         "tests/planning/test_arms.py::test_recomputing_is_not_fitting",
     ),
+    Mutant(
+        "each update asks the kernel for its memory anew",
+        "training/sharding.py",
+        "    heap.keep_freed_memory()\n",
+        "",
+        "tests/training/test_heap.py::test_program_finds_the_memory_of_its_last_run",
+    ),
 ]
 
 
