@@ -18,7 +18,6 @@ from relora_jax.data.batches import Batch
 from relora_jax.data.stores import PrepareOptions
 from relora_jax.errors import DIVERGED, STOPPED
 from relora_jax.planning import chips
-from relora_jax.reporting import page
 from relora_jax.run import directory, profile, record, wandb_sink
 from relora_jax.run.goodput import Clock
 from relora_jax.run.metrics import Diverged, Metrics, Sink
@@ -62,6 +61,8 @@ def run(config: Config, workdir: AnyPath, options: PrepareOptions, signals: Sign
 
 def _report(writer: Writer) -> None:
     if writer.active:
+        from relora_jax.reporting import page  # draws with matplotlib: only now, since it takes half a second
+
         page.write(writer.folder)
         writer.print(record.summary(writer.folder))
 

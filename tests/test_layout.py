@@ -77,6 +77,9 @@ def test_core_can_be_imported_alone() -> None:
         ("prepare", "tensorflow_datasets"),
         ("report", "jax"),
         ("train", "tensorflow"),
+        ("train", "tensorflow_datasets"),
+        ("train", "grain"),
+        ("train", "matplotlib"),
     ],
 )
 def test_command_does_not_import_what_it_does_not_need(command: str, absent: str) -> None:

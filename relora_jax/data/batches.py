@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from grain.experimental import index_shuffle
 from jax.sharding import NamedSharding
 from jaxtyping import Int32
 
@@ -37,6 +36,8 @@ class Batch(NamedTuple):
 
 def row_index(i: int, *, rows: int, seed: int) -> int:
     """The store index of row i of an infinite stream, in which each epoch is its own permutation."""
+    from grain.experimental import index_shuffle  # takes a third of a second: while the first steps compile
+
     epoch, k = divmod(i, rows)
     mixed = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     epoch_seed = int.from_bytes(mixed[:4], "little")  # index_shuffle takes a 32-bit seed
