@@ -19,6 +19,7 @@ ARMS = {
     "full": {"arm": "full"},
     "separate, dropout": {"relora__dropout": 0.4},
     "fused": {"relora__product": "fused"},
+    "int8": {"relora__base_dtype": "int8"},
 }
 
 
