@@ -10,7 +10,7 @@ class Chip(NamedTuple):
 
     `kinds`: what JAX calls it (`device.device_kind`). `memory_bytes`: what a program may fill.
     `slice_bytes_per_s` and `network_bytes_per_s`: what a device sends to others of its slice (for GPUs: its
-    machine), and beyond it.
+    machine), and beyond it. `eight_bit_types`: those of HLO that it multiplies at twice the peak.
     """
 
     name: str
@@ -22,6 +22,7 @@ class Chip(NamedTuple):
     slice_bytes_per_s: float
     network_bytes_per_s: float
     source: str
+    eight_bit_types: tuple[str, ...] = ("s8",)
 
 
 # JAX takes 75% of a GPU's memory by default (docs.jax.dev, "GPU memory allocation"); XLA plans for
@@ -46,11 +47,11 @@ CHIPS = {
         ),
         Chip(
             "h100", "cuda", ("NVIDIA H100 80GB HBM3",), GPU_SHARE * 84978040832, 989e12, 3352.32e9, 900e9 / 2,
-            400e9 / 8, "https://www.nvidia.com/en-us/data-center/h100/",
+            400e9 / 8, "https://www.nvidia.com/en-us/data-center/h100/", ("s8", "f8e4m3fn"),
         ),
         Chip(
             "h200", "cuda", ("NVIDIA H200",), GPU_SHARE * 141e9, 989e12, 4800e9, 900e9 / 2,
-            400e9 / 8, "https://www.nvidia.com/en-us/data-center/h200/",
+            400e9 / 8, "https://www.nvidia.com/en-us/data-center/h200/", ("s8", "f8e4m3fn"),
         ),
     )
 }  # fmt: skip

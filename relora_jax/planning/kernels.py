@@ -25,15 +25,21 @@ PARTS = ("dynamic-slice", "slice", "gather")
 
 
 class Kernel(NamedTuple):
-    """What all runs of one instruction do: FLOPs of matrix products, bytes read and written."""
+    """What all runs of one instruction do: FLOPs of matrix products, bytes read and written.
+
+    `types`: those of the products' operands, as HLO writes them.
+    """
 
     name: str
     flops: float
     bytes: float
+    types: frozenset[str] = frozenset()
 
     def seconds(self, chip: Chip) -> float:
         """The least time, if nothing else runs beside it."""
-        return max(self.flops / chip.matmul_flops_per_s, self.bytes / chip.memory_bytes_per_s)
+        in_eight_bits = self.types and self.types <= {*chip.eight_bit_types}
+        peak = chip.matmul_flops_per_s * (2 if in_eight_bits else 1)
+        return max(self.flops / peak, self.bytes / chip.memory_bytes_per_s)
 
 
 def roofline_s(kernels: Sequence[Kernel], chip: Chip) -> float:
@@ -50,10 +56,10 @@ def kernels(text: str) -> tuple[Kernel, ...]:
         shapes = {instruction.name: instruction.shape for instruction in instructions}
         for instruction in instructions:
             if _is_kernel(instruction):
-                flops = _flops(instruction, shapes, computations)
+                flops, types = _products(instruction, shapes, computations)
                 size = _read_bytes(instruction, shapes, computations)
                 size += _written_bytes(instruction, shapes, computations)
-                result.append(Kernel(instruction.name, trips * flops, trips * size))
+                result.append(Kernel(instruction.name, trips * flops, trips * size, types))
     return tuple(result)
 
 
@@ -64,16 +70,21 @@ def _is_kernel(instruction: Instruction) -> bool:
     return opcode.removesuffix("-start") not in hlo.COLLECTIVES
 
 
-def _flops(
+def _products(
     instruction: Instruction, shapes: dict[str, str], computations: dict[str, list[Instruction]]
-) -> float:
-    """Those of the instruction and of all that is fused into it."""
-    total = hlo.matmul_flops(instruction, shapes)
+) -> tuple[float, frozenset[str]]:
+    """(FLOPs, types) of the products in the instruction and in all that is fused into it."""
+    found = [(1, instruction, shapes)]
     for called in hlo.called(instruction):
         for name, trips in hlo.runs(computations, called):
             inner = {other.name: other.shape for other in computations[name]}
-            total += trips * sum(hlo.matmul_flops(other, inner) for other in computations[name])
-    return total
+            found += [(trips, other, inner) for other in computations[name]]
+    total, types = 0.0, set[str]()
+    for trips, other, known in found:
+        if flops := hlo.matmul_flops(other, known):
+            total += trips * flops
+            types |= {hlo.arrays(known[operand])[0][0] for operand in other.operands[:2] if operand in known}
+    return total, frozenset(types)
 
 
 def _read_bytes(

@@ -117,3 +117,18 @@ def test_fusion_within_a_fusion_reads_its_part() -> None:
     )
     by_name = {kernel.name: kernel for kernel in kernels.kernels(text)}
     assert by_name["nested"].bytes == 8 * 4 * 4 + 4 + 8 * 4 * 2 + 10 * 8 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("types", "rate"), [(("s8", "s8"), 2), (("f8e4m3fn", "f8e4m3fn"), 1), (("bf16", "s8"), 1)]
+)
+def test_products_of_8_bit_types_that_a_chip_multiplies_take_half_the_time(
+    types: tuple[str, str], rate: int
+) -> None:
+    left, right = types
+    text = LOOP.replace("p0: bf16[8,4], p1: bf16[4,4]) -> f32", "p0: x, p1: y) -> f32")
+    text = text.replace("%p0 = bf16[8,4]{1,0} parameter(0)", f"%p0 = {left}[8,4]{{1,0}} parameter(0)")
+    text = text.replace("%p1 = bf16[4,4]{1,0} parameter(1)", f"%p1 = {right}[4,4]{{1,0}} parameter(1)")
+    (product,) = [kernel for kernel in kernels.kernels(text) if kernel.flops]
+    chip = CHIP._replace(memory_bytes_per_s=1e9, eight_bit_types=("s8",))
+    assert product.seconds(chip) == pytest.approx(10 * 2 * 8 * 4 * 4 / 1e6 / rate)
