@@ -913,6 +913,13 @@ MUTANTS = [
         "tests/planning/test_arms.py::test_recomputing_is_not_fitting",
     ),
     Mutant(
+        "unrolled layers keep what they should compute again",
+        "model/llama.py",
+        'on_cpu and remat == "none"',
+        "on_cpu",
+        "tests/model/test_llama.py::test_layers_are_unrolled_on_a_cpu_without_rematerialization",
+    ),
+    Mutant(
         "each update asks the kernel for its memory anew",
         "training/sharding.py",
         "    heap.keep_freed_memory()\n",

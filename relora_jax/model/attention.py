@@ -2,8 +2,8 @@
 
     xla      JAX's own: all weights, B x H x L x L, are in memory at once
     cudnn    the flash kernel of NVIDIA's library: they never are
-    einsum   written out, for reference computations in float64
-    auto     cudnn on GPUs since Ampere if it suits the run, else xla
+    einsum   written out: the same memory, exact in float64
+    auto     einsum on CPUs, cudnn on GPUs since Ampere if it suits the run, else xla
 
 Shapes: B rows, L positions, H query heads, K key-value heads, h head dimension.
 """
@@ -25,6 +25,8 @@ def resolved(config: Config, device: Any) -> str:
     """`model.attention`, with "auto" replaced by what is fastest on such devices."""
     if config.model.attention != "auto":
         return config.model.attention
+    if device.platform == "cpu":
+        return "einsum"
     generation = re.match(r"(\d+)\.", device.compute_capability) if device.platform in GPU else None
     since_ampere = generation is not None and int(generation[1]) >= 8  # AMD's have names, such as gfx942
     # Separate documents need a mask, L x L for each row: most of what the kernel does not hold otherwise.

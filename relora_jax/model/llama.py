@@ -25,6 +25,7 @@ from relora_jax.model.padding import padded
 from relora_jax.model.rows import on_rows, with_whole_rows
 
 REMAT = ("none", "dots", "full")
+UNROLLED_LAYERS = 8  # on a CPU; more only take longer to compile
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
@@ -101,7 +102,8 @@ class Llama(nnx.Module):
             layer = padded(layer, "mlp", self.mlp, x.dtype)
             return on_rows(nnx.merge(graph, layer)(on_rows(x), positions, mask)), None
 
-        x, _ = lax.scan(_remat(block, self.remat), on_rows(self.embed(ids)), layers)
+        unroll = _unrolled_layers(self.remat)
+        x, _ = lax.scan(_remat(block, self.remat), on_rows(self.embed(ids)), layers, unroll=unroll)
         return on_rows(self.norm(x))
 
 
@@ -271,6 +273,16 @@ def _norm(config: ModelConfig, width: int, *, axes: tuple[str, ...], rngs: nnx.R
         rngs=rngs,
         scale_metadata={"axes": axes},
     )
+
+
+def _unrolled_layers(remat: str) -> int:
+    """How many layers an iteration of the scan computes: several on a CPU, where it copies what it stacks.
+
+    One with rematerialization: without a loop between them, XLA merges a computation with its repetition.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    on_cpu = device is not None and device.platform == "cpu"
+    return UNROLLED_LAYERS if on_cpu and remat == "none" else 1
 
 
 def _remat(block: Any, remat: str) -> Any:

@@ -32,7 +32,7 @@ SUITS = {"model__compute_dtype": "bfloat16", "model__head_dim": 64, "data__seque
         (T4, {}, "xla"),
         (AMD, {}, "xla"),
         (TPU, {}, "xla"),
-        (CPU, {}, "xla"),
+        (CPU, {}, "einsum"),
         (A100, {"model__compute_dtype": "float32"}, "xla"),
         (A100, {"model__head_dim": 20}, "xla"),
         (A100, {"model__head_dim": 256}, "xla"),

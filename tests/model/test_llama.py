@@ -1,5 +1,6 @@
 """The decoder is causal, has the published shapes and equals the float64 reference, with any options."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -279,3 +280,21 @@ def test_matrices_are_initialized_normal_with_init_std_norms_to_one_and_biases_t
             assert abs(array.std() / 0.02 - 1) < 0.1 and abs(array.mean()) < 2e-3, path
     layers = np.asarray(net.blocks.attention.q.kernel[...])
     assert not np.array_equal(layers[0], layers[1])
+
+
+@pytest.mark.parametrize(
+    ("cpu", "remat", "layers", "loops"),
+    [
+        (True, "none", 2, 0),
+        (True, "none", 9, 1),  # compile time does not grow further
+        (True, "full", 2, 1),  # without a loop, XLA keeps what it should compute again
+        (False, "none", 2, 1),
+    ],
+)
+def test_layers_are_unrolled_on_a_cpu_without_rematerialization(
+    cpu: bool, remat: str, layers: int, loops: int
+) -> None:
+    net = build(model(remat=remat, layers=layers))
+    with jax.sharding.use_abstract_mesh(small.mesh().abstract_mesh) if cpu else contextlib.nullcontext():
+        text = jax.jit(lambda ids: net(ids)).lower(ids()).as_text()
+    assert text.count("stablehlo.while") == loops
