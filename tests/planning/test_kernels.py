@@ -58,9 +58,9 @@ def test_loop_over_stacked_layers_moves_a_layer_at_a_time() -> None:
     by_name = {kernel.name: kernel for kernel in kernels.kernels(LOOP)}
     assert by_name.keys() == {"layer", "y", "put"}
     index = 4
-    assert by_name["layer"] == ("layer", 0, 10 * (8 * 4 * 4 + index + 8 * 4 * 2))
-    assert by_name["y"] == ("y", 10 * 2 * 8 * 4 * 4, 10 * (8 * 4 * 2 + 4 * 4 * 2 + 8 * 4 * 4))
-    assert by_name["put"] == ("put", 0, 10 * (8 * 4 * 4 + index + 8 * 4 * 4))
+    assert by_name["layer"][:3] == ("layer", 0, 10 * (8 * 4 * 4 + index + 8 * 4 * 2))
+    assert by_name["y"][:3] == ("y", 10 * 2 * 8 * 4 * 4, 10 * (8 * 4 * 2 + 4 * 4 * 2 + 8 * 4 * 4))
+    assert by_name["put"][:3] == ("put", 0, 10 * (8 * 4 * 4 + index + 8 * 4 * 4))
 
 
 def test_roofline_adds_the_slower_of_product_and_memory_of_each_kernel() -> None:
