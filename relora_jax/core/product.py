@@ -44,8 +44,8 @@ def product(
 ) -> Float[Array, "*tokens out"]:
     """x @ W + scale * (x @ A) @ B in the dtype of x; "fused" computes x @ (W + scale * A @ B).
 
-    The fused form has a single product over the tokens, and sums the kernel in at least float32. Neither form
-    computes a gradient of W.
+    The fused form has a single product over the tokens; its kernel is summed in at least float32, of W and of
+    the delta in the dtype of x. Neither form computes a gradient of W.
     """
     if form == "fused":
         return _fused(x, w, a, b, base, scale, precision, out_sharding)
@@ -71,9 +71,10 @@ def _fused(
 
 
 def _fused_kernel(dtype: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    delta = jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=wide)
-    return (base.read(w).astype(wide) + scale * delta).astype(dtype)
+    """W + scale * A @ B, rounded to `dtype`; before the sum, only the delta, which is as large as W."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+    delta = jnp.matmul(a.astype(dtype), b.astype(dtype), precision=precision)
+    return (base.read(w).astype(wide) + scale * delta.astype(wide)).astype(dtype)
 
 
 def _fused_forward(x: Any, w: Any, a: Any, b: Any, *options: Any) -> Any:

@@ -575,6 +575,20 @@ def test_gradient_of_a_layer_forms_no_product_shaped_like_its_kernel(form: str) 
     assert not kernel_sized_products(hlo, {(20, 28)}, 33)
 
 
+def test_kernel_of_the_fused_form_in_bfloat16_is_rounded_once_and_keeps_the_delta() -> None:
+    rng = np.random.default_rng(0)
+    # W as stored; factors that bfloat16 holds, and a delta of a few spacings of W in bfloat16
+    w, a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((64, 96), (64, 4), (4, 96)))
+    w, a, b = jnp.asarray(w), *(jnp.asarray(v, jnp.bfloat16).astype(jnp.float32) for v in (a, b))
+    fused = partial(product, base=base.parse("float32"), scale=2**-8, form="fused")
+    kernel = fused(jnp.eye(64, dtype=jnp.bfloat16), w={"kernel": w}, a=a, b=b)
+    w, a, b, kernel = (np.asarray(v, np.float64) for v in (w, a, b, kernel))
+    delta = 2.0**-8 * a @ b
+    error = np.abs(kernel - (w + delta))
+    assert np.all(error <= 2.0**-8 * (np.abs(w + delta) + np.abs(delta)))  # rounding of the sum and the delta
+    assert np.mean(error) < np.mean(np.abs(delta)) / 4
+
+
 def test_plain_autodiff_forms_the_product_that_the_fused_form_avoids() -> None:
     hlo = compiled_gradient(lambda x, w, a, b: x @ (w + 0.4 * a @ b))
     assert len(kernel_sized_products(hlo, {(20, 28)}, 33)) == 1
