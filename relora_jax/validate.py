@@ -94,6 +94,10 @@ def _devices(config: Config, devices: int, platform: str) -> None:
     train, mesh = config.train, config.mesh
     if config.model.attention == "cudnn":
         _cudnn(config, platform)
+    if config.model.attention == "splash" and platform != "tpu":
+        raise UserError(f"model.attention splash needs a TPU, not {platform}: use xla, or cudnn on a GPU")
+    if config.model.attention == "splash" and config.model.compute_dtype == "float64":
+        raise UserError("model.attention splash computes in at most float32, not in float64: use einsum")
     data, fsdp, _ = mesh_shape(data=mesh.data, fsdp=mesh.fsdp, tensor=mesh.tensor, devices=devices)
     if train.microbatch % (data * fsdp):
         raise UserError(

@@ -89,6 +89,7 @@ SETTINGS = {
     "--config.relora.alpha=0": "relora.alpha 0",
     "--config.model.kv_heads=3": "model.kv_heads 3 must divide",
     "--config.model.head_dim=5": "model.head_dim 5 must be even",
+    "--config.model.attention=splash": "model.attention splash needs a TPU, not cpu: use xla",
     "--config.model.attention=cudnn": "cudnn computes in bfloat16, not in model.compute_dtype float32: set",
     f"{CUDNN} --config.model.head_dim=12": "multiple of 8 up to 256, not 12: set model.attention to xla",
     f"{CUDNN} --config.data.sequence_length=11": "needs an even data.sequence_length, not 11: change it",

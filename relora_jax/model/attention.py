@@ -2,8 +2,9 @@
 
     xla      JAX's own: all weights, B x H x L x L, are in memory at once
     cudnn    the flash kernel of NVIDIA's library: they never are
-    einsum   written out: the same memory, exact in float64
-    auto     einsum on CPUs, cudnn on GPUs since Ampere if it suits the run, else xla
+    splash   JAX's flash kernel for TPUs, likewise
+    einsum   written out: the same memory as xla, exact in float64
+    auto     einsum on CPUs, cudnn on GPUs since Ampere, and splash on TPUs, if it suits the run; else xla
 
 Shapes: B rows, L positions, H query heads, K key-value heads, h head dimension.
 """
@@ -13,11 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from relora_jax.config import Config
+from relora_jax.model import splash
 
-ATTENTION = ("auto", "xla", "einsum", "cudnn")
+ATTENTION = ("auto", "xla", "einsum", "cudnn", "splash")
 GPU = ("gpu", "cuda")  # a device, and a topology's
 
 
@@ -27,6 +29,9 @@ def resolved(config: Config, device: Any) -> str:
         return config.model.attention
     if device.platform == "cpu":
         return "einsum"
+    if device.platform == "tpu":  # in shorter rows, most of a block would be padding
+        suits = config.data.sequence_length >= splash.LANES and config.model.compute_dtype == "bfloat16"
+        return "splash" if suits else "xla"
     generation = re.match(r"(\d+)\.", device.compute_capability) if device.platform in GPU else None
     since_ampere = generation is not None and int(generation[1]) >= 8  # AMD's have names, such as gfx942
     # Separate documents need a mask, L x L for each row: most of what the kernel does not hold otherwise.
@@ -62,13 +67,18 @@ def attend(
     k: Float[Array, "B L K h"],
     v: Float[Array, "B L K h"],
     mask: Bool[Array, "B L L"] | None = None,
+    positions: Int[Array, "#B L"] | None = None,
     *,
     implementation: str,
 ) -> Float[Array, "B L H h"]:
     """Causal attention, restricted to `mask` [B, query, key] if given; "auto" that is not resolved is "xla".
 
-    "einsum" is written out here, because JAX's own implementations round to float32.
+    "splash" takes the documents from `positions` in them, of which the mask is made. "einsum" is written out
+    here, because JAX's own implementations round to float32.
     """
+    if implementation == "splash":
+        # a document is known by its first position
+        return splash.attend(q, k, v, None if mask is None else jnp.arange(q.shape[1])[None] - positions)
     if implementation != "einsum":
         implementation = "xla" if implementation == "auto" else implementation
         return jax.nn.dot_product_attention(

@@ -187,6 +187,7 @@ class Attention(nnx.Module):
             rotate(k, positions, *rotation),
             v,
             mask,
+            positions,
             implementation=self.implementation,
         )
         return _product(self.o, y.reshape(rows, length, -1))

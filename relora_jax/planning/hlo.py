@@ -1,8 +1,8 @@
 """What a compiled program does, from the text of its optimized HLO: cost = sum over instructions x trips.
 
 XLA's own cost analysis counts the body of a loop once; here it counts as often as the loop runs it. Matrix
-products are `dot`, `convolution` (as TPUs write them), cuBLAS calls, and those in cuDNN's attention, as if
-it computed all pairs of positions; each multiply-add is two FLOPs.
+products are `dot`, `convolution` (as TPUs write them), cuBLAS calls, and those in cuDNN's and in splash
+attention, as if they computed all pairs of positions; each multiply-add is two FLOPs.
 """
 
 import dataclasses
@@ -119,6 +119,11 @@ def matmul_flops(instruction: Instruction, shapes: dict[str, str]) -> float:
         (_, q), (_, k) = (arrays(shapes[name])[0] for name in instruction.operands[:2])  # [B, L, heads, h]
         # q k^T and weights v; backward the scores once more, and the gradients of q, k, v and the weights
         return (5 if match[1] else 2) * 2.0 * math.prod(q) * k[1]
+    if match := re.match(r"splash_mha_(fwd|dq|dkv)", instruction.name):
+        operands = [arrays(shapes[name])[0][1] for name in instruction.operands]
+        q, k = [sizes for sizes in operands if len(sizes) == 4][:2]  # [B, heads, L, h]
+        # as above, but the scores and the weights' gradient are computed for q and for k and v
+        return {"fwd": 2, "dq": 3, "dkv": 4}[match[1]] * 2.0 * math.prod(q) * k[2]
     return 0.0
 
 

@@ -31,7 +31,10 @@ SUITS = {"model__compute_dtype": "bfloat16", "model__head_dim": 64, "data__seque
         (H100_OF_A_PLAN, {}, "cudnn"),
         (T4, {}, "xla"),
         (AMD, {}, "xla"),
-        (TPU, {}, "xla"),
+        (TPU, {}, "splash"),
+        (TPU, {"data__attend_across_documents": False}, "splash"),
+        (TPU, {"data__sequence_length": 64}, "xla"),
+        (TPU, {"model__compute_dtype": "float32"}, "xla"),
         (CPU, {}, "einsum"),
         (A100, {"model__compute_dtype": "float32"}, "xla"),
         (A100, {"model__head_dim": 20}, "xla"),
@@ -42,7 +45,7 @@ SUITS = {"model__compute_dtype": "bfloat16", "model__head_dim": 64, "data__seque
         (CPU, {"model__attention": "einsum"}, "einsum"),
     ],
 )
-def test_auto_is_cudnn_only_where_it_exists_and_suits_the_run(
+def test_auto_is_a_flash_kernel_only_where_it_exists_and_suits_the_run(
     device: Any, changes: dict[str, Any], expected: str
 ) -> None:
     assert resolved(small.config(**(SUITS | changes)), device) == expected

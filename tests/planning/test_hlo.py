@@ -101,6 +101,19 @@ def test_convolution_skips_padding() -> None:
     assert hlo.costs(text, slice_size=1).matmul_flops == 2 * 30 * 256 * 512 * 8 * 64
 
 
+@pytest.mark.parametrize(("kernel", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_kernels_of_splash_attention_count_all_pairs(kernel: str, products: int) -> None:
+    text = module(
+        "%block_mask = s8[1,1,1]{2,1,0} parameter(0)",
+        "%q = bf16[2,16,512,64]{3,2,1,0} parameter(1)",
+        "%k = bf16[2,4,512,64]{3,2,1,0} parameter(2)",
+        f"ROOT %splash_mha_{kernel}_segmented_residuals.1 = (f32[2,512,128]{{2,1,0}}, "
+        "bf16[2,16,512,64]{3,2,1,0}) custom-call(%block_mask, %q, %k, %k), "
+        'custom_call_target="tpu_custom_call"',
+    )
+    assert hlo.costs(text, slice_size=1).matmul_flops == products * 2 * 2 * 16 * 512 * 512 * 64
+
+
 def test_cublas_call_counts_as_dot() -> None:
     text = module(
         "%a = bf16[128,512]{1,0} parameter(0)",
