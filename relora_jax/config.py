@@ -55,7 +55,7 @@ class ModelConfig:
     sliding_window: int = run_field(0)
     rms_eps: float = 1e-6
     init_std: float = 0.02
-    remat: str = run_field("none")
+    remat: str = run_field("auto")
     attention: str = run_field("auto")
 
 

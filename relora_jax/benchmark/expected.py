@@ -6,6 +6,7 @@ from typing import Any
 from relora_jax.benchmark.column import Column
 from relora_jax.config import LOW_RANK_ARMS, Config
 from relora_jax.errors import UserError
+from relora_jax.planning.arms import compiled_as_run
 from relora_jax.planning.compiled import Compiled
 from relora_jax.planning.kernels import roofline_s
 from relora_jax.planning.topology import Topology
@@ -16,14 +17,14 @@ from relora_jax.training.sharding import make_mesh
 def column(name: str, config: Config, topology: Topology, compiler: Any) -> Column:
     """The column of a config, by a `Compiler`; UserError if its update does not compile."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices)
-    program, chip = Program(config, mesh), topology.chip
-    low_rank = config.arm in LOW_RANK_ARMS
-    update = compiler(program, "low_rank_update" if low_rank else "full_rank_update")
+    chip, low_rank = topology.chip, config.arm in LOW_RANK_ARMS
+    name_of_update = "low_rank_update" if low_rank else "full_rank_update"
+    _, update = compiled_as_run(config, topology, compiler, mesh, name_of_update)
     if update.costs is None:
         raise UserError(
             f"{name} does not compile for {topology.name} ({update.refusal}): use a smaller --microbatch"
         )
-    restart: Compiled | None = compiler(program, "restart") if config.arm == "relora" else None
+    restart: Compiled | None = compiler(Program(config, mesh), "restart") if config.arm == "relora" else None
     return Column(
         name,
         config,

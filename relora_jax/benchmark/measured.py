@@ -17,8 +17,8 @@ from relora_jax.benchmark.tokens import synthetic_ids
 from relora_jax.config import LOW_RANK_ARMS, Config
 from relora_jax.data.batches import Batch
 from relora_jax.planning import chips
-from relora_jax.planning.compiled import used_bytes
 from relora_jax.training.program import Program
+from relora_jax.training.remat import used_bytes
 from relora_jax.training.sharding import make_mesh
 
 LEARNING_RATE = 1e-4

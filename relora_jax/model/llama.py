@@ -24,7 +24,7 @@ from relora_jax.model.loss import token_loss
 from relora_jax.model.padding import padded
 from relora_jax.model.rows import on_rows, with_whole_rows
 
-REMAT = ("none", "dots", "full")
+REMAT = ("auto", "none", "dots", "full")  # auto: training/remat.py; from the fastest to the smallest
 UNROLLED_LAYERS = 8  # on a CPU; more only take longer to compile
 
 
@@ -287,8 +287,11 @@ def _unrolled_layers(remat: str) -> int:
 
 
 def _remat(block: Any, remat: str) -> Any:
-    """The block, rematerialized: "dots" saves its products with kernels, "full" only its input."""
-    if remat == "none":
+    """The block, rematerialized: "dots" saves its products with kernels, "full" only its input.
+
+    "auto" that is not resolved is "none".
+    """
+    if remat in ("auto", "none"):
         return block
     policy = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "dots" else None
     return partial(jax.checkpoint, prevent_cse=False, policy=policy)(block)

@@ -12,6 +12,7 @@ from relora_jax.planning.chips import Chip
 from relora_jax.planning.compiled import Compiled, Compiler, Memory, host_bytes
 from relora_jax.planning.hlo import Costs
 from relora_jax.planning.topology import Topology
+from relora_jax.training import remat
 from relora_jax.training.program import Program
 from relora_jax.training.sharding import make_mesh
 
@@ -24,6 +25,8 @@ class ArmPlan:
     topology: Topology
     programs: dict[str, Compiled]
     largest_microbatch: int | None  # that fits, of the last phase's update; None: not searched, 0: none does
+    # {update: policy of rematerialization}: `model.remat`, or what "auto" stands for
+    remat: dict[str, str] = dataclasses.field(default_factory=dict)
     host_bytes: float = 0.0  # in the memory of the hosts, per device
 
     @property
@@ -61,17 +64,34 @@ def plan(config: Config, topology: Topology, compiler: Compiler, *, search: bool
     """Compiles the programs of the config's arm; with `search`, also the largest microbatch that fits."""
     mesh = make_mesh(**dataclasses.asdict(config.mesh), devices=topology.devices)
     names = program_names(config)
-    program = Program(config, mesh)
-    programs = {name: compiler(program, name) for name in names}
+    compiled = {name: compiled_as_run(config, topology, compiler, mesh, name) for name in names}
+    programs = {name: program for name, (_, program) in compiled.items()}
     largest = None
     if search:
 
-        def compiled(microbatch: int) -> Compiled:
+        def update(microbatch: int) -> Compiled:
             train = dataclasses.replace(config.train, microbatch=microbatch)
-            return compiler(Program(dataclasses.replace(config, train=train), mesh), names[-1])
+            changed = dataclasses.replace(config, train=train)
+            return compiled_as_run(changed, topology, compiler, mesh, names[-1])[1]
 
-        largest = largest_microbatch(config, topology, compiled)
-    return ArmPlan(config, topology, programs, largest, host_bytes(program))
+        largest = largest_microbatch(config, topology, update)
+    policies = {name: policy for name, (policy, _) in compiled.items() if name.endswith("_update")}
+    return ArmPlan(config, topology, programs, largest, policies, host_bytes(Program(config, mesh)))
+
+
+def compiled_as_run(
+    config: Config, topology: Topology, compiler: Compiler, mesh: Any, name: str
+) -> tuple[str, Compiled]:
+    """(policy of rematerialization, program `name`): `model.remat`, or what a run on the topology takes."""
+
+    def program(policy: str) -> Compiled:
+        model = dataclasses.replace(config.model, remat=policy)
+        return compiler(Program(dataclasses.replace(config, model=model), mesh), name)
+
+    policy = config.model.remat
+    if policy == "auto" and name.endswith("_update"):
+        policy = remat.chosen(lambda policy: fits(program(policy), topology.chip))
+    return policy, program(policy)
 
 
 def program_names(config: Config) -> list[str]:

@@ -15,6 +15,7 @@ from relora_jax.planning.hlo import Costs, costs
 from relora_jax.planning.kernels import Kernel, kernels
 from relora_jax.planning.topology import Topology
 from relora_jax.training.program import Program
+from relora_jax.training.remat import used_bytes
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -97,14 +98,7 @@ def _compile(
             f"({str(error).splitlines()[0][:120]}): install the version that jax asks for "
             "(pip install 'relora-jax[tpu]', or plan-cuda)"
         ) from error
-    return used_bytes(compiled), costs(text, slice_size=slice_size), "", kernels(text)
-
-
-def used_bytes(compiled: Any) -> float:
-    """What a program needs of a device's memory: arguments, results, temporaries and its own code."""
-    stats = compiled.memory_analysis()
-    used = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return float(used + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
+    return float(used_bytes(compiled)), costs(text, slice_size=slice_size), "", kernels(text)
 
 
 def _needed_bytes(message: str, state_bytes: float) -> float:

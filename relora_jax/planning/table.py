@@ -31,6 +31,7 @@ def rows(plans: Sequence[ArmPlan]) -> list[list[str]]:
     for name, label in NAMES.items():
         row(f"{label}", lambda plan, name=name: verdict(plan, name) if name in plan.programs else "-")
     row("most memory in", _peak)
+    row("rematerialization", lambda plan: ", ".join(plan.remat.values()))
     row("largest microbatch", _largest)
     row("matmul FLOPs per token", _flops)
     row("sent within a slice, per update", lambda plan: _sent(plan, between=False))
@@ -87,7 +88,7 @@ def remedies(plans: Sequence[ArmPlan]) -> list[str]:
             )
         elif failing:
             lines.append(
-                f"{plan.config.arm}: does not fit. Use a smaller train.microbatch, model.remat=dots or full, "
+                f"{plan.config.arm}: does not fit. Use a smaller train.microbatch, model.remat=auto or full, "
                 "a larger mesh.fsdp, or relora.base_dtype=bfloat16 or int8"
             )
     return lines
@@ -175,6 +176,7 @@ def _facts(plan: ArmPlan) -> dict[str, Any]:
         "programs": {
             name: {
                 "fits": plan.fits(name),
+                "remat": plan.remat.get(name),
                 "bytes": program.memory._asdict() | {"total": program.memory.total},
                 "refusal": program.refusal,
                 "matmul_flops": program.costs and program.costs.matmul_flops,

@@ -18,7 +18,7 @@ from relora_jax.config import Config
 from relora_jax.data.batches import Batch
 from relora_jax.model import attention, sampling
 from relora_jax.storage import places
-from relora_jax.training import steps
+from relora_jax.training import remat, steps
 from relora_jax.training.sharding import on_mesh, padded, row_sharding, shardings
 from relora_jax.training.state import TrainState, is_low_rank, without_master
 from relora_jax.training.steps import Due, Phase
@@ -46,7 +46,6 @@ class Program:
             donate_argnums=(0, 1),
             out_shardings=self._shardings(full),
         )
-        self._train = self._train_step(self.phase, full)
         if low is not None:
             start = partial(steps.start_low_rank, config, self.phase)
             self.low_phase, self._low = low
@@ -62,7 +61,7 @@ class Program:
                 out_shardings=out,
                 static_argnames="reset",
             )
-            self._low_train = self._train_step(self.low_phase, without_master(self._low))
+        self._updates: dict[bool, tuple[str, Any]] = {}
         self._eval: dict[bool, Any] = {}
         self._sample: dict[bool, Any] = {}
 
@@ -96,9 +95,13 @@ class Program:
         self, state: TrainState, batch: Batch, learning_rate: float
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """`steps.train_step` for the phase of the state; the state is donated."""
-        step = self._low_train if is_low_rank(state) else self._train
+        step = self._update(low=is_low_rank(state))[1]
         updated, metrics = step(without_master(state), batch, learning_rate)
         return dataclasses.replace(updated, master=state.master), metrics
+
+    def remat_policy(self, state: TrainState) -> str:
+        """The policy of the updates of the state's phase: `model.remat`, or what `auto` stands for."""
+        return self._update(low=is_low_rank(state))[0]
 
     def restart(self, state: TrainState, *, reset: bool) -> TrainState:
         """`steps.restart`; the state is donated."""
@@ -124,29 +127,46 @@ class Program:
 
     def lower(self, name: str) -> Any:
         """One of PROGRAMS, lowered from the shapes of its arguments: nothing is allocated or computed."""
-        config, length = self.config, self.config.data.sequence_length + 1
-        segments = not config.data.attend_across_documents
-        ids = self._abstract_rows(config.accumulation, config.train.microbatch, length)
-        lengths = self._abstract_rows(config.accumulation, config.train.microbatch)
-        batch = Batch(ids, lengths, ids if segments else None)
         match name:
             case "full_rank_update":
-                return self._train.lower(self.full_rank_on_devices, batch, 0.0)
+                return self._lower_update(self._update(low=False)[1], low=False)
             case "start_low_rank":
                 return self.start_low_rank.lower(self.full_rank_on_devices)
             case "restart":
                 return self._restart.lower(self.low_rank_on_devices, reset=True)
             case "low_rank_update":
-                return self._low_train.lower(without_master(self.low_rank_on_devices), batch, 0.0)
+                return self._lower_update(self._update(low=True)[1], low=True)
         raise ValueError(f"name {name!r} must be one of {PROGRAMS}")
 
     def _abstract_rows(self, *shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.rows)
 
-    def _train_step(self, phase: Phase, state: TrainState) -> Any:
-        step = partial(steps.train_step, self.config, phase)
+    def _update(self, *, low: bool) -> tuple[str, Any]:
+        """(policy of rematerialization, jitted update) of a phase."""
+        if low not in self._updates:
+            policy, limit = self.config.model.remat, remat.limit_bytes(self.mesh)
+            if policy == "auto":
+                lower = partial(self._lower_update, low=low)
+                step = partial(self._train_step, low=low)
+                policy = remat.chosen(lambda policy: not limit or remat.fits(lower(step(policy)), limit))
+            self._updates[low] = policy, self._train_step(policy, low=low)
+        return self._updates[low]
+
+    def _train_step(self, policy: str, *, low: bool) -> Any:
+        """The jitted update of a phase, with a policy of rematerialization."""
+        phase, state = (self.low_phase, without_master(self._low)) if low else (self.phase, self._full)
+        step = partial(steps.train_step, self.config, dataclasses.replace(phase, remat=policy))
         out = (self._shardings(state), None)
         return jax.jit(on_mesh(step, self.mesh, state), donate_argnums=0, out_shardings=out)
+
+    def _lower_update(self, update: Any, *, low: bool) -> Any:
+        config, length = self.config, self.config.data.sequence_length + 1
+        segments = not config.data.attend_across_documents
+        ids = self._abstract_rows(config.accumulation, config.train.microbatch, length)
+        lengths = self._abstract_rows(config.accumulation, config.train.microbatch)
+        batch = Batch(ids, lengths, ids if segments else None)
+        state = without_master(self.low_rank_on_devices) if low else self.full_rank_on_devices
+        return update.lower(state, batch, 0.0)
 
     def _of_model(self, function: Any, *, low: bool, **options: Any) -> Any:
         """function(model, argument), jitted as a function of the model's variables and the argument."""

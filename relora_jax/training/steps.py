@@ -39,14 +39,17 @@ class Due(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Phase:
-    """The static parts of a phase (before or after the warm start): the model graph and the optimizer."""
+    """The static parts of a phase (before or after the warm start): the model graph, optimizer and policy."""
 
     graph: Any
     tx: Any
+    remat: str  # the policy of its updates
 
     def model(self, trained: Any, frozen: Any) -> Llama:
         """The model with these variables."""
-        return nnx.merge(self.graph, trained, frozen)
+        model = nnx.merge(self.graph, trained, frozen)
+        model.remat = self.remat
+        return model
 
 
 def key(config: Config, purpose: int, update: Any) -> jax.Array:
@@ -97,7 +100,7 @@ def init_state(config: Config) -> tuple[Phase, TrainState]:
     """The full-rank phase and its state at u = 0, initialized from the seed."""
     model = Llama(config.model, rngs=nnx.Rngs(key(config, INIT, 0)))
     graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
-    phase = Phase(graph, _optimizer(config, trained))
+    phase = Phase(graph, _optimizer(config, trained), config.model.remat)
     return phase, initial_state(phase, trained, frozen)
 
 
@@ -131,7 +134,7 @@ def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Pha
     tx = _optimizer(config, trained)
     opt_state = optimizer.carry_over_rest(tx.init(trained), state.opt_state)
     state = dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state, master=master)
-    return Phase(graph, tx), state
+    return Phase(graph, tx, config.model.remat), state
 
 
 def restart(config: Config, phase: Phase, state: TrainState, *, reset: bool) -> TrainState:

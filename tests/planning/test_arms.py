@@ -84,6 +84,25 @@ def test_programs_of_each_arm() -> None:
     assert arms.program_names(small.config(train__init_from="run")) == [*start, "restart", *update]
 
 
+def test_plan_chooses_the_policy_of_each_update() -> None:
+    needs = {"none": 3e9, "dots": 2e9, "full": 1.5e9}
+    asked: list[tuple[str, str]] = []
+
+    class Counting(Compiler):
+        def __call__(self, program: Program, name: str) -> Compiled:
+            policy = program.config.model.remat
+            asked.append((name, policy))
+            return compiled(needs[policy] if name == "full_rank_update" else 0.9e9)
+
+    plan = arms.plan(small.config("lora_warm"), topology(), Counting(topology()), search=False)
+    assert plan.remat == {"full_rank_update": "full", "low_rank_update": "none"}
+    assert plan.programs["full_rank_update"].memory.total == 1.5e9
+    assert asked.count(("start_low_rank", "auto")) == 1
+    config = small.config("lora_warm", model__remat="dots")
+    plan = arms.plan(config, topology(), Counting(topology()), search=False)
+    assert set(plan.remat.values()) == {"dots"}
+
+
 def test_equal_programs_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compilations: list[Any] = []
     monkeypatch.setattr(
