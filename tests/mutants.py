@@ -458,7 +458,7 @@ MUTANTS = [
     Mutant(
         "splash attention attends across documents",
         "model/attention.py",
-        "None if mask is None else jnp.arange",
+        "None if mask is None or positions is None else jnp.arange",
         "None if True else jnp.arange",
         "tests/model/test_splash.py::test_attend_passes_the_documents",
     ),

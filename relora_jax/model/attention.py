@@ -78,7 +78,9 @@ def attend(
     """
     if implementation == "splash":
         # a document is known by its first position
-        return splash.attend(q, k, v, None if mask is None else jnp.arange(q.shape[1])[None] - positions)
+        return splash.attend(
+            q, k, v, None if mask is None or positions is None else jnp.arange(q.shape[1])[None] - positions
+        )
     if implementation != "einsum":
         implementation = "xla" if implementation == "auto" else implementation
         return jax.nn.dot_product_attention(
