@@ -964,9 +964,9 @@ MUTANTS = [
     Mutant(
         "unrolled layers keep what they should compute again",
         "model/llama.py",
-        'on_cpu and remat == "none"',
-        "on_cpu",
-        "tests/model/test_llama.py::test_layers_are_unrolled_on_a_cpu_without_rematerialization",
+        'cpus == 1 and remat == "none"',
+        "cpus == 1",
+        "tests/model/test_llama.py::test_layers_are_unrolled_on_one_cpu_without_rematerialization",
     ),
     Mutant(
         "each update asks the kernel for its memory anew",

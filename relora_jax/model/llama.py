@@ -25,7 +25,7 @@ from relora_jax.model.padding import padded
 from relora_jax.model.rows import on_rows, with_whole_rows
 
 REMAT = ("auto", "none", "dots", "full")  # auto: training/remat.py; from the fastest to the smallest
-UNROLLED_LAYERS = 8  # on a CPU; more only take longer to compile
+UNROLLED_LAYERS = 8  # on one CPU; with more, compiling takes longer
 
 
 def check_heads(heads: int, kv_heads: int, head_dim: int) -> None:
@@ -260,8 +260,12 @@ def _linear(
 
 
 def _product(layer: Any, x: Any) -> Any:
-    """layer(x), named: a policy does not recognize the product in the custom VJP of a low-rank layer."""
-    return checkpoint_name(layer(x), PRODUCT)
+    """layer(x), named: a policy does not recognize the product in the custom VJP of a low-rank layer.
+
+    With the tokens on one axis, since for several, XLA transposes dy in memory before the product x^T dy.
+    """
+    y = layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+    return checkpoint_name(y, PRODUCT)
 
 
 def _norm(config: ModelConfig, width: int, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -277,13 +281,13 @@ def _norm(config: ModelConfig, width: int, *, axes: tuple[str, ...], rngs: nnx.R
 
 
 def _unrolled_layers(remat: str) -> int:
-    """How many layers an iteration of the scan computes: several on a CPU, where it copies what it stacks.
+    """How many layers an iteration of the scan computes: several on one CPU, where it copies what it stacks.
 
     One with rematerialization: without a loop between them, XLA merges a computation with its repetition.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    on_cpu = device is not None and device.platform == "cpu"
-    return UNROLLED_LAYERS if on_cpu and remat == "none" else 1
+    mesh = jax.sharding.get_abstract_mesh()
+    cpus = mesh.size if mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu" else 0
+    return UNROLLED_LAYERS if cpus == 1 and remat == "none" else 1
 
 
 def _remat(block: Any, remat: str) -> Any:

@@ -1,7 +1,7 @@
 """The decoder is causal, has the published shapes and equals the float64 reference, with any options."""
 
-import contextlib
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -283,18 +283,20 @@ def test_matrices_are_initialized_normal_with_init_std_norms_to_one_and_biases_t
 
 
 @pytest.mark.parametrize(
-    ("cpu", "remat", "layers", "loops"),
+    ("cpus", "remat", "layers", "loops"),
     [
-        (True, "none", 2, 0),
-        (True, "none", 9, 1),  # compile time does not grow further
-        (True, "full", 2, 1),  # without a loop, XLA keeps what it should compute again
-        (False, "none", 2, 1),
+        (1, "none", 2, 0),
+        (1, "none", 9, 1),  # compile time does not grow further
+        (1, "full", 2, 1),  # without a loop, XLA keeps what it should compute again
+        (2, "none", 2, 1),  # and gathers all layers' kernels at once
+        (0, "none", 2, 1),
     ],
 )
-def test_layers_are_unrolled_on_a_cpu_without_rematerialization(
-    cpu: bool, remat: str, layers: int, loops: int
+def test_layers_are_unrolled_on_one_cpu_without_rematerialization(
+    cpus: int, remat: str, layers: int, loops: int
 ) -> None:
     net = build(model(remat=remat, layers=layers))
-    with jax.sharding.use_abstract_mesh(small.mesh().abstract_mesh) if cpu else contextlib.nullcontext():
+    mesh = jax.sharding.use_abstract_mesh(small.mesh(fsdp=cpus).abstract_mesh) if cpus else nullcontext()
+    with mesh:
         text = jax.jit(lambda ids: net(ids)).lower(ids()).as_text()
     assert text.count("stablehlo.while") == loops
