@@ -29,6 +29,7 @@ print(sorted(faults() / pages for _ in range(21))[10])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_program_finds_the_memory_of_its_last_run() -> None:
     run = subprocess.run([sys.executable, "-c", PAGE_FAULTS], check=True, capture_output=True, text=True)
