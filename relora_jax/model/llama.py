@@ -287,7 +287,7 @@ def _unrolled_layers(remat: str) -> int:
     """
     mesh = jax.sharding.get_abstract_mesh()
     cpus = mesh.size if mesh.abstract_device is not None and mesh.abstract_device.platform == "cpu" else 0
-    return UNROLLED_LAYERS if cpus == 1 and remat == "none" else 1
+    return UNROLLED_LAYERS if cpus == 1 and remat in ("auto", "none") else 1
 
 
 def _remat(block: Any, remat: str) -> Any:
