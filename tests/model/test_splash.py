@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from relora_jax.model import splash
 from relora_jax.model.attention import attend
@@ -44,9 +45,12 @@ def test_devices_compute_their_own_rows_and_heads() -> None:
     qkv, positions = inputs(20)
     documents = jnp.arange(20)[None] - positions
     function = lambda *args: splash.attend(*args, interpret=True)  # noqa: E731
+    expected = function(*qkv, documents)
     for sizes in ({"fsdp": 2, "tensor": 2}, {"fsdp": 4}):  # two rows: on each of four devices
-        step = jax.jit(on_mesh(function, small.mesh(**sizes)))
-        np.testing.assert_allclose(step(*qkv, documents), function(*qkv, documents), rtol=1e-5, atol=1e-6)
+        mesh = small.mesh(**sizes)
+        args = jax.device_put((*qkv, documents), NamedSharding(mesh, PartitionSpec()))
+        ours = jax.jit(on_mesh(function, mesh))(*args)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_attend_passes_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
