@@ -964,7 +964,7 @@ MUTANTS = [
     Mutant(
         "unrolled layers keep what they should compute again",
         "model/llama.py",
-        'cpus == 1 and remat == "none"',
+        'cpus == 1 and remat in ("auto", "none")',
         "cpus == 1",
         "tests/model/test_llama.py::test_layers_are_unrolled_on_one_cpu_without_rematerialization",
     ),
