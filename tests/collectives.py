@@ -29,9 +29,9 @@ def main(path: str, rows: int) -> None:
         shapes = ((1, rows, config.data.sequence_length + 1), (1, rows))
         batch = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.rows) for shape in shapes]
         if arm == "full":
-            lowered = program._train.lower(program.full_rank_on_devices, Batch(*batch), 1e-3)
+            lowered = program._update(low=False)[1].lower(program.full_rank_on_devices, Batch(*batch), 1e-3)
         else:
-            lowered = program._low_train.lower(program.low_rank_on_devices, Batch(*batch), 1e-3)
+            lowered = program._update(low=True)[1].lower(program.low_rank_on_devices, Batch(*batch), 1e-3)
         collectives = hlo.collectives(lowered.compile().as_text())
         between = sum(c.total for c in collectives if c.crosses(DATA)) / 1e6
         within = sum(c.total for c in collectives if not c.crosses(DATA)) / 1e6

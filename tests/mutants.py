@@ -968,13 +968,6 @@ MUTANTS = [
         "cpus == 1",
         "tests/model/test_llama.py::test_layers_are_unrolled_on_one_cpu_without_rematerialization",
     ),
-    Mutant(
-        "each update asks the kernel for its memory anew",
-        "training/sharding.py",
-        "    heap.keep_freed_memory()\n",
-        "",
-        "tests/training/test_heap.py::test_program_finds_the_memory_of_its_last_run",
-    ),
 ]
 
 

@@ -55,7 +55,7 @@ def of_model(model: ModelConfig, run: str, arm: str, *, compute_dtype: str, ids:
     half = min(min(sides) for sides in shapes.kernels(model).values()) // 2
     rank = min(RANK, 2 ** (max(half, 1).bit_length() - 1))
     limits = (SEQUENCE_LENGTH, model.max_positions, model.sliding_window)  # 0: none
-    remat = "full" if shapes.parameters(model) > REMAT_PARAMETERS else "none"
+    remat = "full" if shapes.parameters(model) > REMAT_PARAMETERS else "auto"
     return Config(
         name=Path(run).name,
         arm=arm,

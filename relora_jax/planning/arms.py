@@ -4,6 +4,7 @@ Time per update >= max(FLOPs / peak, bytes sent / bandwidth): what the hardware 
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from relora_jax import shapes
@@ -80,7 +81,7 @@ def plan(config: Config, topology: Topology, compiler: Compiler, *, search: bool
 
 
 def compiled_as_run(
-    config: Config, topology: Topology, compiler: Compiler, mesh: Any, name: str
+    config: Config, topology: Topology, compiler: Callable[[Program, str], Compiled], mesh: Any, name: str
 ) -> tuple[str, Compiled]:
     """(policy of rematerialization, program `name`): `model.remat`, or what a run on the topology takes."""
 

@@ -74,13 +74,13 @@ def _products(
     instruction: Instruction, shapes: dict[str, str], computations: dict[str, list[Instruction]]
 ) -> tuple[float, frozenset[str]]:
     """(FLOPs, types) of the products in the instruction and in all that is fused into it."""
-    found = [(1, instruction, shapes)]
+    fused = [(1, instruction, shapes)]
     for called in hlo.called(instruction):
         for name, trips in hlo.runs(computations, called):
             inner = {other.name: other.shape for other in computations[name]}
-            found += [(trips, other, inner) for other in computations[name]]
+            fused += [(trips, other, inner) for other in computations[name]]
     total, types = 0.0, set[str]()
-    for trips, other, known in found:
+    for trips, other, known in fused:
         if flops := hlo.matmul_flops(other, known):
             total += trips * flops
             types |= {hlo.arrays(known[operand])[0][0] for operand in other.operands[:2] if operand in known}

@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from relora_jax.core.low_rank import BaseMaster
 from relora_jax.errors import UserError
 from relora_jax.model.rows import ROWS
-from relora_jax.training import heap
 
 AXES = ("data", "fsdp", "tensor")
 # Scans and merges iterate over layers, every device needs the full rank, and norms and biases are small.
@@ -30,7 +29,6 @@ TENSOR_AXES = ("heads", "mlp", "vocab")
 
 def start_devices() -> list[Any]:
     """All devices of JAX's platform. UserError if it cannot start."""
-    heap.keep_freed_memory()
     try:
         return jax.devices()
     except Exception as error:  # RuntimeError, or AssertionError if the platform's plugin is not installed

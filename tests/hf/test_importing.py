@@ -151,7 +151,7 @@ def test_starting_config_is_valid_for_any_model_shape(tmp_path: pathlib.Path) ->
         assert config.train.init_from == str(run) and config.name == run.name and config.data.eos_id == 3
         large = model.hidden == 4096
         assert config.model == dataclasses.replace(
-            model, compute_dtype="bfloat16", remat="full" if large else "none"
+            model, compute_dtype="bfloat16", remat="full" if large else "auto"
         )
         assert config.relora.rank == (128 if large else 1 if model.hidden == 2 else 4)
         assert config.data.sequence_length == min(1024, model.max_positions or 1024)

@@ -118,7 +118,7 @@ def test_restart_adds_the_factors_product_to_the_kernel_that_a_base_reads() -> N
 
 def test_unknown_kind_is_rejected_listing_the_valid_ones() -> None:
     with pytest.raises(
-        ValueError, match=r"relora\.base_dtype 'int8_toy' is not valid: use float32, bfloat16 or"
+        ValueError, match=r"relora\.base_dtype 'int8_toy' is not valid: use float32, bfloat16, float64, int8"
     ):
         validate(small.config(relora__base_dtype="int8_toy"), devices=1)
     with pytest.raises(ValueError, match=r"relora\.restart 'rolling' is not valid: use merge_and_reinit"):

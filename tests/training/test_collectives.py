@@ -39,7 +39,7 @@ def compiled(config: Config, mesh: tuple[int, int, int], step: str) -> Any:
     if step == "eval":
         first = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=program.eval_rows) for x in batch[:2]]
         return program.eval_program(low=True).lower(state.trained, state.frozen, Batch(*first)).compile()
-    train = program._train if step.startswith("full") else program._low_train
+    _, train = program._update(low=not step.startswith("full"))
     return train.lower(state, batch, 1e-3).compile()
 
 

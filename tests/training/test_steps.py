@@ -97,7 +97,7 @@ def test_train_step_compiles_once_per_phase(runs_on_devices: dict[Any, Any]) -> 
         program = Program(config, small.mesh(2, 2))
         runs_on_devices["alone"] = (config, program, *small.run(config, program))
     for _, program, _, _ in runs_on_devices.values():
-        assert program._train._cache_size() == program._low_train._cache_size() == 1
+        assert [program._update(low=low)[1]._cache_size() for low in (False, True)] == [1, 1]
         assert program._restart._cache_size() == 2  # with and without a reset
 
 
