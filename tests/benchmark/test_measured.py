@@ -60,7 +60,7 @@ def test_peak_of_a_device_is_asked_after_each_runner_alone_smallest_first(monkey
     assert len(log) == 6
 
 
-@pytest.mark.parametrize("arm", ["full", "relora"])
+@pytest.mark.parametrize("arm", ["full", pytest.param("relora", marks=pytest.mark.slow)])
 def test_column_of_an_arm_has_its_own_phase_and_restarts(arm: str) -> None:
     config = small.config(arm, train__batch=8, train__microbatch=8, relora__warm_start_updates=0)
     runner = Ours(arm, config)

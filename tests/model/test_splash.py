@@ -53,6 +53,7 @@ def test_devices_compute_their_own_rows_and_heads() -> None:
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_attend_passes_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     qkv, positions = inputs(5)
     passed: list[Any] = []
