@@ -962,6 +962,13 @@ MUTANTS = [
         "tests/planning/test_arms.py::test_recomputing_is_not_fitting",
     ),
     Mutant(
+        "PyTorch recomputes where the run chooses for itself",
+        "benchmark/peer.py",
+        'model.remat in ("dots", "full")',
+        'model.remat != "none"',
+        "tests/benchmark/test_peer.py::test_pytorch_recomputes_only_where_the_run_is_set_to",
+    ),
+    Mutant(
         "unrolled layers keep what they should compute again",
         "model/llama.py",
         'cpus == 1 and remat in ("auto", "none")',

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from relora_jax.benchmark.column import Column
-from relora_jax.benchmark.tokens import synthetic_ids
 from relora_jax.config import LOW_RANK_ARMS, Config
 from relora_jax.data.batches import Batch
 from relora_jax.planning import chips
@@ -106,6 +105,11 @@ def alternate(runners: Sequence[Any], *, rounds: int) -> list[Column]:
 def _peak_bytes() -> float | None:
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")
+
+
+def synthetic_ids(*, vocab_size: int, rows: int, length: int) -> np.ndarray:
+    """int32 [rows, length + 1], uniform and always the same, for PyTorch too."""
+    return np.random.default_rng(0).integers(0, vocab_size, (rows, length + 1)).astype(np.int32)
 
 
 def synthetic_batch(config: Config, program: Program) -> Batch:

@@ -1,4 +1,4 @@
-"""A column of PyTorch: what torch_peer.py, in a process of its own, is told, and what it answers."""
+"""A column of PyTorch: what is sent to torch_peer.py, in a process of its own, and what it answers."""
 
 import contextlib
 import importlib.util
@@ -15,14 +15,14 @@ import numpy as np
 
 from relora_jax import shapes
 from relora_jax.benchmark.column import Column
-from relora_jax.benchmark.measured import LEARNING_RATE
-from relora_jax.benchmark.tokens import synthetic_ids
+from relora_jax.benchmark.measured import LEARNING_RATE, synthetic_ids
 from relora_jax.benchmark.torch_peer import MODULES
 from relora_jax.config import LOW_RANK_ARMS, Config
 from relora_jax.errors import UserError
 from relora_jax.hf import llama
 from relora_jax.planning import chips
 
+BASE_DTYPES = ("float32", "bfloat16")
 COMMAND = [sys.executable, "-W", "ignore", "-m", "relora_jax.benchmark.torch_peer"]
 
 
@@ -32,6 +32,11 @@ def check(config: Config) -> None:
     if missing:
         raise UserError(
             f"--peer=torch needs {', '.join(missing)} (not installed): pip install 'relora-jax[bench]'"
+        )
+    if config.arm in LOW_RANK_ARMS and config.relora.base_dtype not in BASE_DTYPES:
+        raise UserError(
+            f"--peer=torch has no relora.base_dtype {config.relora.base_dtype}: set it to "
+            f"{' or '.join(BASE_DTYPES)}, or omit --peer"
         )
     if not config.data.attend_across_documents:
         raise UserError("--peer=torch has no separate documents: pass --config.data.attend_across_documents")
@@ -107,7 +112,7 @@ def settings(config: Config) -> dict[str, Any]:
         "lora": lora if config.arm in LOW_RANK_ARMS else {},
         "base_dtype": relora.base_dtype,
         "compute_dtype": model.compute_dtype,
-        "remat": model.remat,
+        "recompute": model.remat in ("dots", "full"),
         "clip_norm": optimizer.clip_norm,
         "optimizer": {
             "lr": LEARNING_RATE,

@@ -47,7 +47,7 @@ def prepared_update(settings: dict[str, Any], device: Any) -> Callable[[], float
     model = make_model(settings).to(device)
     base = model.get_base_model() if settings["lora"] else model
     backbone, head = base.model, base.lm_head
-    if settings["remat"] != "none":
+    if settings["recompute"]:
         base.gradient_checkpointing_enable()
     model.train()
     dtype = getattr(torch, settings["compute_dtype"])
@@ -67,7 +67,8 @@ def prepared_update(settings: dict[str, Any], device: Any) -> Callable[[], float
             hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         loss = linear_cross_entropy(hidden.to(dtype), head.weight.to(dtype), targets, options=options)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
+        if settings["clip_norm"]:
+            torch.nn.utils.clip_grad_norm_(trained, settings["clip_norm"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -1,7 +1,8 @@
-"""What PyTorch's process is lora and answers; with the extra bench or hf-test, what it computes."""
+"""What PyTorch's process is sent and answers; with the extra bench or hf-test, what it computes."""
 
 import math
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from relora_jax import shapes
 from relora_jax.benchmark import measured, peer, torch_peer
-from relora_jax.benchmark.tokens import synthetic_ids
+from relora_jax.benchmark.measured import synthetic_ids
 from relora_jax.errors import UserError
 from tests.support import small
 
@@ -51,6 +52,17 @@ def test_only_what_pytorch_computes_alike_is_accepted(monkeypatch) -> None:
         peer.check(small.config())
     monkeypatch.setattr(jax, "devices", lambda: [None])
     peer.check(small.config())
+    with pytest.raises(UserError, match=r"no relora\.base_dtype int8: set it to float32 or bfloat16"):
+        peer.check(small.config(relora__base_dtype="int8"))
+    peer.check(small.config("full", relora__base_dtype="int8"))
+
+
+def test_pytorch_recomputes_only_where_the_run_is_set_to() -> None:
+    recomputes = {
+        remat: peer.settings(small.config(model__remat=remat))["recompute"]
+        for remat in ("auto", "none", "dots", "full")
+    }
+    assert recomputes == {"auto": False, "none": False, "dots": True, "full": True}
 
 
 def test_low_rank_arm_has_the_factors_of_the_run() -> None:
@@ -69,7 +81,7 @@ def test_pytorch_trains_the_same_parameters_and_its_loss_falls(arm: str, tmp_pat
     config = small.config(arm)
     rows = synthetic_ids(vocab_size=61, rows=8, length=small.LENGTH)
     np.save(tmp_path / "ids.npy", rows)
-    settings = peer.settings(config) | {"ids": str(tmp_path / "ids.npy")}
+    settings: dict[str, Any] = peer.settings(config) | {"ids": str(tmp_path / "ids.npy")}
     settings["optimizer"]["lr"] = 1e-2
     counts = {True: 0, False: 0}
     for parameter in torch_peer.make_model(settings).parameters():
