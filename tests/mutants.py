@@ -204,6 +204,13 @@ MUTANTS = [
         "tests/core/test_base.py::test_w_is_stored_as_the_nearest_value_of_the_type",
     ),
     Mutant(
+        "directions of quantization count as rank",
+        "core/base.py",
+        "        return above - below",
+        "        return super().spacing(w)",
+        "tests/reporting/test_spectrum.py::test_rounding_bound_holds_and_is_tight",
+    ),
+    Mutant(
         "a merge that leaves the master as it was",
         "core/merge.py",
         "            master = lax.dynamic_update_index_in_dim(master, exact, layer, axis=0)\n",

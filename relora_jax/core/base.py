@@ -65,6 +65,10 @@ class Base(grammar.Choice):
         """Stored form of the merged W of a single layer; rounds to nearest unless overridden."""
         return self.store(w)
 
+    def spacing(self, w: Float[Array, "*layers in out"]) -> Float[Array, "*layers in out"]:
+        """How far apart two neighbors around each entry of a W that was read are: here, in its own dtype."""
+        return jnp.finfo(w.dtype).eps * jnp.abs(w)
+
 
 class _Plain(Base):
     """A single array of a floating-point type."""
@@ -145,6 +149,11 @@ class _Scaled(Base):
         """The scale of each input's group."""
         del fan_in
         return scale
+
+    def spacing(self, w: Float[Array, "*layers in out"]) -> Float[Array, "*layers in out"]:
+        """The distance of the two values around each entry, times its scale."""
+        above, below = (self.read(self._stored(w, partial(self.rounded, noise=n))) for n in (1.0, 0.0))
+        return above - below
 
     def _stored(self, w: Float[Array, "*layers in out"], rounded: Any) -> Stored:
         scale = _scale(self.magnitudes(w), self.largest)

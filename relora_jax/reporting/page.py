@@ -178,8 +178,11 @@ def _summed_update(run: Run, folder: AnyPath) -> str:
         ranks = {kind: relora.rank if spectrum.is_low_rank(now, kind) else 0 for kind in spectra}
         merges = sum(row["merged"] and start < row["update"] < update for row in run.of("restart"))
         for kind, rank in ranks.items():
-            writes = merges if rank else update - start
-            rounding[kind] = spectrum.rounding(now[names.kernel_of(names.LAYERS[kind])], writes=writes)
+            kernels = now[names.kernel_of(names.LAYERS[kind])]
+            dtype, writes = (relora.base_dtype, merges) if rank else (kernels.dtype.name, update - start)
+            if rank and relora.base_master == "host":
+                writes = 2 if merges else 0  # the first and the last kernel are rounded, none between them
+            rounding[kind] = spectrum.rounding(kernels, base_dtype=dtype, writes=writes)
     except Exception as error:  # Orbax raises plain Exceptions; the rest of the report needs none of this
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return f"## Summed update\n\nNot available: {samples.escape(reason)}.\n"

@@ -76,14 +76,19 @@ def below(values: Values, threshold: float = 0.1) -> int:
     return int(np.sum(values < threshold))
 
 
-def rounding(kernels: np.ndarray, *, writes: int) -> float:
-    """Bound on singular values due to rounding: eps * rms(W) * (sqrt(in) + sqrt(out)) * sqrt(writes).
+def rounding(kernels: np.ndarray, *, base_dtype: str, writes: int) -> float:
+    """Bound on singular values due to rounding: rms(spacing) * (sqrt(in) + sqrt(out)) * sqrt(writes).
 
-    `writes` counts how often the kernels were rounded to their dtype since the start (at merges, or at
-    updates if they are trained). Each rounding leaves an independent error of at most eps |W| / 2 per entry;
-    a matrix of such errors has half this bound as its largest singular value. Smaller values mean nothing.
+    `writes` counts how often the kernels were rounded to `base_dtype` since the start (at merges, or at
+    updates if they are trained). Each rounding leaves an independent error of half the spacing of the type or
+    so per entry; a matrix of such errors has half this bound as its largest singular value. Smaller values
+    mean nothing.
     """
-    eps = float(np.spacing(np.ones((), kernels.dtype)))
-    rms = float(np.sqrt(np.mean(np.square(kernels.astype(np.float32)))))
+    import jax.numpy as jnp
+
+    from relora_jax.core import base
+
+    spacing = (np.asarray(base.parse(base_dtype).spacing(jnp.asarray(w)), np.float32) for w in kernels)
+    rms = float(np.sqrt(np.mean([np.mean(np.square(of_layer)) for of_layer in spacing])))
     rows, columns = kernels.shape[-2:]
-    return eps * rms * float(np.sqrt(rows) + np.sqrt(columns)) * float(np.sqrt(writes))
+    return rms * float(np.sqrt(rows) + np.sqrt(columns)) * float(np.sqrt(writes))

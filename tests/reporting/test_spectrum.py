@@ -1,9 +1,12 @@
 """spectrum: the rank, singular values and rounding noise of summed updates that are built to have them."""
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from relora_jax.core import base
 from relora_jax.reporting import spectrum
 from relora_jax.training.names import LAYERS as KINDS
 
@@ -39,7 +42,8 @@ def relora(then: dict[str, np.ndarray], *, merges: int, dtype: type = np.float32
 def ranks(then: dict[str, np.ndarray], now: dict[str, np.ndarray], *, merges: int) -> dict[str, list[int]]:
     base_dtype = now[f"{KINDS['q']}/kernel"].dtype.name
     spectra = spectrum.spectra(now, then, scale=SCALE, base_dtype=base_dtype)
-    rounding = {kind: spectrum.rounding(now[f"{path}/kernel"], writes=merges) for kind, path in KINDS.items()}
+    options = {"base_dtype": base_dtype, "writes": merges}
+    rounding = {kind: spectrum.rounding(now[f"{path}/kernel"], **options) for kind, path in KINDS.items()}
     return {kind: spectrum.rank(values, rounding[kind]).tolist() for kind, values in spectra.items()}
 
 
@@ -59,17 +63,20 @@ def test_without_a_tolerance_rounding_counts_as_rank() -> None:
     assert all((spectrum.rank(values, 0.0) > 4 * R).all() for values in spectra.values())
 
 
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("base_dtype", ["float32", "bfloat16", "int8", "float8_e4m3", "nf4"])
 @pytest.mark.parametrize("writes", [1, 64])
-def test_rounding_bound_holds_and_is_tight(dtype: type, writes: int) -> None:
-    random = np.random.default_rng(0)
-    kernel = (0.02 * random.standard_normal((2, 64, 96))).astype(dtype)
-    exact, stored = kernel.astype(np.float64), kernel
-    for _ in range(writes):
+def test_rounding_bound_holds_and_is_tight(base_dtype: str, writes: int) -> None:
+    random, kind = np.random.default_rng(0), base.parse(base_dtype)
+    kernel = jnp.asarray(0.02 * random.standard_normal((2, 64, 96)), jnp.float32)
+    kernel = kind.read(kind.store(kernel))
+    exact, merge = np.asarray(kernel, np.float64), jax.jit(jax.vmap(kind.round))
+    for write in range(writes):
         step = 1e-3 * random.standard_normal(exact.shape)
-        exact, stored = exact + step, (stored.astype(np.float64) + step).astype(dtype)
-    noise = np.linalg.norm(stored.astype(np.float64) - exact, ord=2, axis=(1, 2)).max()
-    assert noise < spectrum.rounding(stored, writes=writes) < 8 * noise
+        keys = jax.random.split(jax.random.key(write), 2)
+        exact, kernel = exact + step, kind.read(merge(kernel.astype(jnp.float32) + step, keys))
+    noise = np.linalg.norm(np.asarray(kernel, np.float64) - exact, ord=2, axis=(1, 2)).max()
+    bound = spectrum.rounding(np.asarray(kernel), base_dtype=base_dtype, writes=writes)
+    assert noise < bound < 8 * noise
 
 
 def test_spectra_are_the_singular_values_the_update_was_built_with() -> None:
