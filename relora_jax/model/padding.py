@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from relora_jax.core.paths import is_variable
+
 ALIGNED, TILE = 8, 128  # numbers
 
 
@@ -31,7 +33,7 @@ def padded(layer: Any, name: str, size: int, dtype: Any) -> Any:
     Unchanged if such an axis has another size, as a packed kernel may.
     """
     to = side(size, dtype)
-    variables = jax.tree.leaves(layer, is_leaf=_is_variable)
+    variables = jax.tree.leaves(layer, is_leaf=is_variable)
     sizes = {length for leaf in variables for axis, length in _axes(leaf) if axis == name}
     if to == size or not sizes <= {1, size}:
         return layer
@@ -40,7 +42,7 @@ def padded(layer: Any, name: str, size: int, dtype: Any) -> Any:
         widths = [(0, to - size if (axis, length) == (name, size) else 0) for axis, length in _axes(leaf)]
         return leaf.replace(jnp.pad(leaf.get_value(), widths)) if any(map(sum, widths)) else leaf
 
-    return jax.tree.map(pad, layer, is_leaf=_is_variable)
+    return jax.tree.map(pad, layer, is_leaf=is_variable)
 
 
 def _axes(leaf: nnx.Variable[Any]) -> list[tuple[str, int]]:
@@ -48,7 +50,3 @@ def _axes(leaf: nnx.Variable[Any]) -> list[tuple[str, int]]:
     shape = jnp.shape(leaf.get_value())
     names = getattr(leaf, "axes", ())[-len(shape) :] if shape else ()
     return list(zip(names, shape, strict=False))
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
