@@ -16,6 +16,7 @@ from relora_jax.core.base import Base, Stored
 FORMS = ("separate", "fused")
 # the name, for policies of jax.checkpoint, of what products with kernels and factors give
 PRODUCT = "product"
+DRAWN = 128  # dropout is drawn for a multiple of so many columns
 
 
 def check(form: str, dropout: float) -> None:
@@ -52,8 +53,9 @@ def product(
     a, b = (v.astype(x.dtype) for v in (a, b))
     branch = x
     if key is not None and dropout > 0:
-        # drawn column by column, so that columns of padding after them leave the draws as they are
-        keep = jnp.moveaxis(jax.random.bernoulli(key, 1 - dropout, (x.shape[-1], *x.shape[:-1])), 0, -1)
+        # drawn in rows of a rounded length, so that columns of padding (model/padding.py) change no draw
+        rounded = -(-x.shape[-1] // DRAWN) * DRAWN
+        keep = jax.random.bernoulli(key, 1 - dropout, (*x.shape[:-1], rounded))[..., : x.shape[-1]]
         branch = jnp.where(keep, x / (1 - dropout), jnp.zeros_like(x))
     dot = partial(jnp.matmul, precision=precision)
     inner = checkpoint_name(dot(branch, a), PRODUCT)

@@ -201,17 +201,23 @@ def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) ->
             low_rank.with_dropout_keys(model, key=jax.random.fold_in(dropout_key, index))
         return eval_step(model, rows)
 
+    def of_microbatch(index: Any, rows: Batch) -> tuple[Any, Any, Any]:
+        (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.trained, index, rows)
+        return loss, targets, as_stored(grads)
+
     def accumulate(sums: Any, microbatch: Any) -> tuple[Any, None]:
-        (loss, targets), grads = jax.value_and_grad(summed_loss, has_aux=True)(state.trained, *microbatch)
-        return jax.tree.map(jnp.add, sums, (loss, targets, as_stored(grads))), None
+        return jax.tree.map(jnp.add, sums, of_microbatch(*microbatch)), None
 
     zero_sums = (
         jnp.zeros((), jnp.promote_types(config.model.compute_dtype, jnp.float32)),
         jnp.zeros((), jnp.int32),
     )
     zeros = (*zero_sums, as_stored(jax.tree.map(jnp.zeros_like, state.trained)))
-    microbatches = (jnp.arange(batch.ids.shape[0]), batch)
-    (loss, targets, grads), _ = lax.scan(accumulate, zeros, microbatches)
+    count = batch.ids.shape[0]
+    if count == 1:  # XLA would write the zeros, and add them
+        loss, targets, grads = of_microbatch(0, jax.tree.map(lambda part: part[0], batch))
+    else:
+        (loss, targets, grads), _ = lax.scan(accumulate, zeros, (jnp.arange(count), batch))
     count = jnp.maximum(targets, 1)
     return loss / targets, jax.tree.map(lambda g: g / count, grads), targets
 
