@@ -191,7 +191,7 @@ class _EightBit(_Scaled):
         values = self.nearest(jnp.clip(x.astype(scale.dtype) / scale, -self.largest, self.largest))
         y = lax.dot_general(
             values,
-            kernel,
+            _of_one_layer(kernel),
             (((x.ndim - 1,), (axis,)), ((), ())),
             preferred_element_type=self.sums(dtype),
             out_sharding=out_sharding,
@@ -216,6 +216,17 @@ def _eight_bit_backward(base: _EightBit, _: Any, stored: Stored, dy: Any) -> Any
 
 
 _eight_bit_product.defvjp(_eight_bit_forward, _eight_bit_backward)
+
+
+def _of_one_layer(kernel: Any) -> Any:
+    """The kernel [in, out], for a product before which XLA transposes it.
+
+    XLA would do that to the kernels of all layers at once, before a scan over them, and keep the copies; of
+    a flat array it has none. On several devices, each with a part, a flat kernel would have to be whole.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return kernel
+    return lax.optimization_barrier(kernel.reshape(-1)).reshape(kernel.shape)
 
 
 def _per_output(stored: Stored, ndim: int) -> Any:

@@ -1,13 +1,17 @@
 """Topologies: names, what must be installed for them, and one program really compiled for each kind."""
 
 import importlib.util
+import re
 
 import pytest
 
+from configs import quickstart
 from relora_jax.errors import UserError
 from relora_jax.planning import arms
 from relora_jax.planning.compiled import Compiler
 from relora_jax.planning.topology import PLUGINS, make_topology
+from relora_jax.training.program import Program
+from relora_jax.training.sharding import make_mesh
 from tests.support import small
 
 
@@ -59,6 +63,19 @@ def test_gpu_computes_attention_with_cudnn() -> None:
     # its backward pass computes q k^T once more
     again = 2 * config.data.sequence_length * config.model.heads * config.model.head_dim * config.model.layers
     assert plan.flops_per_token == plan.model_flops_per_token + again
+
+
+@pytest.mark.slow
+def test_gpu_transposes_8_bit_kernels_layer_by_layer() -> None:
+    if not any(importlib.util.find_spec(module) for module in PLUGINS["cuda"][0]):
+        pytest.skip("needs jax_cuda12_plugin or jax_cuda13_plugin")
+    config = quickstart.get_config()
+    config.model.compute_dtype, config.model.attention, config.model.layers = "bfloat16", "xla", 5
+    config.relora.base_dtype, config.relora.product = "float8_e4m3", "separate"
+    mesh = make_mesh(**vars(config.mesh), devices=make_topology("h100:1").devices)
+    text = Program(config, mesh).lower("low_rank_update").compile().as_text()
+    assert "f8e4m3fn[5,128,352]" in text
+    assert not re.search(r"f8e4m3fn\[\d+,5,\d+\]", text)
 
 
 @pytest.mark.slow
