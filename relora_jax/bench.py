@@ -85,9 +85,17 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(table.text(columns, device=facts["device"], compiled=facts["compiled"]))
     if picture:
-        steps = {column.name: (column.median_s, *column.quartiles_s) for column in columns}
-        pictures.bench(picture, steps, {column.name: column.compiled_bytes for column in columns})
+        _draw(picture, columns)
     return 0
+
+
+def _draw(picture: Path, columns: Sequence[Column]) -> None:
+    splits = {column.name: column.memory._asdict() for column in columns if column.memory}
+    if splits:
+        pictures.causes(picture, {column.name: column.causes_s for column in columns}, splits)
+        return
+    steps = {column.name: (column.median_s, *column.quartiles_s) for column in columns}
+    pictures.bench(picture, steps, {column.name: column.compiled_bytes for column in columns})
 
 
 def _compile(configs: dict[str, Config], name: str) -> tuple[list[Column], dict[str, Any]]:

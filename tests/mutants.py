@@ -463,6 +463,13 @@ MUTANTS = [
         "tests/planning/test_arms.py::test_plan_chooses_the_policy_of_each_update",
     ),
     Mutant(
+        "every block of queries has the mask of the first",
+        "model/attention.py",
+        "visible[:, start:stop, :stop]",
+        "visible[:, : stop - start, :stop]",
+        "tests/model/test_attention.py::test_einsum_equals_xla_at_every_length",
+    ),
+    Mutant(
         "splash attention attends across documents",
         "model/attention.py",
         "None if mask is None or positions is None else jnp.arange",
@@ -910,6 +917,13 @@ MUTANTS = [
         "    return sum(kernel.seconds(chip) for kernel in kernels)",
         '    return Kernel("", sum(k.flops for k in kernels), sum(k.bytes for k in kernels)).seconds(chip)',
         "tests/planning/test_kernels.py::test_roofline_adds_the_slower_of_product_and_memory_of_each_kernel",
+    ),
+    Mutant(
+        "the outermost scope of a kernel is its cause",
+        "benchmark/expected.py",
+        "[OTHER, *scopes][-1]",
+        "[*scopes, OTHER][0]",
+        "tests/benchmark/test_expected.py::test_innermost_scope_of_a_kernel_is_its_cause",
     ),
     Mutant(
         "a ratio of medians, not of the updates of a round",

@@ -27,7 +27,7 @@ class Fake:
         return float(Fake.updates)
 
     def column(self, step_s):
-        return Column(self.name, self.config, 1e9, step_s, 0.5, None, self.compiled_bytes)
+        return Column(self.name, self.config, 1e9, step_s, restart_s=0.5, compiled_bytes=self.compiled_bytes)
 
 
 @pytest.fixture

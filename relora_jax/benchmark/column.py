@@ -13,14 +13,15 @@ import numpy as np
 
 from relora_jax import shapes
 from relora_jax.config import LOW_RANK_ARMS, Config
+from relora_jax.planning.compiled import Memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
     """Times in seconds, memory in bytes of one device; None is not known.
 
-    `step_s`: of an update, in the order of the rounds; as compiled, its one roofline, of which
-    `memory_bound_s` is in kernels without a matrix product.
+    `step_s`: of an update, in the order of the rounds; as compiled, its one roofline, of which `causes_s`
+    says what each cause takes (`expected.causes_s`). `memory` is `compiled_bytes` by purpose.
     """
 
     name: str
@@ -28,7 +29,8 @@ class Column:
     peak_flops_per_s: float | None  # of all devices
     step_s: tuple[float, ...]
     restart_s: float | None = None
-    memory_bound_s: float | None = None
+    causes_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    memory: Memory | None = None
     compiled_bytes: float | None = None  # what the update needs
     peak_bytes: float | None = None  # what the device says that it held
 
@@ -81,12 +83,13 @@ class Column:
             "step_median_s": self.median_s,
             "step_quartiles_s": self.quartiles_s,
             "step_to_first": self.ratio(first),
-            "memory_bound_s": self.memory_bound_s,
+            "causes_s": self.causes_s or None,
             "tokens_per_s": self.tokens_per_s,
             "model_flops_per_token": self.flops_per_token,
             "mfu": self.mfu,
             "peak_bytes": self.peak_bytes,
             "compiled_bytes": self.compiled_bytes,
+            "memory": self.memory and self.memory._asdict(),
             "compiled_bytes_to_first": self.memory_ratio(first),
             "restart_s": self.restart_s,
             "restart_share_of_cycle": self.restart_share,

@@ -76,8 +76,15 @@ class Ours:
         """The column with these times; now the restarts are timed."""
         chip, devices = chips.of_device(jax.devices()[0]), len(jax.devices())
         peak = chip and chip.matmul_flops_per_s * devices
-        measured = {"restart_s": self.restart_s(), "peak_bytes": self.peak_bytes}
-        return Column(self.name, self.config, peak, step_s, compiled_bytes=self.compiled_bytes, **measured)
+        return Column(
+            self.name,
+            self.config,
+            peak,
+            step_s,
+            restart_s=self.restart_s(),
+            compiled_bytes=self.compiled_bytes,
+            peak_bytes=self.peak_bytes,
+        )
 
 
 def measure_peaks(runners: Sequence[Any]) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from relora_jax.benchmark.column import Column
 from relora_jax.planning.table import aligned, gigabytes
 
+SHOWN_S = 5e-5  # of a cause: less is 0.0 ms
+
 
 def rows(columns: Sequence[Column], *, compiled: bool) -> list[list[str]]:
     """The table: a header, then a label and a cell for each column."""
@@ -16,7 +18,9 @@ def rows(columns: Sequence[Column], *, compiled: bool) -> list[list[str]]:
 
     if compiled:
         row("step, roofline of the compiled kernels", lambda column: milliseconds(column.median_s))
-        row("of it, kernels without a product", lambda column: _time(column.memory_bound_s))
+        for cause in max((column.causes_s for column in columns), key=len):
+            if any(column.causes_s.get(cause, 0) >= SHOWN_S for column in columns):
+                row(f"  {cause}", lambda column, cause=cause: _time(column.causes_s.get(cause)))
     else:
         row("step, median (quartiles)", _step)
     row(f"step, to {first.name}", lambda column: f"{column.ratio(first):.3f}")

@@ -183,6 +183,7 @@ class _EightBit(_Scaled):
         """The dtype in which a product in this dtype is summed, before it is multiplied by its scales."""
         return dtype
 
+    @jax.named_scope("rounding")
     def dot(
         self, x: Float[Array, "*tokens k"], kernel: Any, *, axis: int, dtype: Any, out_sharding: Any = None
     ) -> Float[Array, "*tokens n"]:

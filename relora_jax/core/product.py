@@ -55,8 +55,9 @@ def product(
     if key is not None and dropout > 0:
         # drawn in rows of a rounded length, so that columns of padding (model/padding.py) change no draw
         rounded = -(-x.shape[-1] // DRAWN) * DRAWN
-        keep = jax.random.bernoulli(key, 1 - dropout, (*x.shape[:-1], rounded))[..., : x.shape[-1]]
-        branch = jnp.where(keep, x / (1 - dropout), jnp.zeros_like(x))
+        with jax.named_scope("dropout"):
+            keep = jax.random.bernoulli(key, 1 - dropout, (*x.shape[:-1], rounded))[..., : x.shape[-1]]
+            branch = jnp.where(keep, x / (1 - dropout), jnp.zeros_like(x))
     dot = partial(jnp.matmul, precision=precision)
     inner = checkpoint_name(dot(branch, a), PRODUCT)
     low_rank = scale * dot(inner, b, out_sharding=out_sharding)
@@ -72,6 +73,7 @@ def _fused(
     return jnp.matmul(x, kernel, precision=precision, out_sharding=out_sharding)
 
 
+@jax.named_scope("fused")
 def _fused_kernel(dtype: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any) -> Any:
     """W + scale * A @ B, rounded to `dtype`; before the sum, only the delta, which is as large as W."""
     wide = jnp.promote_types(dtype, jnp.float32)

@@ -107,9 +107,19 @@ class Llama(nnx.Module):
         return on_rows(self.norm(x))
 
 
+class Norm(nnx.RMSNorm):
+    """x / sqrt(mean(x^2) + epsilon) * scale, named in profiles."""
+
+    @jax.named_scope("norm")
+    def __call__(self, x: Float[Array, "*shape"], *args: Any, **options: Any) -> Float[Array, "*shape"]:
+        """The normalized x."""
+        return super().__call__(x, *args, **options)
+
+
 class Embedding(nnx.Embed):
     """table[ids], the table [V, D] in the compute dtype; on a mesh, each device looks up its own ids."""
 
+    @jax.named_scope("embedding")
     def __call__(self, ids: Int[Array, "*ids"], out_sharding: Any = None) -> Float[Array, "*ids D"]:
         """The row of each id."""
         return _lookup(self.embedding[...], ids, self.dtype)
@@ -170,6 +180,7 @@ class Attention(nnx.Module):
         self.theta, self.scaling = config.rope_theta, rope.parse(config.rope_scaling)
         self.implementation = config.attention
 
+    @jax.named_scope("attention")
     def __call__(
         self, x: Float[Array, "B L D"], positions: Int[Array, "#B L"], mask: Bool[Array, "B L L"] | None
     ) -> Float[Array, "B L D"]:
@@ -202,6 +213,7 @@ class Mlp(nnx.Module):
         self.up = _linear(config, config.hidden, config.mlp, axes, rngs)
         self.down = _linear(config, config.mlp, config.hidden, ("layers", "mlp", "embed"), rngs)
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """The feed-forward half of a block."""
         return _product(self.down, jax.nn.silu(_product(self.gate, x)) * _product(self.up, x))
@@ -215,6 +227,7 @@ def positions_and_mask(segment_ids: Int[Array, "B L"]) -> tuple[Int[Array, "B L"
     return index - starts, segment_ids[:, :, None] == segment_ids[:, None, :]
 
 
+@jax.named_scope("rope")
 def rotate(
     x: Float[Array, "B L heads h"], positions: Int[Array, "#B L"], frequencies: Any, factor: float
 ) -> Float[Array, "B L heads h"]:
@@ -268,9 +281,9 @@ def _product(layer: Any, x: Any) -> Any:
     return checkpoint_name(y, PRODUCT)
 
 
-def _norm(config: ModelConfig, width: int, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> nnx.RMSNorm:
+def _norm(config: ModelConfig, width: int, *, axes: tuple[str, ...], rngs: nnx.Rngs) -> Norm:
     dtype, param_dtype = dtypes(config)
-    return nnx.RMSNorm(
+    return Norm(
         width,
         epsilon=config.rms_eps,
         dtype=dtype,

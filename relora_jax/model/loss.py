@@ -32,6 +32,7 @@ def counted_targets(ids: Any, lengths: Any, segment_ids: Any = None) -> Any:
     return counted
 
 
+@jax.named_scope("loss")
 def token_loss(
     x: Float[Array, "B L D"],
     kernel: Float[Array, "D V"],

@@ -27,13 +27,15 @@ PARTS = ("dynamic-slice", "slice", "gather")
 class Kernel(NamedTuple):
     """What all runs of one instruction do: FLOPs of matrix products, bytes read and written.
 
-    `types`: those of the products' operands, as HLO writes them.
+    `types`: those of the products' operands, as HLO writes them. `source`: what its last instruction comes
+    from, as JAX names it, with the scopes of `jax.named_scope`.
     """
 
     name: str
     flops: float
     bytes: float
     types: frozenset[str] = frozenset()
+    source: str = ""
 
     def seconds(self, chip: Chip) -> float:
         """The least time, if nothing else runs beside it."""
@@ -59,7 +61,9 @@ def kernels(text: str) -> tuple[Kernel, ...]:
                 flops, types = _products(instruction, shapes, computations)
                 size = _read_bytes(instruction, shapes, computations)
                 size += _written_bytes(instruction, shapes, computations)
-                result.append(Kernel(instruction.name, trips * flops, trips * size, types))
+                source = re.search(r'op_name="([^"]*)"', instruction.attributes)
+                names = (instruction.name, source[1] if source else "")
+                result.append(Kernel(names[0], trips * flops, trips * size, types, names[1]))
     return tuple(result)
 
 

@@ -148,20 +148,30 @@ def memory(file: AnyPath, parts: Mapping[str, Mapping[str, float]], *, limit: fl
     """Draws one bar of GB for each arm, split by purpose, and a line where a device's memory ends."""
     figure = Figure(figsize=(9, 1.6 + 0.7 * len(parts)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    _style(axes)
-    starts = np.zeros(len(parts))
-    for color, purpose in zip(COLORS, next(iter(parts.values())), strict=False):
-        sizes = np.array([split[purpose] for split in parts.values()]) / 1e9
-        axes.barh(list(parts), sizes, left=starts, height=0.6, color=color, label=purpose)
-        starts += sizes
-    for row, total in enumerate(starts):
-        axes.annotate(
-            f"{total:,.1f}", (total, row), (4, 0), textcoords="offset points", va="center", color=INK
-        )
+    _stacked(axes, parts, unit=1e9)
     axes.axvline(limit / 1e9, color=INK, linestyle="--", linewidth=1.4, label="a device's memory")
     axes.invert_yaxis()
     axes.set_xlabel("GB per device", color=INK)
     figure.legend(loc="outside upper left", ncols=5, frameon=False, labelcolor=INK, fontsize=9)
+    _save(figure, file)
+
+
+def causes(
+    file: AnyPath, steps: Mapping[str, Mapping[str, float]], memory: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Draws, for each column, its seconds by cause beside its bytes by purpose."""
+    figure = Figure(figsize=(11, 2.2 + 0.45 * len(steps)), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, parts, unit, label in zip(
+        panels, (steps, memory), (1e-3, 1e9), ("ms per update, roofline", "GB per device"), strict=True
+    ):
+        _stacked(axes, parts, unit=unit)
+        axes.margins(x=0.15)
+        axes.set_xlabel(label, color=INK)
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, labelcolor=INK, fontsize=8
+        )
+    panels[0].invert_yaxis()
     _save(figure, file)
 
 
@@ -187,6 +197,23 @@ def bench(
         axes.bar_label(patches, labels, label_type="center", color="white", fontsize=9)
     time.invert_yaxis()
     _save(figure, file)
+
+
+def _stacked(axes: Axes, parts: Mapping[str, Mapping[str, float]], *, unit: float) -> None:
+    """One bar of each row's parts in this unit, one after the other, with their sum; without empty parts."""
+    _style(axes)
+    starts = np.zeros(len(parts))
+    for index, part in enumerate(next(iter(parts.values()))):
+        sizes = np.array([split[part] for split in parts.values()]) / unit
+        if sizes.any():
+            color, hatch = COLORS[index % len(COLORS)], "/" * 4 * (index >= len(COLORS))
+            options = {"color": color, "hatch": hatch or None, "edgecolor": "white", "linewidth": 0}
+            axes.barh(list(parts), sizes, left=starts, height=0.6, label=part, **options)
+        starts += sizes
+    for row, total in enumerate(starts):
+        axes.annotate(
+            f"{total:,.1f}", (total, row), (4, 0), textcoords="offset points", va="center", color=INK
+        )
 
 
 def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -159,14 +159,17 @@ def train_step(
     counters advance; weights, moments and optimizer counts are unchanged.
     """
     loss, grads, targets = _gradients(config, phase, state, batch)
-    norm = optax.tree.norm(grads)
-    good = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, opt_state = phase.tx.update(grads, state.opt_state, state.trained, learning_rate=learning_rate)
-    trained, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(good, new, old),
-        (optax.apply_updates(state.trained, updates), opt_state),
-        (state.trained, state.opt_state),
-    )
+    with jax.named_scope("optimizer"):
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = phase.tx.update(
+            grads, state.opt_state, state.trained, learning_rate=learning_rate
+        )
+        trained, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (optax.apply_updates(state.trained, updates), opt_state),
+            (state.trained, state.opt_state),
+        )
     bad = (~good).astype(jnp.int32)
     streak = state.skipped_in_row  # frozen once it is long enough to stop the run, so that it is not missed
     streak = jnp.where(streak >= MAX_CONSECUTIVE_SKIPS, streak, (streak + 1) * bad)

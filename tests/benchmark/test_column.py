@@ -39,7 +39,15 @@ def test_restart_share_is_of_a_cycle_of_updates() -> None:
 def test_table_says_what_is_not_known() -> None:
     columns = [
         Column("full", small.config("full"), None, (0.2, 0.2), compiled_bytes=2e9),
-        Column("relora", small.config(), None, (0.1, 0.1), 0.004, None, 1e9, 1.5e9),
+        Column(
+            "relora",
+            small.config(),
+            None,
+            (0.1, 0.1),
+            restart_s=0.004,
+            compiled_bytes=1e9,
+            peak_bytes=1.5e9,
+        ),
     ]
     measured = {label: cells for label, *cells in table.rows(columns, compiled=False)}
     assert measured[""] == ["full", "relora"]
@@ -50,4 +58,13 @@ def test_table_says_what_is_not_known() -> None:
     assert measured["restart"] == ["-", "4.0 ms"] and measured["restart, of a cycle"] == ["-", "1.0%"]
     compiled = [label for label, *_ in table.rows(columns, compiled=True)]
     assert "step, roofline of the compiled kernels" in compiled and "MFU, at most" in compiled
+    assert not any(label.startswith(" ") for label in compiled)
     assert not any("measured" in label or "median" in label for label in compiled)
+
+
+def test_causes_of_a_compiled_step_stand_below_it_without_those_of_nothing() -> None:
+    causes = {"matrix products": 0.1, "norm": 0.02, "rope": 0.0}
+    columns = [Column("full", small.config("full"), None, (0.12,), causes_s=causes)]
+    rows = dict(table.rows(columns, compiled=True)[1:4])
+    assert rows.pop("step, roofline of the compiled kernels") == "120 ms"
+    assert rows == {"  matrix products": "100 ms", "  norm": "20.0 ms"}

@@ -1,5 +1,8 @@
 """Columns compiled and not run, for one CPU that is said to be a chip."""
 
+import re
+from typing import Any
+
 import jax
 import pytest
 
@@ -29,10 +32,38 @@ def test_kernels_of_an_update_do_its_products_and_move_its_state() -> None:
     assert moved > 2 * state  # each weight and moment is read and written
     column = expected.column("full", CONFIG, TOPOLOGY, compiler)
     assert column.median_s == sum(max(k.flops, k.bytes) / 1e9 for k in update.kernels)
-    others = [kernel.bytes for kernel in update.kernels if kernel.flops == 0]
-    assert column.memory_bound_s == pytest.approx(sum(others) / 1e9) and others
-    assert column.compiled_bytes == update.memory.total and column.restart_s is None
+    products = [max(kernel.flops, kernel.bytes) for kernel in update.kernels if kernel.flops]
+    assert column.causes_s["matrix products"] == pytest.approx(sum(products) / 1e9) and products
+    assert sum(column.causes_s.values()) == pytest.approx(column.median_s)
+    assert column.memory == update.memory and column.compiled_bytes == update.memory.total
+    assert column.restart_s is None
     assert column.mfu is not None and 0 < column.mfu < 1
+
+
+def test_innermost_scope_of_a_kernel_is_its_cause() -> None:
+    sources = {
+        "jit(f)/transpose(jvp(mlp))/dropout/mul": 1.0,
+        "jit(f)/mlp/jit(silu)/mul": 2.0,
+        "jit(f)/add": 4.0,
+    }
+    kernels = [Kernel(source, 0.0, 1e9 * size, source=source) for source, size in sources.items()]
+    kernels.append(Kernel("dot", 8e9, 1.0, source="jit(f)/mlp/dot_general"))
+    causes = {cause: seconds for cause, seconds in expected.causes_s(kernels, CHIP).items() if seconds}
+    assert causes == {"matrix products": 8.0, "mlp": 2.0, "dropout": 1.0, "other": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "absent"),
+    [
+        ({"relora__dropout": 0.1, "relora__base_dtype": "int8"}, {"fused"}),
+        ({"relora__product": "fused"}, {"dropout", "rounding"}),
+    ],
+)
+def test_every_scope_is_in_an_update(changes: dict[str, Any], absent: set[str]) -> None:
+    text = Program(small.config(**changes), small.mesh()).lower("low_rank_update").as_text(debug_info=True)
+    assert {scope for scope in expected.SCOPES if re.search(rf"\b{scope}\b", text)} == {
+        *expected.SCOPES
+    } - absent
 
 
 def test_restart_has_a_roofline_too() -> None:

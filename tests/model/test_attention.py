@@ -1,8 +1,11 @@
-"""Which implementation of attention a run uses."""
+"""Which implementation of attention a run uses, and that those of CPUs agree."""
 
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from relora_jax.model import attention
@@ -57,3 +60,14 @@ def test_programs_have_the_attention_of_their_devices(monkeypatch: pytest.Monkey
     for phase, state in ((program.phase, program.full_rank), (program.low_phase, program.low_rank)):
         model = phase.model(state.trained, state.frozen)
         assert model.blocks.attention.implementation == "that of cpu"
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 12])
+def test_einsum_equals_xla_at_every_length(length: int) -> None:
+    keys = jax.random.split(jax.random.key(length), 3)
+    heads = (4, 2, 2)
+    q, k, v = (jax.random.normal(key, (2, length, n, 8)) for key, n in zip(keys, heads, strict=True))
+    document = np.arange(length) // 5
+    for mask in (None, jnp.asarray(np.tile(document[:, None] == document, (2, 1, 1)))):
+        results = [attention.attend(q, k, v, mask, implementation=name) for name in ("einsum", "xla")]
+        np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-6)

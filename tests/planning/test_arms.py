@@ -42,7 +42,8 @@ def compiled(total: float, *, costs: Costs | None = COSTS, fixed: float = 0.0) -
     ],
 )
 def test_compiled_matmul_flops_are_those_of_the_model(arm: str, product: str, remat: str) -> None:
-    changes = {"relora__product": product, "model__remat": remat}
+    # xla: einsum leaves out products that the mask hides
+    changes = {"relora__product": product, "model__remat": remat, "model__attention": "xla"}
     config = small.config(arm, relora__warm_start_updates=0, **changes)
     name = arms.program_names(config)[-1]
     program = Program(config, make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
