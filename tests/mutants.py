@@ -381,15 +381,15 @@ MUTANTS = [
     Mutant(
         "a skipped batch that still changes the moments",
         "training/steps.py",
-        "        (state.trained, state.opt_state),\n    )",
-        "        (state.trained, opt_state),\n    )",
+        "            (state.trained, state.opt_state),\n        )",
+        "            (state.trained, opt_state),\n        )",
         "tests/training/test_steps.py::test_skipped_update_changes_only_counters",
     ),
     Mutant(
         "a mean of the microbatches' means",
         "training/steps.py",
-        "return eval_step(model, rows)\n\n    def acc",
-        "n, c = eval_step(model, rows)\n        return 9 * n / c, c\n\n    def acc",
+        "return eval_step(model, rows)\n\n    def of",
+        "n, c = eval_step(model, rows)\n        return 9 * n / c, c\n\n    def of",
         "tests/training/test_oracle.py::test_run_in_float64_equals_oracle[magnitude]",
     ),
     Mutant(

@@ -24,7 +24,7 @@ from relora_jax.model.loss import token_loss
 from relora_jax.model.padding import padded
 from relora_jax.model.rows import on_rows, with_whole_rows
 
-REMAT = ("auto", "none", "dots", "full")  # auto: training/remat.py; from the fastest to the smallest
+REMAT = ("auto", "none", "dots", "full")  # auto: training/remat.py; the others keep less and less
 UNROLLED_LAYERS = 8  # on one CPU; with more, compiling takes longer
 
 

@@ -175,6 +175,22 @@ def causes(
     _save(figure, file)
 
 
+def history(
+    file: AnyPath, changes: Sequence[str], values: Mapping[str, Sequence[float]], *, label: str
+) -> None:
+    """Draws what each change made of each row's value, from the first to the last."""
+    figure = Figure(figsize=(9, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    for (name, steps), color in zip(values.items(), COLORS, strict=False):
+        axes.plot(list(changes), list(steps), color=color, marker="o", label=name)
+        axes.annotate(f"{steps[-1]:,.0f}", (len(steps) - 1, steps[-1]), (6, -3), textcoords="offset points")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(label, color=INK)
+    axes.legend(frameon=False, labelcolor=INK)
+    _save(figure, file)
+
+
 def bench(
     file: AnyPath, steps: Mapping[str, tuple[float, float, float]], memory_bytes: Mapping[str, float | None]
 ) -> None:

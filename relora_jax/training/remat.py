@@ -1,7 +1,8 @@
 """`model.remat=auto`: the fastest policy of rematerialization with which an update fits its devices.
 
-It is found by compiling, from the fastest policy on, and differs between the updates of the two phases. The
-compilation cache keeps what was compiled, so that the program chosen is not compiled again to run.
+On accelerators that is "dots" and else "full", found by compiling; "none", which keeps most, is slower than
+both there, by the time that its memory takes (docs/performance.md). It differs between the updates of the two
+phases. The compilation cache keeps what was compiled: the program chosen is not compiled again to run.
 """
 
 from collections.abc import Callable
@@ -9,10 +10,9 @@ from typing import Any
 
 import jax
 
-from relora_jax.model.llama import REMAT
 from relora_jax.training import processes
 
-POLICIES = tuple(policy for policy in REMAT if policy != "auto")  # from the fastest to the smallest
+POLICIES = ("dots", "full")  # on accelerators, from the fastest to the smallest
 
 
 def chosen(fits: Callable[[str], bool]) -> str:

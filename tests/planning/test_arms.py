@@ -86,7 +86,7 @@ def test_programs_of_each_arm() -> None:
 
 
 def test_plan_chooses_the_policy_of_each_update() -> None:
-    needs = {"none": 3e9, "dots": 2e9, "full": 1.5e9}
+    needs = {"dots": 2e9, "full": 1.5e9}
     asked: list[tuple[str, str]] = []
 
     class Counting(Compiler):
@@ -96,7 +96,7 @@ def test_plan_chooses_the_policy_of_each_update() -> None:
             return compiled(needs[policy] if name == "full_rank_update" else 0.9e9)
 
     plan = arms.plan(small.config("lora_warm"), topology(), Counting(topology()), search=False)
-    assert plan.remat == {"full_rank_update": "full", "low_rank_update": "none"}
+    assert plan.remat == {"full_rank_update": "full", "low_rank_update": "dots"}
     assert plan.programs["full_rank_update"].memory.total == 1.5e9
     assert asked.count(("start_low_rank", "auto")) == 1
     config = small.config("lora_warm", model__remat="dots")

@@ -47,9 +47,9 @@ def test_program_fits_only_if_it_does_on_every_process(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("fitting", "expected", "tried"),
     [
-        ({"none", "dots", "full"}, "none", ["none"]),
-        ({"dots"}, "dots", ["none", "dots"]),
-        (set(), "full", ["none", "dots"]),
+        ({"dots", "full"}, "dots", ["dots"]),
+        ({"full"}, "full", ["dots"]),
+        (set(), "full", ["dots"]),
     ],
 )
 def test_first_policy_that_fits_is_chosen(fitting: set[str], expected: str, tried: list[str]) -> None:
