@@ -507,9 +507,23 @@ MUTANTS = [
     Mutant(
         "padding changes what dropout draws",
         "core/product.py",
-        "rounded = -(-x.shape[-1] // DRAWN) * DRAWN",
-        "rounded = x.shape[-1]",
+        "bits = tokens + columns",
+        "bits = tokens + columns[..., ::-1]",
         "tests/model/test_padding.py::test_padding_changes_no_loss_gradient_or_draw",
+    ),
+    Mutant(
+        "dropout leaves out the same columns of every token",
+        "core/product.py",
+        "bits = tokens + columns",
+        "bits = 0 * tokens + columns",
+        "tests/core/test_low_rank.py::test_dropout_is_independent_between_tokens_and_columns",
+    ),
+    Mutant(
+        "dropout adds bits without hashing the sum",
+        "core/product.py",
+        "bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)",
+        "bits = bits * jnp.uint32(1)",
+        "tests/core/test_low_rank.py::test_dropout_is_independent_between_tokens_and_columns",
     ),
     Mutant(
         "a packed kernel is padded as if it were not",

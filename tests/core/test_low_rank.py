@@ -17,7 +17,7 @@ from jax import lax
 from relora_jax.config import ModelConfig
 from relora_jax.core import base, low_rank
 from relora_jax.core.low_rank import BaseKernel, LowRankDense, merge_and_reinit, unwrap, wrap
-from relora_jax.core.product import product
+from relora_jax.core.product import kept, product
 from relora_jax.model.llama import Llama
 
 EVERY = lambda path, module: True  # noqa: E731
@@ -468,6 +468,15 @@ def test_dropout_zeroes_the_given_fraction_and_is_unbiased() -> None:
     assert abs((ratio == 0).mean() - 0.25) < 4 * deviation
     assert abs(ratio.mean() - 1) < 4 * deviation / 0.75
     assert np.all(np.abs(np.mean(ratio == 0, axis=0) - 0.25) < 4 * deviation * np.sqrt(5))
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_dropout_is_independent_between_tokens_and_columns(x64: bool) -> None:
+    with jax.enable_x64(x64):
+        mask = np.asarray(kept(jax.random.key(2), (2, 300, 400), 0.1), np.float64).reshape(600, 400)
+    assert abs(mask.mean() - 0.9) < 4 * 0.3 / np.sqrt(mask.size)
+    largest = np.linalg.norm((mask - 0.9) / 0.3, ord=2)
+    assert largest < 1.05 * (np.sqrt(600) + np.sqrt(400))  # of independent entries: Marchenko and Pastur
 
 
 def test_dropout_affects_only_the_branch_and_needs_a_key() -> None:
