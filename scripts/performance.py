@@ -38,9 +38,9 @@ DRAWN = [("full", "bfloat16"), ("full", "float8_e4m3"), ("dots", "bfloat16"), ("
 # The commits at which a part of the work landed; the last is what is checked out.
 HISTORY = {
     "5fe6ad4": "before",
-    "5eecd65": "flash attention, the loss in chunks",
-    "f984d83": "MLP and vocabulary padded",
-    "aebe2f9": "the fused delta in bfloat16",
+    "5eecd65": "flash attention, loss in chunks",
+    "f984d83": "padded MLP, padded vocabulary",
+    "aebe2f9": "fused delta, in bfloat16",
 }
 # What a program of an earlier commit is: its HLO and its memory, for today's `kernels` to read.
 PROGRAM = """
@@ -131,7 +131,7 @@ def _draw(results: dict[tuple[str, str], dict[str, Any]], history: dict[str, Any
             memory[f"{label}, remat {policy}"] = column["memory"]
     pictures.causes(ROOT / "docs/performance.png", steps, memory)
     today = {column["name"].split()[-1]: column for column in results["full", "bfloat16"]["columns"]}
-    labels = [*HISTORY.values(), "today"]
+    labels = [label.replace(", ", "\n") for label in (*HISTORY.values(), "today")]
     steps_ms = {form: [1e3 * history[commit][form]["step_s"] for commit in HISTORY] for form in FORMS}
     for form, values in steps_ms.items():
         values.append(1e3 * today[form]["step_median_s"])

@@ -5,6 +5,9 @@ import pytest
 from relora_jax import bench
 from relora_jax.benchmark.column import Column
 from relora_jax.errors import UserError
+from relora_jax.planning.chips import CHIPS
+from relora_jax.planning.compiled import Memory
+from relora_jax.planning.topology import Topology
 from tests.support.commands import TOY
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # from ml_collections
@@ -49,6 +52,24 @@ def test_json_has_a_column_for_each_arm_and_product(toy, tmp_path, capsys):
     assert {"jax", "flax"} <= facts["versions"].keys() and facts["device"] == "8 x cpu"
     assert [column["step_s"] for column in facts["columns"]] == [[1, 4], [2, 5], [3, 6]]
     assert [column["step_to_first"] for column in facts["columns"]] == [1, (2 + 5 / 4) / 2, (3 + 6 / 4) / 2]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compiled_columns_say_and_draw_their_causes(toy, tmp_path, capsys, monkeypatch):
+    def column(name, config, *_):
+        causes, memory = {"matrix products": 0.3, "norm": 0.1}, Memory(1e9, 2e9, 3e9, 4e9)
+        return Column(name, config, 1e9, (0.4,), causes_s=causes, memory=memory, compiled_bytes=memory.total)
+
+    topology = Topology("h100:1", CHIPS["h100"], [None], 1)
+    monkeypatch.setattr(bench, "make_topology", lambda name: topology)
+    monkeypatch.setattr(bench.expected, "column", column)
+    args = [toy, "--topology=h100:1", "--json", f"--picture={tmp_path}/a.png"]
+    assert bench.main(["bench", *args]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["compiled"] is True
+    full, relora = facts["columns"]
+    assert full["causes_s"] == relora["causes_s"] == {"matrix products": 0.3, "norm": 0.1}
+    assert relora["memory"] == {"weights": 1e9, "moments": 2e9, "gradients": 3e9, "temporaries": 4e9}
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

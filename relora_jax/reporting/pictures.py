@@ -168,9 +168,9 @@ def causes(
         _stacked(axes, parts, unit=unit)
         axes.margins(x=0.15)
         axes.set_xlabel(label, color=INK)
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, labelcolor=INK, fontsize=8
-        )
+        ncols = 4 if axes is panels[0] else 2
+        style = {"ncols": ncols, "frameon": False, "labelcolor": INK, "fontsize": 8}
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), **style)
     panels[0].invert_yaxis()
     _save(figure, file)
 
@@ -184,7 +184,6 @@ def history(
     _style(axes)
     for (name, steps), color in zip(values.items(), COLORS, strict=False):
         axes.plot(list(changes), list(steps), color=color, marker="o", label=name)
-        axes.annotate(f"{steps[-1]:,.0f}", (len(steps) - 1, steps[-1]), (6, -3), textcoords="offset points")
     axes.set_ylim(bottom=0)
     axes.set_ylabel(label, color=INK)
     axes.legend(frameon=False, labelcolor=INK)
