@@ -12,7 +12,8 @@ From the settings published at the time: shape, length, batch, updates, full-ran
 alpha, dropout, betas, decay, warm start, cycle and its warm-up, pruning.
 Our choices for the rest: twice the full-rank rate in the low-rank phase and its warm-up of 500,
 concatenated rows, clipping at 1.0 (the first published code has none).
-Also ours: bfloat16 compute with float32 variables, microbatch, intervals, evaluation tokens.
+Also ours: bfloat16 compute and base kernels with float32 trained variables, microbatch, intervals, evaluation
+tokens.
 Needs C4's JSON files, or C4 as a TFDS dataset (without $TEXT; scripts/c4_from_json.py), and T5's tokenizer
 (scripts/get_t5_tokenizer.py).
 Rows are packed from the first 3.1B tokens of C4: about 19 of its 1,024 train files.

@@ -12,7 +12,8 @@ alpha, dropout, betas, decay, updates (30K), warm start (10K), re-warm-up (50).
 Our choices for the rest: batch, length and rate of a script from May 2023 whose run was shorter (20K
 updates), warm-ups of 1,000 and 500, a cycle of 5,000, pruning .9, twice the full-rank rate in the
 low-rank phase, concatenated rows, clipping at 1.0 (the first published code has none).
-Also ours: bfloat16 compute with float32 variables, microbatch, intervals, evaluation tokens.
+Also ours: bfloat16 compute and base kernels with float32 trained variables, microbatch, intervals, evaluation
+tokens.
 Needs C4's JSON files, or C4 as a TFDS dataset (without $TEXT; scripts/c4_from_json.py), and T5's tokenizer
 (scripts/get_t5_tokenizer.py).
 Rows are packed from the first 30B tokens of C4: about 178 of its 1,024 train files.

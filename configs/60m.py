@@ -13,7 +13,8 @@ alpha, dropout, betas, decay, pruning, the range of the cycle (1-2K) and of its 
 Our choices for the rest: a warm start of a quarter of the updates (the published script has none, but the
 published figure suggests one), a cycle of 1,500, its warm-up of 100, in the low-rank phase a warm-up of 500
 and twice the full-rank rate, concatenated rows, clipping at 1.0 (the first published code has none).
-Also ours: bfloat16 compute with float32 variables, microbatch, intervals, evaluation tokens.
+Also ours: bfloat16 compute and base kernels with float32 trained variables, microbatch, intervals, evaluation
+tokens.
 Needs C4's JSON files, or C4 as a TFDS dataset (without $TEXT; scripts/c4_from_json.py), and T5's tokenizer
 (scripts/get_t5_tokenizer.py).
 Rows are packed from the first 1.25B tokens of C4: about 8 of its 1,024 train files.

@@ -35,6 +35,5 @@ def get_config(arm: str = "relora") -> Config:
         low_rank_peak_lr=6e-4,
         prune=magnitude(0.9),
     )
-    config.relora.base_dtype = "bfloat16"
     config.model.remat = "full"
     return config
