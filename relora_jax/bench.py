@@ -13,7 +13,7 @@ FLOPs over the chip's peak in bfloat16, "-" where planning/chips.py does not kno
 is of a cycle of such updates. Memory: what the compiler says that the update needs and, where devices tell,
 what they held.
 
---topology: nothing is run; memory and the least time of the kernels, compiled as by `plan`.
+--topology: nothing is run; memory, and the least time of the kernels by cause, compiled as by `plan`.
 --peer=torch: also transformers' LlamaForCausalLM, for low-rank arms with PEFT's LoRA (the extra bench).
 --input: rows and tokens per second that reach the devices from the disk, first cold, then warm.
 """

@@ -107,8 +107,8 @@ def train(run: OpenRun, signals: Signals, clock: Clock) -> int | None:
             compiles = u == run.update or due.start_low_rank
             with clock.spending("compile") if compiles else nullcontext():
                 state, values = program.train_step(state, batch, learning_rate)
-            if compiles and (policy := program.remat_policy(state)) not in ("none", config.model.remat):
-                run.writer.print(f"model.remat auto is {policy}: updates that recompute less do not fit")
+            if compiles and config.model.remat == "auto" and program.remat_policy(state) == "full":
+                run.writer.print("model.remat auto is full: an update with dots does not fit")
             clock.computing(values["loss"])
             profiler.after(u + 1, state.update)
             recorder.log(u + 1, learning_rate, values)

@@ -87,7 +87,7 @@ def paper_config(
             alpha=32.0,
             dropout=0.1,
             product="separate",  # fused has no branch to apply dropout to
-            base_dtype="bfloat16",  # as good as float32 at three seeds (docs/performance.md)
+            base_dtype="bfloat16",  # docs/performance.md: the quickstart is as good as in float32
             warm_start_updates=0 if arm == "lora" else warm_start_updates,
             cycle_updates=cycle_updates,
             warm_up_updates=500,

@@ -435,7 +435,7 @@ MUTANTS = [
         "tests/model/test_llama.py::test_gradient_of_a_repeated_id_is_summed_in_float32",
     ),
     Mutant(
-        "model.remat=auto keeps everything, whether or not it fits",
+        "model.remat=auto is dots, whether or not it fits",
         "training/remat.py",
         "if fits(policy)), POLICIES[-1])",
         "), POLICIES[-1])",

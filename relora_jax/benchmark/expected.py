@@ -18,8 +18,10 @@ from relora_jax.training.sharding import make_mesh
 
 PRODUCTS, OTHER = "matrix products", "other"
 # as `jax.named_scope` names them in the model, the low-rank layers and the update
-SCOPES = ("norm", "rope", "attention", "mlp", "fused", "dropout", "rounding", "embedding", "loss")
-SCOPES += ("optimizer",)
+SCOPES = (
+    *("norm", "rope", "attention", "mlp", "fused", "dropout", "rounding"),
+    *("embedding", "loss", "optimizer"),
+)
 
 
 def column(name: str, config: Config, topology: Topology, compiler: Any) -> Column:

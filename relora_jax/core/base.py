@@ -192,7 +192,7 @@ class _EightBit(_Scaled):
         values = self.nearest(jnp.clip(x.astype(scale.dtype) / scale, -self.largest, self.largest))
         y = lax.dot_general(
             values,
-            _of_one_layer(kernel),
+            _of_one_layer(kernel) if axis == 0 else kernel,
             (((x.ndim - 1,), (axis,)), ((), ())),
             preferred_element_type=self.sums(dtype),
             out_sharding=out_sharding,
@@ -220,12 +220,14 @@ _eight_bit_product.defvjp(_eight_bit_forward, _eight_bit_backward)
 
 
 def _of_one_layer(kernel: Any) -> Any:
-    """The kernel [in, out], for a product before which XLA transposes it.
+    """The kernel [in, out], for a product over `in`, before which XLA for GPUs transposes it.
 
-    XLA would do that to the kernels of all layers at once, before a scan over them, and keep the copies; of
-    a flat array it has none. On several devices, each with a part, a flat kernel would have to be whole.
+    It would do that to the kernels of all layers at once, before a scan over them, and keep the copies; of a
+    flat array it has none. Not where devices have parts of the kernel: flat, it would have to be whole.
     """
-    if jax.sharding.get_abstract_mesh().size > 1:
+    mesh = jax.sharding.get_abstract_mesh()
+    on_gpu = mesh.abstract_device is not None and mesh.abstract_device.platform in ("gpu", "cuda")
+    if not on_gpu or mesh.size > mesh.shape.get("data", 1):
         return kernel
     return lax.optimization_barrier(kernel.reshape(-1)).reshape(kernel.shape)
 

@@ -64,7 +64,7 @@ def kept(key: Any, shape: tuple[int, ...], dropout: float) -> Bool[Array, "*shap
     """A mask in which each entry is False with the probability `dropout`; columns of padding change no entry.
 
     Its bits are those of its token plus those of its column, hashed (lowbias32, Chris Wellons, 2018): 10
-    integer operations, where random bits of its own take threefry 80, on a GPU a good part of an update.
+    integer operations, where random bits of its own take threefry 80.
     """
     of_tokens, of_columns = jax.random.split(key)
     tokens = jax.random.bits(of_tokens, (*shape[:-1], 1), jnp.uint32)
@@ -72,7 +72,7 @@ def kept(key: Any, shape: tuple[int, ...], dropout: float) -> Bool[Array, "*shap
     bits = tokens + columns
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    return (bits ^ (bits >> 16)) >= jnp.uint32(round(dropout * 2**32))
+    return (bits ^ (bits >> 16)) >= jnp.uint32(min(round(dropout * 2**32), 2**32 - 1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))

@@ -62,8 +62,8 @@ def kernels(text: str) -> tuple[Kernel, ...]:
                 size = _read_bytes(instruction, shapes, computations)
                 size += _written_bytes(instruction, shapes, computations)
                 source = re.search(r'op_name="([^"]*)"', instruction.attributes)
-                names = (instruction.name, source[1] if source else "")
-                result.append(Kernel(names[0], trips * flops, trips * size, types, names[1]))
+                scopes = source[1] if source else ""
+                result.append(Kernel(instruction.name, trips * flops, trips * size, types, scopes))
     return tuple(result)
 
 

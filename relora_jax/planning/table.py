@@ -89,7 +89,7 @@ def remedies(plans: Sequence[ArmPlan]) -> list[str]:
         elif failing:
             lines.append(
                 f"{plan.config.arm}: does not fit. Use a smaller train.microbatch, model.remat=auto or full, "
-                "a larger mesh.fsdp, or relora.base_dtype=bfloat16 or int8"
+                "a larger mesh.fsdp, or relora.base_dtype=bfloat16 or float8_e4m3"
             )
     return lines
 

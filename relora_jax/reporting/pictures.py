@@ -221,8 +221,8 @@ def _stacked(axes: Axes, parts: Mapping[str, Mapping[str, float]], *, unit: floa
     for index, part in enumerate(next(iter(parts.values()))):
         sizes = np.array([split[part] for split in parts.values()]) / unit
         if sizes.any():
-            color, hatch = COLORS[index % len(COLORS)], "/" * 4 * (index >= len(COLORS))
-            options = {"color": color, "hatch": hatch or None, "edgecolor": "white", "linewidth": 0}
+            color, hatch = COLORS[index % len(COLORS)], "////" if index >= len(COLORS) else None
+            options = {"color": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
             axes.barh(list(parts), sizes, left=starts, height=0.6, label=part, **options)
         starts += sizes
     for row, total in enumerate(starts):

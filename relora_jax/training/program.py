@@ -148,9 +148,9 @@ class Program:
             if policy == "auto":
                 lower = partial(self._lower_update, low=low)
                 step = partial(self._train_step, low=low)
-                policy = "none"  # on CPUs
-                if limit:
-                    policy = remat.chosen(lambda policy: remat.fits(lower(step(policy)), limit))
+                policy = "none"
+                if limit or self.mesh.devices.flat[0].platform != "cpu":
+                    policy = remat.chosen(lambda policy: not limit or remat.fits(lower(step(policy)), limit))
             self._updates[low] = policy, self._train_step(policy, low=low)
         return self._updates[low]
 

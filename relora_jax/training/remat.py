@@ -1,8 +1,9 @@
 """`model.remat=auto`: the fastest policy of rematerialization with which an update fits its devices.
 
-On accelerators that is "dots" and else "full", found by compiling; "none", which keeps most, is slower than
-both there, by the time that its memory takes (docs/performance.md). It differs between the updates of the two
-phases. The compilation cache keeps what was compiled: the program chosen is not compiled again to run.
+On accelerators that is "dots" or else "full", found by compiling; "none" keeps most, and is slower than both
+because of what it writes and reads (compiled for one H100 at 1.3B: docs/performance.md). On CPUs, "none". The
+updates of the two phases may differ. The compilation cache keeps what was compiled: the program chosen is not
+compiled again to run.
 """
 
 from collections.abc import Callable

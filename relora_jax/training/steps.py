@@ -216,11 +216,11 @@ def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) ->
         jnp.zeros((), jnp.int32),
     )
     zeros = (*zero_sums, as_stored(jax.tree.map(jnp.zeros_like, state.trained)))
-    count = batch.ids.shape[0]
-    if count == 1:  # XLA would write the zeros, and add them
+    microbatches = batch.ids.shape[0]
+    if microbatches == 1:  # XLA would write the zeros, and add them
         loss, targets, grads = of_microbatch(0, jax.tree.map(lambda part: part[0], batch))
     else:
-        (loss, targets, grads), _ = lax.scan(accumulate, zeros, (jnp.arange(count), batch))
+        (loss, targets, grads), _ = lax.scan(accumulate, zeros, (jnp.arange(microbatches), batch))
     count = jnp.maximum(targets, 1)
     return loss / targets, jax.tree.map(lambda g: g / count, grads), targets
 

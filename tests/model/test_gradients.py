@@ -11,12 +11,12 @@ from flax import nnx
 
 from relora_jax.core import base, low_rank
 from relora_jax.core.product import FORMS
-from relora_jax.model.llama import Llama
-from relora_jax.training.remat import POLICIES
+from relora_jax.model.llama import REMAT, Llama
 from tests.support import small
 
 KINDS = [kind for kind in base.CHOICES if kind != "float64"]
 ATTENTION = ("xla", "einsum")
+POLICIES = [policy for policy in REMAT if policy != "auto"]
 EVERY = list(itertools.product(FORMS, POLICIES, ATTENTION, KINDS))
 # 8-bit products round x and dy, to a half of 1/127 or 2^-3 at most; all others compute in float32
 ROUNDING = {"int8": 1e-2, "float8_e4m3": 2.0**-4}
