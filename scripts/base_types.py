@@ -31,7 +31,7 @@ TYPES = {REFERENCE: (REFERENCE, "none")} | {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains what is missing, and prints the table after each seed; returns the exit code."""
+    """Trains what is missing, and prints the table after each seed; returns the exit code, or that of a run."""
     own = {"seeds": "3", "json": "", "workdir": "runs/base_types"}
     config, values = cli.parse(argv, **own)
     seeds = cli.count("seeds", values["seeds"], at_least=1)
@@ -42,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
             folder = Path(values["workdir"]) / f"{kind}-{master}-{seed}"
             flags = [f"--config.relora.base_dtype={kind}", f"--config.relora.base_master={master}"]
             flags += [f"--config.train.seed={seed}", f"--workdir={folder}"]
-            subprocess.run([sys.executable, "-m", "relora_jax.train", *settings, *flags], check=True)
+            command = [sys.executable, "-m", "relora_jax.train", *settings, *flags]
+            if code := subprocess.run(command).returncode:
+                return code  # it has said why
             losses[name].append(last_loss(folder))
         table = compared(losses)
         for name, row in table.items():

@@ -6,6 +6,7 @@ benchmarks/bench/ is taken from there unless --again is passed, so an interrupte
 Needs the extra plan-cuda, and git for the earlier commits.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 from relora_jax import cli
 from relora_jax.planning.chips import CHIPS
 from relora_jax.planning.kernels import kernels, roofline_s
+from relora_jax.planning.topology import make_topology
 from relora_jax.reporting import pictures
 
 ROOT = Path(__file__).parents[1]
@@ -35,12 +37,22 @@ BASES = {
     "nf4": "separate,fused",
 }
 DRAWN = [("full", "bfloat16"), ("full", "float8_e4m3"), ("dots", "bfloat16"), ("dots", "float8_e4m3")]
-# The commits at which a part of the work landed; today's code stands after them.
-HISTORY = {
+# (what, the key of its value in a column, the aim as a ratio, policies, base types)
+AIMS = [
+    ("step, bfloat16 base", "step_median_s", 0.78, ("full", "dots"), ("bfloat16",)),
+    ("step, 8-bit base", "step_median_s", 0.62, ("full", "dots"), ("float8_e4m3", "int8")),
+    ("memory with full recomputing, bfloat16 base", "compiled_bytes", 0.33, ("full",), ("bfloat16",)),
+    ("memory with full recomputing, 8-bit base", "compiled_bytes", 0.28, ("full",), ("float8_e4m3", "int8")),
+    ("memory with dots, bfloat16 base", "compiled_bytes", 0.50, ("dots",), ("bfloat16",)),
+]
+Results = dict[tuple[str, str], dict[str, Any]]  # of a policy and a base type
+# {commit: the part of the work that landed there}
+CHANGES = {
     "5fe6ad4": "before",
     "5eecd65": "flash attention, loss in chunks",
     "f984d83": "padded MLP, padded vocabulary",
     "aebe2f9": "fused delta, in bfloat16",
+    "": "today",
 }
 # What a program of an earlier commit is: its HLO and its memory, for today's `kernels` to read.
 PROGRAM = """
@@ -68,10 +80,15 @@ def main(argv: Sequence[str]) -> int:
     """Compiles what is missing, then writes the page; returns the exit code."""
     again = cli.options(argv, again=False)["again"]
     results = {(policy, base): _result(policy, base, again=again) for policy in POLICIES for base in BASES}
-    history = _history(again=again)
-    _draw(results, history)
+    history, today = _history(again=again), results["full", "bfloat16"]["columns"]
+    history[""] = {
+        form: {"step_s": column["step_median_s"], "bytes": column["compiled_bytes"]}
+        for form, column in zip(FORMS, today, strict=True)
+    }
+    columns = _drawn(results)
+    _draw(columns, history)
     before = PAGE.read_text().partition(START)[0]
-    tables = [_aims(results), _table(results), _changes(results, history)]
+    tables = [_aims(results), _split(columns), _table(results), _changes(history)]
     PAGE.write_text("\n\n".join([before + START.strip(), *tables]) + "\n")
     return 0
 
@@ -82,6 +99,7 @@ def _result(policy: str, base: str, *, again: bool) -> dict[str, Any]:
     if again or not file.exists():
         flags = [f"--config.model.remat={policy}", f"--config.relora.base_dtype={base}"]
         flags += [f"--product={BASES[base]}", *["--arms=relora"] * (base != "bfloat16")]
+        make_topology("h100:1")  # or says what is missing
         print(f"compiling {file.name}", flush=True)
         command = [sys.executable, "-m", "relora_jax.bench", *RUN, *flags]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
@@ -93,8 +111,9 @@ def _history(*, again: bool) -> dict[str, Any]:
     """{commit: {form: its step in seconds, and its bytes}} with model.remat=full and a bfloat16 base."""
     file = RESULTS / "1b-h100-history.json"
     history = json.loads(file.read_text()) if file.exists() and not again else {}
-    for commit in HISTORY:
+    for commit in filter(None, CHANGES):
         for form in [form for form in FORMS if form not in history.get(commit, {})]:
+            make_topology("h100:1")
             print(f"compiling {form} at {commit}", flush=True)
             history.setdefault(commit, {})[form] = _earlier(commit, form)
             file.write_text(json.dumps(history, indent=1) + "\n")
@@ -124,23 +143,27 @@ def _earlier(commit: str, form: str) -> dict[str, float]:
     return {"step_s": step_s, "bytes": float(done.stdout.split()[-1])}
 
 
-def _draw(results: dict[tuple[str, str], dict[str, Any]], history: dict[str, Any]) -> None:
-    steps, memory = {}, {}
-    for policy, base in DRAWN:
-        for column in results[policy, base]["columns"]:
-            label = column["name"] + f", {base}" * (column["arm"] != "full")
-            steps[f"{label}, remat {policy}"] = column["causes_s"]
-            memory[f"{label}, remat {policy}"] = column["memory"]
-    pictures.causes(ROOT / "docs/performance.png", steps, memory)
-    today = {column["name"].split()[-1]: column for column in results["full", "bfloat16"]["columns"]}
-    labels = [label.replace(", ", "\n") for label in (*HISTORY.values(), "today")]
-    steps_ms = {form: [1e3 * history[commit][form]["step_s"] for commit in HISTORY] for form in FORMS}
-    for form, values in steps_ms.items():
-        values.append(1e3 * today[form]["step_median_s"])
+def _drawn(results: Results) -> dict[str, dict[str, Any]]:
+    """{what it is: a column} of those that are looked at by cause."""
+    return {
+        f"{column['name']}{f', {base}' * (column['arm'] != 'full')}, remat {policy}": column
+        for policy, base in DRAWN
+        for column in results[policy, base]["columns"]
+    }
+
+
+def _draw(columns: dict[str, dict[str, Any]], history: dict[str, Any]) -> None:
+    pictures.causes(
+        ROOT / "docs/performance.png",
+        {name: column["causes_s"] for name, column in columns.items()},
+        {name: column["memory"] for name, column in columns.items()},
+    )
+    labels = [CHANGES[commit].replace(", ", "\n") for commit in history]
+    steps_ms = {form: [1e3 * forms[form]["step_s"] for forms in history.values()] for form in FORMS}
     pictures.history(ROOT / "docs/performance_history.png", labels, steps_ms, label="ms per update, roofline")
 
 
-def _table(results: dict[tuple[str, str], dict[str, Any]]) -> str:
+def _table(results: Results) -> str:
     """All columns, each beside full-rank with the same policy."""
     lines = ["| `model.remat` | | base | step | to full | products | the rest | memory | to full |"]
     lines += ["|---|---|---|---:|---:|---:|---:|---:|---:|"]
@@ -159,89 +182,38 @@ def _table(results: dict[tuple[str, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _aims(results: dict[tuple[str, str], dict[str, Any]]) -> str:
-    """What was aimed for, what is reached, and why not more."""
-
-    def best(policy: str, base: str, value: str) -> str:
-        full = results[policy, "bfloat16"]["columns"][0]
-        columns = [column for column in results[policy, base]["columns"] if column["arm"] != "full"]
-        column = min(columns, key=lambda column: column[value])
-        return f"{column[value] / full[value]:.3f} ({column['name'].split()[-1]}, {base}, {policy})"
-
-    def causes(policy: str, base: str) -> dict[str, float]:
-        """Of the separate form, in ms; of full-rank without a base."""
-        columns = results[policy, base or "bfloat16"]["columns"]
-        column = columns[0] if not base else next(c for c in columns if c["name"].endswith("separate"))
-        return {cause: 1e3 * seconds for cause, seconds in column["causes_s"].items()}
-
-    def bytes_of(base: str) -> tuple[float, float]:
-        """(weights, moments, gradients and the inputs of 24 layers; the rest) of the leanest form, in GB."""
-        column = min(results["full", base]["columns"][-2:], key=lambda column: column["compiled_bytes"])
-        kept = sum(column["memory"][part] for part in ("weights", "moments", "gradients"))
-        kept += 24 * 8 * 1024 * 2048 * 2
-        return kept / 1e9, (column["compiled_bytes"] - kept) / 1e9
-
-    full, eight = causes("dots", ""), causes("dots", "float8_e4m3")
-    wide, lean = bytes_of("bfloat16"), bytes_of("float8_e4m3")
-    full_ms = 1e3 * min(results[policy, "bfloat16"]["columns"][0]["step_median_s"] for policy in POLICIES)
-    rows = [
-        (
-            "full-rank, a step",
-            "116 ms",
-            f"{full_ms:.1f} ms (dots)",
-            f"products take {full['matrix products']:.1f} ms, the optimizer {full['optimizer']:.1f}: it "
-            "reads and writes 28 bytes of each parameter, and reads 4 for the norm",
-        ),
-        (
-            "relora to full-rank, bfloat16 base, a step",
-            "0.78",
-            best("dots", "bfloat16", "step_median_s") + "; " + best("full", "bfloat16", "step_median_s"),
-            "norms, rotations, SwiGLU and copies cost both arms the same",
-        ),
-        (
-            "8-bit base, a step",
-            "0.62",
-            best("dots", "float8_e4m3", "step_median_s")
-            + "; "
-            + best("full", "float8_e4m3", "step_median_s"),
-            f"rounding x and dy takes {eight['rounding']:.1f} ms, dropout {eight['dropout']:.1f}; products "
-            "with factors stay in bfloat16 and are bound by memory",
-        ),
-        (
-            "bfloat16 base, memory",
-            "0.33",
-            best("full", "bfloat16", "compiled_bytes"),
-            f"{wide[0]:.2f} GB are weights, moments, gradients and what enters each layer, {wide[1]:.2f} GB "
-            "the loss and a layer's backward pass",
-        ),
-        (
-            "8-bit base, memory",
-            "0.28",
-            best("full", "float8_e4m3", "compiled_bytes") + "; " + best("full", "nf4", "compiled_bytes"),
-            f"likewise {lean[0]:.2f} and {lean[1]:.2f} GB (float8)",
-        ),
-        (
-            "memory with dots",
-            "0.50",
-            best("dots", "bfloat16", "compiled_bytes") + "; " + best("dots", "float8_e4m3", "compiled_bytes"),
-            "what products give, which both arms keep",
-        ),
-    ]
-    header = ["| | aim | reached | what is in the way |", "|---|---:|---|---|"]
-    return "\n".join([*header, *(f"| {' | '.join(row)} |" for row in rows)])
+def _aims(results: Results) -> str:
+    """What was aimed for, and the best that is reached."""
+    lines = ["| relora to full-rank | aim | reached |", "|---|---:|---|"]
+    for what, value, aim, policies, bases in AIMS:
+        reached = []
+        for policy, base in itertools.product(policies, bases):
+            full = results[policy, "bfloat16"]["columns"][0]
+            for column in results[policy, base]["columns"]:
+                if column["arm"] != "full":
+                    form = column["name"].removeprefix("relora ")
+                    reached.append((column[value] / full[value], f"{form}, {base}, {policy}"))
+        ratio, where = min(reached)
+        lines.append(f"| {what} | {aim:.2f} | {ratio:.3f} ({where}) |")
+    return "\n".join(lines)
 
 
-def _changes(results: dict[tuple[str, str], dict[str, Any]], history: dict[str, Any]) -> str:
+def _split(columns: dict[str, dict[str, Any]]) -> str:
+    """Each column's step by cause and its memory by purpose."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for key, unit, name in (("causes_s", 1e-3, "ms"), ("memory", 1e9, "GB")):
+        for part in next(iter(columns.values()))[key]:
+            cells = [f"{column[key][part] / unit:.2f}" for column in columns.values()]
+            lines.append(f"| {part}, {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _changes(history: dict[str, Any]) -> str:
+    """The step and the memory after each change."""
     lines = ["| after | commit | full-rank | separate | fused |", "|---|---|---:|---:|---:|"]
-    today = {
-        form: {"step_s": column["step_median_s"], "bytes": column["compiled_bytes"]}
-        for form, column in zip(FORMS, results["full", "bfloat16"]["columns"], strict=True)
-    }
-    for commit, forms in [*history.items(), ("", today)]:
-        cells = [
-            f"{1e3 * forms[form]['step_s']:.0f} ms, {forms[form]['bytes'] / 1e9:.2f} GB" for form in FORMS
-        ]
-        lines.append(f"| {HISTORY.get(commit, 'today')} | {commit} | {' | '.join(cells)} |")
+    for commit, forms in history.items():
+        cells = [f"{1e3 * forms[f]['step_s']:.0f} ms, {forms[f]['bytes'] / 1e9:.2f} GB" for f in FORMS]
+        lines.append(f"| {CHANGES[commit]} | {commit} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
