@@ -31,7 +31,7 @@ TYPES = {REFERENCE: (REFERENCE, "none")} | {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains what is missing, and prints the table after each seed; returns the exit code, or that of a run."""
+    """Trains what is missing, and prints the table after each seed; returns the exit code."""
     own = {"seeds": "3", "json": "", "workdir": "runs/base_types"}
     config, values = cli.parse(argv, **own)
     seeds = cli.count("seeds", values["seeds"], at_least=1)

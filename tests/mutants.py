@@ -437,9 +437,16 @@ MUTANTS = [
     Mutant(
         "model.remat=auto is dots, whether or not it fits",
         "training/remat.py",
-        "if fits(policy)), POLICIES[-1])",
-        "), POLICIES[-1])",
+        "if fits(policy)), policies[-1])",
+        "), policies[-1])",
         "tests/training/test_remat.py::test_first_policy_that_fits_is_chosen",
+    ),
+    Mutant(
+        "model.remat=auto keeps everything on a GPU that does not say its memory",
+        "training/remat.py",
+        'if platform == "cpu" else POLICIES[:1]',
+        "",
+        "tests/training/test_remat.py::test_devices_that_do_not_say_their_memory_have_one_candidate",
     ),
     Mutant(
         "model.remat=auto takes a program that XLA has fitted by recomputing",

@@ -148,9 +148,8 @@ class Program:
             if policy == "auto":
                 lower = partial(self._lower_update, low=low)
                 step = partial(self._train_step, low=low)
-                policy = "none"
-                if limit or self.mesh.devices.flat[0].platform != "cpu":
-                    policy = remat.chosen(lambda policy: not limit or remat.fits(lower(step(policy)), limit))
+                policies = remat.candidates(self.mesh.devices.flat[0].platform, limit)
+                policy = remat.chosen(lambda policy: remat.fits(lower(step(policy)), limit), policies)
             self._updates[low] = policy, self._train_step(policy, low=low)
         return self._updates[low]
 

@@ -16,9 +16,16 @@ from relora_jax.training import processes
 POLICIES = ("dots", "full")  # on accelerators, from the fastest to the smallest
 
 
-def chosen(fits: Callable[[str], bool]) -> str:
-    """The first of POLICIES that fits; the last one is not tried."""
-    return next((policy for policy in POLICIES[:-1] if fits(policy)), POLICIES[-1])
+def candidates(platform: str, limit_bytes: int) -> tuple[str, ...]:
+    """What `auto` may be on such devices; the first, if they do not say their memory (a limit of 0)."""
+    if limit_bytes:
+        return POLICIES
+    return ("none",) if platform == "cpu" else POLICIES[:1]
+
+
+def chosen(fits: Callable[[str], bool], policies: tuple[str, ...] = POLICIES) -> str:
+    """The first policy that fits; the last one is not tried."""
+    return next((policy for policy in policies[:-1] if fits(policy)), policies[-1])
 
 
 def fits(lowered: Any, limit_bytes: int) -> bool:

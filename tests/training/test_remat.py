@@ -58,6 +58,12 @@ def test_first_policy_that_fits_is_chosen(fitting: set[str], expected: str, trie
     assert asked == tried
 
 
+def test_devices_that_do_not_say_their_memory_have_one_candidate() -> None:
+    assert remat.candidates("cpu", 0) == ("none",)
+    assert remat.candidates("gpu", 0) == ("dots",)
+    assert remat.candidates("gpu", 1) == remat.candidates("cpu", 1) == ("dots", "full")
+
+
 def test_device_that_does_not_say_its_memory_keeps_all_without_compiling(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
