@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {  # name: the module of `core` that defines it
     "LowRankDense": "low_rank",  # x @ W + scale * (x @ A) @ B, W frozen
     "BaseKernel": "low_rank",  # the nnx.Variable type of frozen kernels
+    "FrozenFactor": "low_rank",  # the nnx.Variable type of an A that is not trained
     "BaseMaster": "low_rank",  # the nnx.Variable type of W in float32 beside a kernel in fewer bits
     "LowRankFactor": "low_rank",  # the nnx.Variable type of the factors, which a restart merges and resets
     "wrap": "low_rank",  # replaces a model's linear layers by LowRankDense, in place

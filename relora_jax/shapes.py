@@ -15,6 +15,7 @@ from relora_jax.config import (
     ReloraConfig,
     TrainConfig,
 )
+from relora_jax.core import restart
 from relora_jax.core.prune import Prune
 from relora_jax.errors import UserError
 from relora_jax.families import FAMILIES
@@ -156,9 +157,16 @@ def count(config: Config) -> Counts:
     if config.arm not in LOW_RANK_ARMS:
         return Counts(total, total, 0)
     targets = target_kernels(config).values()
-    frozen = model.layers * sum(m * n for m, n in targets)
-    factors = model.layers * sum((m + n) * config.relora.rank for m, n in targets)
-    return Counts(total, total - frozen + factors, frozen)
+    kernels_frozen = model.layers * sum(m * n for m, n in targets)
+    of_a, of_b = (model.layers * config.relora.rank * sum(side) for side in zip(*targets, strict=True))
+    frozen_a = 0 if trains_a(config) else of_a
+    trained = total - kernels_frozen + of_a + of_b - frozen_a
+    return Counts(total, trained, kernels_frozen + frozen_a)
+
+
+def trains_a(config: Config) -> bool:
+    """Whether the restart method trains A, as it does B."""
+    return restart.parse(config.relora.restart).trains_a
 
 
 def matmul_flops_per_token(config: Config, *, low_rank: bool) -> int:
@@ -172,7 +180,10 @@ def matmul_flops_per_token(config: Config, *, low_rank: bool) -> int:
     targets = target_kernels(config).values() if low_rank else ()
     weights = sum(m * n for m, n in sizes.values()) * model.layers + model.hidden * model.vocab_size
     frozen = model.layers * sum(m * n for m, n in targets)
-    factors = model.layers * config.relora.rank * sum(m + n for m, n in targets)
-    factor_flops = 6 if config.relora.product == "separate" else 4
+    of_a, of_b = (model.layers * config.relora.rank * sum(m_n[i] for m_n in targets) for i in range(2))
+    # the fused form computes y and dx with W + scale * A @ B: only gradients are of the factors
+    of_both = 6 * (of_a + of_b) if trains_a(config) else 4 * of_a + 6 * of_b
+    if config.relora.product == "fused":
+        of_both = (4 if trains_a(config) else 2) * (of_a + of_b)
     attention = 12 * model.layers * config.data.sequence_length * model.heads * model.head_dim
-    return 6 * (weights - frozen) + 4 * frozen + factor_flops * factors + attention
+    return 6 * (weights - frozen) + 4 * frozen + of_both + attention

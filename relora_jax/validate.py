@@ -161,6 +161,11 @@ def _relora(config: Config) -> None:
             f"relora.base_master host only repeats a base_dtype of {relora.base_dtype}: set "
             "relora.base_master=none, or relora.base_dtype to bfloat16 or another below float32"
         )
+    if relora.base_init == "zero" and not shapes.trains_a(config):
+        raise UserError(
+            f"relora.base_init zero trains both factors, and relora.restart {relora.restart} only B: "
+            "set relora.base_init=keep"
+        )
     if relora.base_init == "zero" and relora.warm_start_updates:
         raise UserError("relora.base_init zero would discard the warm start: set relora.warm_start_updates=0")
 

@@ -57,8 +57,8 @@ MUTANTS = [
     Mutant(
         "A is zero at wrap, like B: no gradient until the first merge",
         "core/low_rank.py",
-        "        a = _uniform_layers(key, (*layers, fan_in, rank), bound, layer.param_dtype)",
-        "        a = jnp.zeros((*layers, fan_in, rank), layer.param_dtype)",
+        "            a = draw.layers(draw.DRAWS[frozen_a], key, a_shape, layer.param_dtype)",
+        "            a = jnp.zeros(a_shape, layer.param_dtype)",
         "tests/core/test_low_rank.py::test_b_has_a_gradient_at_the_first_update_and_a_from_the_second",
     ),
     Mutant(
@@ -258,6 +258,49 @@ MUTANTS = [
         'return {"kernel": round_stochastically(w, key)}',
         "return self.store(w)",
         "tests/core/test_low_rank.py::test_merges_into_bfloat16_are_unbiased",
+    ),
+    Mutant(
+        "one_sided trains A",
+        "core/low_rank.py",
+        "LowRankFactor if frozen_a == draw.TRAINED else FrozenFactor",
+        "LowRankFactor",
+        "tests/core/test_one_sided.py::test_only_b_is_a_parameter",
+    ),
+    Mutant(
+        "one_sided redraws A as ReLoRA does",
+        "core/merge.py",
+        "draw.DRAWS[frozen_a](draw_key",
+        "draw.uniform(draw_key",
+        "tests/core/test_one_sided.py::test_merge_keeps_the_function_draws_another_frozen_a_and_zeroes_b",
+    ),
+    Mutant(
+        "a frozen A of variance 1/in",
+        "core/draw.py",
+        "/ math.sqrt(shape[1])\n",
+        "/ math.sqrt(shape[0])\n",
+        "tests/core/test_one_sided.py::test_normal_a_has_variance_1_over_r",
+    ),
+    Mutant(
+        "the sign that QR prefers",
+        "core/draw.py",
+        " * q * signs[None]",
+        " * q",
+        "tests/core/test_one_sided.py::test_orthonormal_a_has_orthogonal_columns_of_equal_length_and_is_isotropic",
+    ),
+    Mutant(
+        "the backward pass of a frozen A keeps x",
+        "core/product.py",
+        "    if frozen_a:\n        x = checkpoint_name",
+        "    if False:\n        x = checkpoint_name",
+        "tests/core/test_one_sided.py::test_backward_pass_keeps_x_times_a_and_not_x",
+    ),
+    Mutant(
+        "the published mistake draws A at its start",
+        "core/restart.py",
+        "dense.lora_a[...] *= 0",
+        "dense.lora_a[...] *= 1",
+        "tests/core/test_one_sided.py"
+        "::test_published_mistake_gives_the_factors_no_gradient_before_the_first_merge",
     ),
     Mutant(
         "the same A at every restart",

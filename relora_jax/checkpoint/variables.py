@@ -32,10 +32,10 @@ class Variables(Mapping[str, Any]):
 
     def has_factors(self, path: str) -> bool:
         """Whether the kernel has unmerged factors."""
-        return names.frozen(path) in self._specs
+        return names.frozen(path) in self._specs and not names.is_factor(path)
 
     def __contains__(self, path: object) -> bool:
-        return self.has_factors(str(path)) or names.trained(str(path)) in self._specs
+        return not {names.frozen(str(path)), names.trained(str(path))}.isdisjoint(self._specs)
 
     def __iter__(self) -> Iterator[str]:
         paths = {names.in_model(path) for path in self._specs if not names.is_moment(path)}
@@ -47,9 +47,9 @@ class Variables(Mapping[str, Any]):
     def __getitem__(self, path: str) -> np.ndarray:
         """The variable; for a base kernel, W without its factors."""
         if not self.has_factors(path):
-            return self._read(names.trained(path))
+            return self._read_model(path)
         layer = names.layer_of(path)
-        frozen = filter(names.is_frozen, self._specs)
+        frozen = [name for name in filter(names.is_frozen, self._specs) if not names.is_factor(name)]
         parts = [name for name in frozen if names.layer_of(names.in_model(name)) == layer]
         with jax.default_device(self._device):
             stored = {name.rpartition("/")[2]: jnp.asarray(self._read(name)) for name in parts}
@@ -58,7 +58,7 @@ class Variables(Mapping[str, Any]):
     def factors(self, path: str) -> tuple[np.ndarray, np.ndarray]:
         """(A, B) of a kernel with factors."""
         a, b = names.factors(names.layer_of(path))
-        return self._read(names.trained(a)), self._read(names.trained(b))
+        return self._read_model(a), self._read_model(b)
 
     def merged_layers(self, path: str) -> Iterator[np.ndarray]:
         """The layers of a stacked kernel with its factors merged, in at least float32."""
@@ -76,6 +76,11 @@ class Variables(Mapping[str, Any]):
     def _is_part(self, path: str) -> bool:
         """Whether the path is an extra array that a base kernel is stored with (quantization scales, say)."""
         return self.has_factors(path) and path != names.kernel_of(names.layer_of(path))
+
+    def _read_model(self, path: str) -> np.ndarray:
+        """A variable as it is stored, whether it is trained or frozen."""
+        trained = names.trained(path)
+        return self._read(trained if trained in self._specs else names.frozen(path))
 
     def _read(self, path: str) -> np.ndarray:
         shape, dtype = self._specs[path]

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from relora_jax.core import base
+from relora_jax.core import base, draw
 from relora_jax.core import plain as plain_layers
 from relora_jax.core.merge import delta, merge_layers
 from relora_jax.core.paths import Path, modules, path_key, path_text, reference_count, replace_modules
@@ -28,14 +28,19 @@ from relora_jax.core.product import product as low_rank_product
 BASE_INITS = ("keep", "zero")
 # what LowRankDense adds to the attributes of the plain layer
 _OWN = ("plain", "base", "stored_names", "master", "lora_a", "lora_b", "dropout_key")
-_OWN += ("rank", "alpha", "dropout", "product")
+_OWN += ("rank", "alpha", "dropout", "product", "frozen_a")
 
 
-class BaseKernel(nnx.Variable):
-    """W [*layers, in, out], or one of the arrays that it is stored as: changed by merges only.
+class Frozen(nnx.Variable):
+    """Changed by restarts only: not an `nnx.Param`, so it has no gradient and no optimizer state."""
 
-    Not an `nnx.Param`, so it has no gradient and no optimizer state.
-    """
+
+class BaseKernel(Frozen):
+    """W [*layers, in, out], or one of the arrays that it is stored as."""
+
+
+class FrozenFactor(Frozen):
+    """A [*layers, in, r] of a `LowRankDense` that trains B alone: redrawn at each restart."""
 
 
 class BaseMaster(nnx.Variable):
@@ -43,7 +48,7 @@ class BaseMaster(nnx.Variable):
 
 
 class LowRankFactor(nnx.LoRAParam):
-    """A [*layers, in, r] or B [*layers, r, out] of a `LowRankDense`: trained, and merged at each restart.
+    """B [*layers, r, out] or A [*layers, in, r] of a `LowRankDense`: trained, and merged at each restart.
 
     A type of its own, because the factors of `nnx.LoRA` and `nnx.LoRALinear` are never merged.
     """
@@ -57,7 +62,8 @@ class LowRankDense(nnx.Module):
     """y = x @ W + (alpha / rank) * (x @ A) @ B (+ bias): W frozen; A, B and bias trained.
 
     Initially computes the same function as `layer`: A ~ U(-1/sqrt(in), 1/sqrt(in)) and B = 0, so that B has
-    a gradient from the first update. `base_init="zero"` sets W to 0 instead and draws both factors from
+    a gradient from the first update. `frozen_a`, "normal" or "orthonormal" (draw.py), trains B alone.
+    `base_init="zero"` sets W to 0 instead and draws both factors from
     U(-1/sqrt(r), 1/sqrt(r)). With `base_master`, W is also kept in at least float32, so that merges lose
     nothing (see `take_masters`). The kernel may be stacked: [*layers, in, out]. If the layer's own kernel has
     other axes (`nnx.LinearGeneral`, `nnx.Einsum`), W is that kernel as a matrix. It is called as `layer` is,
@@ -84,10 +90,12 @@ class LowRankDense(nnx.Module):
         base_dtype: Any = jnp.float32,
         base_init: str = "keep",
         base_master: bool = False,
+        frozen_a: str = draw.TRAINED,
     ) -> None:
         plain = plain_layers.plain(layer)
         kernel = plain.matrix(layer.kernel[...])
-        check(kernel.shape, rank=rank, alpha=alpha, dropout=dropout, product=product, base_init=base_init)
+        options: dict[str, Any] = {"dropout": dropout, "product": product, "base_init": base_init}
+        check(kernel.shape, rank=rank, alpha=alpha, frozen_a=frozen_a, **options)
         *layers, fan_in, fan_out = kernel.shape
         keep = base_init == "keep"
         kernel = kernel if keep else jnp.zeros_like(kernel)
@@ -102,16 +110,21 @@ class LowRankDense(nnx.Module):
             setattr(self, name, BaseKernel(part, **metadata))
         wide = jnp.promote_types(kernel.dtype, jnp.float32)
         self.master: Any = nnx.data(BaseMaster(kernel.astype(wide), **metadata) if base_master else None)
-        bound = 1 / math.sqrt(fan_in if keep else rank)
         axes = metadata.pop("axes", (*("layers",) * len(layers), "in", "out"))
-        a = _uniform_layers(key, (*layers, fan_in, rank), bound, layer.param_dtype)
+        a_shape = (*layers, fan_in, rank)
         b = jnp.zeros((*layers, rank, fan_out), layer.param_dtype)
-        if not keep:
-            b = _uniform_layers(jax.random.fold_in(key, 1), b.shape, bound, layer.param_dtype)
-        self.lora_a = LowRankFactor(a, axes=(*axes[:-1], "rank"))
+        if keep:
+            a = draw.layers(draw.DRAWS[frozen_a], key, a_shape, layer.param_dtype)
+        else:
+            both = partial(draw.uniform, bound=1 / math.sqrt(rank))
+            a = draw.layers(both, key, a_shape, layer.param_dtype)
+            b = draw.layers(both, jax.random.fold_in(key, 1), b.shape, layer.param_dtype)
+        kind_of_a = LowRankFactor if frozen_a == draw.TRAINED else FrozenFactor
+        self.lora_a = kind_of_a(a, axes=(*axes[:-1], "rank"))
         self.lora_b = LowRankFactor(b, axes=(*axes[:-2], "rank", axes[-1]))
         self.dropout_key: Any = nnx.data(None)
         self.rank, self.alpha, self.dropout, self.product = rank, alpha, dropout, product
+        self.frozen_a = frozen_a
 
     @property
     def scale(self) -> float:
@@ -145,6 +158,7 @@ class LowRankDense(nnx.Module):
             b,
             scale=self.scale,
             form=self.product,
+            frozen_a=self.frozen_a != draw.TRAINED,
             dropout=self.dropout,
             key=self.dropout_key[...] if key is None and self.dropout_key is not None else key,
             precision=self.precision,
@@ -184,6 +198,7 @@ def wrap(
     base_dtype: Any = jnp.float32,
     base_init: str = "keep",
     base_master: bool = False,
+    frozen_a: str = draw.TRAINED,
 ) -> Any:
     """The model with its targeted linear layers replaced by `LowRankDense`, in place; same output by default.
 
@@ -191,9 +206,9 @@ def wrap(
     projections of `nnx.MultiHeadAttention`) and `nnx.Einsum`; path is a tuple of attribute names and indices.
     Kernel and bias keep their values unless `base_init="zero"`; `base_dtype`, a dtype, its name or a
     `core.base.Base`, sets how the kernel is stored, and `base_master` whether it is also kept in float32 for
-    merges. `dropout` zeroes this fraction of the branch's inputs,
-    but only in calls with a key: `layer(x, key=...)`, or one from `with_dropout_keys`; `rngs` are not used
-    for it. One key is taken from `rngs.params()` and folded with each layer's path.
+    merges. `frozen_a`, "normal" or "orthonormal", trains B alone, as RSO does. `dropout` zeroes this fraction
+    of the branch's inputs, but only in calls with a key: `layer(x, key=...)`, or from `with_dropout_keys`;
+    `rngs` are not used for it. One key is taken from `rngs.params()` and folded with each layer's path.
 
     ValueError if no layer is selected, or if some of those selected cannot be low-rank: all of them, each
     with its reason.
@@ -201,6 +216,7 @@ def wrap(
     key = rngs.params()
     options: dict[str, Any] = {"rank": rank, "alpha": alpha, "dropout": dropout, "product": product}
     options |= {"base_dtype": base_dtype, "base_init": base_init, "base_master": base_master}
+    options |= {"frozen_a": frozen_a}
     candidates = list(modules(model, plain_layers.KINDS))
     selected = [(path, layer) for path, layer in candidates if targets(path, layer)]
     if not selected:
@@ -233,7 +249,7 @@ def unwrap(model: Any) -> Any:
 
 
 def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
-    """Sets W += scale * (A @ B), A ~ U(-1/sqrt(in), 1/sqrt(in)), B = 0 in place; same outputs up to rounding.
+    """Sets W += scale * (A @ B), draws A as `wrap` did, B = 0, in place; same outputs up to rounding.
 
     Computed layer by layer in at least float32 at highest precision. The base type decides how the sum is
     rounded: a bfloat16 kernel stochastically, so that merges smaller than its spacing survive in the mean. A
@@ -244,7 +260,8 @@ def merge_and_reinit(model: Any, *, key: Key[Array, ""]) -> Any:
         a, b = dense.lora_a[...], dense.lora_b[...]
         master = None if dense.master is None else dense.master[...]
         layer_key = path_key(key, path)
-        merged, a, master = merge_layers(dense.base, dense.stored, a, b, dense.scale, layer_key, master)
+        options = (dense.scale, layer_key, master, dense.frozen_a)
+        merged, a, master = merge_layers(dense.base, dense.stored, a, b, *options)
         if dense.master is not None:
             dense.master[...] = master
         for name, part in merged.items():
@@ -294,14 +311,6 @@ def low_rank_layers(model: Any) -> list[tuple[Path, LowRankDense]]:
     return layers
 
 
-def _uniform_layers(key: Any, shape: tuple[int, ...], bound: float, dtype: Any) -> Any:
-    """U(-bound, bound) of shape [*layers, m, n], each layer drawn from a separate key."""
-    *layers, m, n = shape
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(math.prod(layers)))
-    draw = jax.vmap(lambda k: jax.random.uniform(k, (m, n), dtype, -bound, bound))
-    return draw(keys).reshape(shape)
-
-
 def _plain_layer(dense: LowRankDense) -> Any:
     """The plain layer with the merged kernel."""
     plain = dense.plain
@@ -323,6 +332,7 @@ def check(
     dropout: float = 0.0,
     product: str = "separate",
     base_init: str = "keep",
+    frozen_a: str = draw.TRAINED,
 ) -> None:
     """Raises ValueError, starting with the argument's name, for options invalid for a kernel of this shape.
 
@@ -338,6 +348,10 @@ def check(
     check_product(product, dropout)
     if base_init not in BASE_INITS:
         raise ValueError(f"base_init {base_init!r} is not valid: use {' or '.join(BASE_INITS)}")
+    if frozen_a not in draw.DRAWS:
+        raise ValueError(f"frozen_a {frozen_a!r} is not valid: use {', '.join(draw.DRAWS)}")
+    if base_init == "zero" and frozen_a != draw.TRAINED:
+        raise ValueError(f"base_init zero draws both factors to train them: it excludes frozen_a {frozen_a}")
 
 
 def _check_names(layer: Any, chosen_base: base.Base, stored: base.Stored) -> None:

@@ -4,7 +4,6 @@ The base type (base.py) decides how the sum is rounded; a master, W in at least 
 Shapes: W [*layers, in, out], A [*layers, in, r], B [*layers, r, out].
 """
 
-import math
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from relora_jax.core import draw
 from relora_jax.core.base import Base, Stored
 
 HIGHEST = lax.Precision.HIGHEST
@@ -24,9 +24,16 @@ def delta(a: Any, b: Any, scale: float) -> Any:
     return scale * jnp.matmul(a.astype(wide), b.astype(wide), precision=HIGHEST)
 
 
-@partial(jax.jit, static_argnames=("base", "scale"))
+@partial(jax.jit, static_argnames=("base", "scale", "frozen_a"))
 def merge_layers(
-    base: Base, w: Stored, a: Any, b: Any, scale: float, key: Any, master: Any = None
+    base: Base,
+    w: Stored,
+    a: Any,
+    b: Any,
+    scale: float,
+    key: Any,
+    master: Any = None,
+    frozen_a: str = draw.TRAINED,
 ) -> tuple[Stored, Any, Any]:
     """(merged W, new A, merged master), computed one layer at a time to avoid a second copy of the kernel.
 
@@ -34,7 +41,6 @@ def merge_layers(
     Jitted so that restarts outside of a jitted function compile once per shape instead of every time.
     """
     w_shapes, a_shape = {name: part.shape for name, part in w.items()}, a.shape
-    bound = 1 / math.sqrt(a.shape[-2])
     master_shape = None if master is None else master.shape
     w, a, b, master = jax.tree.map(lambda v: v.reshape(-1, *v.shape[-2:]), (w, a, b, master))
 
@@ -49,7 +55,7 @@ def merge_layers(
             merged = base.store(exact)
             exact = jax.device_put(exact, jax.typeof(master).memory_space)
             master = lax.dynamic_update_index_in_dim(master, exact, layer, axis=0)
-        fresh = jax.random.uniform(draw_key, a.shape[1:], a.dtype, -bound, bound)
+        fresh = draw.DRAWS[frozen_a](draw_key, a.shape[1:], a.dtype)
         w = {name: part.at[layer].set(merged[name]) for name, part in w.items()}
         return w, a.at[layer].set(fresh), master
 

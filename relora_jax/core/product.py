@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
@@ -37,6 +38,7 @@ def product(
     *,
     scale: float,
     form: str,
+    frozen_a: bool = False,
     dropout: float = 0.0,
     key: Any = None,
     precision: Any = None,
@@ -45,10 +47,12 @@ def product(
     """x @ W + scale * (x @ A) @ B in the dtype of x; "fused" computes x @ (W + scale * A @ B).
 
     The fused form has a single product over the tokens; its kernel is summed in at least float32, of W and of
-    the delta in the dtype of x. Neither form computes a gradient of W.
+    the delta in the dtype of x. Neither form computes a gradient of W, nor of a frozen A: the backward pass
+    then needs x @ A [tokens, r] and not x.
     """
     if form == "fused":
-        return _fused(x, w, a, b, base, scale, precision, out_sharding)
+        return _fused(x, w, a, b, base, scale, frozen_a, precision, out_sharding)
+    a = lax.stop_gradient(a) if frozen_a else a
     a, b = (v.astype(x.dtype) for v in (a, b))
     branch = x
     if key is not None and dropout > 0:
@@ -75,9 +79,17 @@ def kept(key: Any, shape: tuple[int, ...], dropout: float) -> Bool[Array, "*shap
     return (bits ^ (bits >> 16)) >= jnp.uint32(min(round(dropout * 2**32), 2**32 - 1))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
 def _fused(
-    x: Any, w: Any, a: Any, b: Any, base: Base, scale: float, precision: Any, out_sharding: Any
+    x: Any,
+    w: Any,
+    a: Any,
+    b: Any,
+    base: Base,
+    scale: float,
+    frozen_a: bool,
+    precision: Any,
+    out_sharding: Any,
 ) -> Any:
     """x @ (W + scale * A @ B); its backward pass never forms x^T dy, which is as large as W."""
     kernel = _fused_kernel(x.dtype, w, a, b, base, scale, precision)
@@ -92,18 +104,35 @@ def _fused_kernel(dtype: Any, w: Any, a: Any, b: Any, base: Base, scale: float, 
     return (base.read(w).astype(wide) + scale * delta.astype(wide)).astype(dtype)
 
 
-def _fused_forward(x: Any, w: Any, a: Any, b: Any, *options: Any) -> Any:
-    return _fused(x, w, a, b, *options), (x, w, a, b)
+def _fused_forward(
+    x: Any,
+    w: Any,
+    a: Any,
+    b: Any,
+    base: Base,
+    scale: float,
+    frozen_a: bool,
+    precision: Any,
+    out_sharding: Any,
+) -> Any:
+    y = _fused(x, w, a, b, base, scale, frozen_a, precision, out_sharding)
+    if frozen_a:
+        x = checkpoint_name(jnp.matmul(x, a.astype(x.dtype), precision=precision), PRODUCT)
+    return y, (x, w, a, b)
 
 
-def _fused_backward(base: Base, scale: float, precision: Any, _: Any, residuals: Any, dy: Any) -> Any:
+def _fused_backward(
+    base: Base, scale: float, frozen_a: bool, precision: Any, _: Any, residuals: Any, dy: Any
+) -> Any:
     """dx = dy W'^T with W' = W + scale A B; dA = scale x^T (dy B^T); dB = scale (x A)^T dy; W is frozen."""
-    x, w, a, b = residuals
+    saved, w, a, b = residuals  # x, or x A if A is frozen
     dot = partial(jnp.matmul, precision=precision)
-    dx = dot(dy, _fused_kernel(x.dtype, w, a, b, base, scale, precision).T)
-    x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    da = scale * dot(x.T, dot(dy, b.T.astype(dy.dtype)))
-    db = scale * dot(dot(x, a.astype(x.dtype)).T, dy)
+    dx = dot(dy, _fused_kernel(saved.dtype, w, a, b, base, scale, precision).T)
+    saved, dy = saved.reshape(-1, saved.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    if frozen_a:
+        return dx, None, None, (scale * dot(saved.T, dy)).astype(b.dtype)
+    da = scale * dot(saved.T, dot(dy, b.T.astype(dy.dtype)))
+    db = scale * dot(dot(saved, a.astype(saved.dtype)).T, dy)
     return dx, None, da.astype(a.dtype), db.astype(b.dtype)
 
 

@@ -46,6 +46,11 @@ def factors(layer: str) -> tuple[str, str]:
     return f"{layer}/lora_a", f"{layer}/lora_b"
 
 
+def is_factor(path: str) -> bool:
+    """Whether a variable, of the model or in a checkpoint, is a factor."""
+    return path.rpartition("/")[2] in ("lora_a", "lora_b")
+
+
 def trained(path: str) -> str:
     """The checkpoint path of a trained variable of the model."""
     return f"trained/{path}"

@@ -18,7 +18,7 @@ class TrainState:
     skipped: Any  # int32: updates skipped so far
     skipped_in_row: Any  # int32
     trained: Any  # nnx.State of Param and LowRankFactor
-    frozen: Any  # nnx.State of BaseKernel; empty before the low-rank phase
+    frozen: Any  # nnx.State of core.low_rank.Frozen; empty before the low-rank phase
     opt_state: Any
     master: Any = dataclasses.field(default_factory=dict)  # {layer: BaseMaster}, in the host's memory
 

@@ -99,7 +99,7 @@ def is_target(config: Config, path: Path, _: nnx.Linear) -> bool:
 def init_state(config: Config) -> tuple[Phase, TrainState]:
     """The full-rank phase and its state at u = 0, initialized from the seed."""
     model = Llama(config.model, rngs=nnx.Rngs(key(config, INIT, 0)))
-    graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
+    graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.Frozen)
     phase = Phase(graph, _optimizer(config, trained), config.model.remat)
     return phase, initial_state(phase, trained, frozen)
 
@@ -117,6 +117,7 @@ def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Pha
     the frozen kernels are dropped.
     """
     relora = config.relora
+    method = restarts.parse(relora.restart)
     model = low_rank.wrap(
         phase.model(state.trained, state.frozen),
         rank=relora.rank,
@@ -128,9 +129,11 @@ def start_low_rank(config: Config, phase: Phase, state: TrainState) -> tuple[Pha
         base_dtype=relora.base_dtype,
         base_init=relora.base_init,
         base_master=relora.base_master == "host",
+        frozen_a=method.frozen_a,
     )
+    model = method.start(model)
     master = low_rank.take_masters(model)
-    graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
+    graph, trained, frozen = nnx.split(model, nnx.Param, low_rank.Frozen)
     tx = _optimizer(config, trained)
     opt_state = optimizer.carry_over_rest(tx.init(trained), state.opt_state)
     state = dataclasses.replace(state, trained=trained, frozen=frozen, opt_state=opt_state, master=master)
@@ -143,7 +146,7 @@ def restart(config: Config, phase: Phase, state: TrainState, *, reset: bool) -> 
     model = low_rank.give_masters(phase.model(state.trained, state.frozen), state.master)
     model = method.model(model, key=key(config, REINIT, state.update))
     master = low_rank.take_masters(model)
-    _, trained, frozen = nnx.split(model, nnx.Param, low_rank.BaseKernel)
+    _, trained, frozen = nnx.split(model, nnx.Param, low_rank.Frozen)
     opt_state = state.opt_state
     if reset:
         opt_state = method.opt_state(opt_state, key=key(config, PRUNE, state.update))

@@ -66,6 +66,7 @@ class Settings:
     fraction: float  # f of "magnitude" and "random"
     reset_count: bool
     base_init: str  # "keep" | "zero"
+    trains_a: bool  # False (RSO): A is drawn at the start and at each merge, and otherwise constant
     full_peak_lr: float  # of the full-rank phase
     full_warm_up: int
     min_lr_ratio: float
@@ -346,9 +347,10 @@ def is_factor(name: str) -> bool:
     return name.endswith((".a", ".b"))
 
 
-def trainable(params: Params) -> list[str]:
-    """Every name but the frozen base kernels, which are those that have factors."""
-    return [name for name in params if f"{name}.a" not in params]
+def trainable(params: Params, settings: Settings) -> list[str]:
+    """Every name but those of kernels that have factors and, if A is frozen, of each A."""
+    names = [name for name in params if f"{name}.a" not in params]
+    return [name for name in names if settings.trains_a or not name.endswith(".a")]
 
 
 def merged(params: Params, scale: float) -> Params:
@@ -402,7 +404,8 @@ def _start(u: int, settings: Settings, h: History, draw_a: Draw, draw_b: Draw | 
         del h.mu[name], h.nu[name]
         for factor, value in ((f"{name}.a", a), (f"{name}.b", b)):
             h.params[factor] = value
-            h.mu[factor], h.nu[factor] = np.zeros_like(value), np.zeros_like(value)
+            if factor in trainable(h.params, settings):
+                h.mu[factor], h.nu[factor] = np.zeros_like(value), np.zeros_like(value)
     h.count_factors = 0
 
 
@@ -417,7 +420,7 @@ def _merge(u: int, settings: Settings, h: History, draw_a: Draw) -> None:
 
 def _reset(u: int, settings: Settings, h: History, draw: DrawMask | None, adjust: AdjustMask | None) -> None:
     """Prune the factors' statistics, one mask for both moments; zeroes the factors' count if set."""
-    for name in [n for n in h.params if is_factor(n)]:
+    for name in [n for n in h.mu if is_factor(n)]:
         if settings.prune == "zero":
             mask = np.zeros(h.mu[name].shape, dtype=bool)
         elif settings.prune == "magnitude":
@@ -485,7 +488,7 @@ def run(
 
         with np.errstate(all="ignore"):
             total, targets = 0.0, 0
-            sums = {name: np.zeros_like(h.params[name]) for name in trainable(h.params)}
+            sums = {name: np.zeros_like(h.params[name]) for name in trainable(h.params, settings)}
             for ids, lengths in zip(*batches(u), strict=True):
                 part, count, grads = loss_and_grads(model, h.params, ids, lengths, settings.scale)
                 total, targets = total + part, targets + count

@@ -47,11 +47,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "head norms": {"model__family": "qwen3", "optimizer__weight_decay": 0.1},
     "remat": {"model__remat": "dots"},
     "one microbatch": {"train__microbatch": 8},
+    "one-sided": {"relora__restart": "one_sided", "relora__prune": prune.magnitude(0.5)},
+    "one-sided, fused, decayed": {
+        "relora__restart": "one_sided",
+        "relora__product": "fused",
+        "relora__prune": prune.zero(),
+        "relora__merges_per_cycle": 2,
+        "optimizer__weight_decay": 0.1,
+    },
+    "one-sided, orthonormal, never merged": {"arm": "lora_warm", "relora__restart": "one_sided_orthonormal"},
+    "published mistake": {"relora__restart": "merge_and_reinit_late"},
     "arm full": {"arm": "full"},
     "arm lora": {"arm": "lora"},
     "arm lora_warm": {"arm": "lora_warm"},
 }
-FAST = ("magnitude",)
+FAST = ("magnitude", "one-sided, fused, decayed")
 # If all kernels start at 0, the gradients of q and k are below float32 resolution, and Adam takes full steps
 # along that noise. In float64 the run is compared like any other.
 FLOAT64_ONLY = ("no warm start, zero base",)
@@ -220,6 +230,7 @@ def oracle_settings(config: Config) -> oracle.Settings:
         fraction=getattr(r.prune, "prune_fraction", 0.0),
         reset_count=r.reset_count,
         base_init=r.base_init,
+        trains_a=not r.restart.startswith("one_sided"),
         full_peak_lr=o.peak_lr,
         full_warm_up=o.warm_up_updates,
         min_lr_ratio=o.min_lr_ratio,
