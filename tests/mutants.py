@@ -319,8 +319,8 @@ MUTANTS = [
     Mutant(
         "a gradient of the frozen kernel, from plain autodiff of the fused product",
         "core/product.py",
-        "        return _fused(x, w, a, b, base, scale, precision, out_sharding)\n    a, b",
-        "        return jnp.matmul(x, _fused_kernel(x.dtype, w, a, b, base, scale, precision))\n    a, b",
+        "        return _fused(x, w, a, b, base, scale, frozen_a, precision, out_sharding)\n    a = lax",
+        "        return jnp.matmul(x, _fused_kernel(x.dtype, w, a, b, base, scale, precision))\n    a = lax",
         "tests/core/test_low_rank.py::test_gradient_of_a_layer_forms_no_product_shaped_like_its_kernel",
     ),
     Mutant(
