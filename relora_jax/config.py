@@ -90,10 +90,14 @@ class ReloraConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW, and the cosine schedule of the full-rank updates."""
+    """The optimizer, and the cosine schedule of the full-rank updates.
+
+    `name`: in the grammar of training/optimizers.py. `b1`, `b2` and `eps` are Adam's, in all of them.
+    """
 
     peak_lr: float
     warm_up_updates: int
+    name: str = "adamw"
     min_lr_ratio: float = 0.1
     b1: float = 0.9
     b2: float = 0.999

@@ -16,6 +16,7 @@ from relora_jax.core import base, low_rank, reset, restart
 from relora_jax.errors import UserError
 from relora_jax.families import FAMILIES
 from relora_jax.model import attention, llama, rope
+from relora_jax.training import optimizers
 from relora_jax.training.sharding import mesh_shape
 
 
@@ -80,6 +81,13 @@ def _cudnn(config: Config, platform: str) -> None:
 
 def _optimizer(config: Config) -> None:
     optimizer, updates = config.optimizer, config.train.updates
+    with _prefixed("optimizer."):
+        optimizers.parse(optimizer.name)
+    if config.arm in LOW_RANK_ARMS and optimizer.name != "adamw":
+        raise UserError(
+            f"optimizer.name {optimizer.name} is for full-rank training: use the arm full, or "
+            "set optimizer.name=adamw"
+        )
     _rate("optimizer.peak_lr", optimizer.peak_lr)
     _rate("optimizer.eps", optimizer.eps)
     for name, top in (("min_lr_ratio", 1.0), ("weight_decay", math.inf), ("clip_norm", math.inf)):

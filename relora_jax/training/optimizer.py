@@ -1,4 +1,4 @@
-"""AdamW in two groups, factors and rest, with the learning rate as an argument of each update."""
+"""The optimizer in two groups, factors and rest, with the learning rate as an argument of each update."""
 
 import itertools
 from typing import Any
@@ -9,11 +9,13 @@ import optax
 from relora_jax.core.paths import is_variable, leaves, names
 from relora_jax.core.prune import Prune, none
 from relora_jax.core.reset import group_labels, with_reset
+from relora_jax.training import optimizers
 
 
 def make_optimizer(
     params: Any,
     *,
+    name: str = "adamw",
     prune: Prune = none(),  # noqa: B008 (a frozen value)
     reset_count: bool = False,
     factor_lr_ratio: float = 1.0,
@@ -25,15 +27,19 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW for `params`, in the groups "factors" and "rest", clipped by the global norm over both.
 
+    `name`, in the grammar of optimizers.py, replaces Adam's scaling of the rest.
     `update(grads, state, params, learning_rate=...)`; the factors' rate is factor_lr_ratio times that.
     Weight decay is decoupled, scaled by the group's rate, and on all but the norms. clip_norm=0: no clipping.
     """
 
-    def adamw(ratio: float) -> optax.GradientTransformation:
+    def group(scaling: optax.GradientTransformation, ratio: float) -> optax.GradientTransformation:
         decay = [optax.add_decayed_weights(weight_decay, mask=_decays)] if weight_decay else []
-        return optax.chain(optax.scale_by_adam(b1, b2, eps), *decay, scale_by_rate(-ratio))
+        return optax.chain(scaling, *decay, scale_by_rate(-ratio))
 
-    groups = optax.partition({"factors": adamw(factor_lr_ratio), "rest": adamw(1.0)}, group_labels(params))
+    adam = optax.scale_by_adam(b1, b2, eps)
+    rest = optimizers.parse(name).scaling(params, adam)
+    groups: Any = {"factors": group(adam, factor_lr_ratio), "rest": group(rest, 1.0)}
+    groups = optax.partition(groups, group_labels(params))
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     return with_reset(optax.chain(*clip, groups), prune=prune, reset_count=reset_count)
 

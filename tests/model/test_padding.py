@@ -67,12 +67,19 @@ def test_every_product_of_an_update_in_bfloat16_has_aligned_sides(name: str) -> 
     assert not {21, 61} & sides and 128 in sides
 
 
-def test_variables_of_another_size_leave_a_layer_as_it_is() -> None:
-    """As those of a kernel that is packed."""
+def test_layer_with_a_variable_of_another_size_stays_as_it_is() -> None:
+    """As that of a packed kernel: the others are then not padded either, or their products would not fit."""
     program = Program(small.config("full", **ODD), small.mesh())
     layer = jax.eval_shape(lambda s: s.trained["blocks"], program.full_rank)
-    for size, expected in ((21, 128), (22, 21)):
-        to = jax.eval_shape(lambda v, size=size: padding.padded(v, "mlp", size, jnp.bfloat16), layer)
-        assert to["mlp"]["gate"]["kernel"].get_value().shape == (2, 16, expected)
+
+    def padded_layer(layer: Any) -> Any:
+        return jax.eval_shape(lambda v: padding.padded(v, "mlp", 21, jnp.bfloat16), layer)
+
+    for packed, expected in ((False, 128), (True, 21)):
+        if packed:
+            gate = layer["mlp"]["gate"]["kernel"]
+            layer["mlp"]["gate"]["kernel"] = gate.replace(jax.ShapeDtypeStruct((2, 16, 11), jnp.uint8))
+        to = padded_layer(layer)
+        assert to["mlp"]["gate"]["kernel"].get_value().shape == (2, 16, 11 if packed else 128)
         assert to["mlp"]["down"]["kernel"].get_value().shape == (2, expected, 16)
         assert to["attention"]["q"]["kernel"].get_value().shape == (2, 16, 16)
