@@ -14,7 +14,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import config_flags
@@ -27,6 +27,7 @@ from relora_jax.storage.location import is_store_error
 
 SHORTHANDS = ("text", "text_field", "validation_text")  # --text=X is --config.data.text=X
 MAX_ERROR_LENGTH = 2000  # characters
+K = TypeVar("K")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -55,12 +56,19 @@ config_flags.register_flag_parser_for_type(prune.Prune, _PruneParser())  # pyrig
 
 def parse(argv: Sequence[str], **defaults: str | bool) -> tuple[Config, dict[str, Any]]:
     """(config, values of the flags `name=default`) from a command line; UserError for a mistake."""
+    config, values = parse_as(Config, argv, defaults)
+    check_types(config)
+    return config, values
+
+
+def parse_as(kind: type[K], argv: Sequence[str], defaults: dict[str, str | bool]) -> tuple[K, dict[str, Any]]:
+    """As `parse`, for a config file that returns a dataclass of this type; its values are not checked."""
     argv = _expand_shorthands(argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv), lock_config=False)
     _define(defaults, values)
     _check_config_file(argv)
-    _check_keys(argv)
+    _check_keys(argv, kind)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*load_module", DeprecationWarning)  # from ml_collections
@@ -74,9 +82,8 @@ def parse(argv: Sequence[str], **defaults: str | bool) -> tuple[Config, dict[str
         raise UserError(f"cannot read the config: {type(error).__name__}: {_one_line(error)}") from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: write every setting as --name=value")
-    if not isinstance(config, Config):
-        raise UserError("get_config(arm) in the config file must return a relora_jax.config.Config")
-    check_types(config)
+    if not isinstance(config, kind):
+        raise UserError(f"get_config(arm) in the config file must return a {kind.__module__}.{kind.__name__}")
     return config, {name: values[name].value for name in defaults}
 
 
@@ -188,13 +195,13 @@ def _check_config_file(argv: Sequence[str]) -> None:
         raise UserError(f"unknown arm {arm!r}: write {path}:ARM with ARM one of {', '.join(ARMS)}")
 
 
-def _check_keys(argv: Sequence[str]) -> None:
+def _check_keys(argv: Sequence[str], root: type[Any]) -> None:
     """UserError for a --config.KEY that config.py does not define, with the fields that it does."""
     for arg in argv:
         path = arg.lstrip("-").removeprefix("no").partition("=")[0].split(".")
         if not arg.startswith("-") or path[0] != "config":
             continue
-        kind: Any = Config
+        kind: Any = root
         for name in path[1:]:
             names = {field.name: field.type for field in dataclasses.fields(kind)} if _is_group(kind) else {}
             if name not in names:

@@ -10,7 +10,18 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "relora_jax"
-COMMANDS = {"train", "prepare", "evaluate", "generate", "export", "import_hf", "report", "bench", "plan"}
+COMMANDS = {
+    "train",
+    "prepare",
+    "evaluate",
+    "generate",
+    "export",
+    "import_hf",
+    "report",
+    "bench",
+    "plan",
+    "study",
+}
 # Subpackages (rooms) and top-level modules from the bottom up; each imports only lower floors and itself.
 FLOORS = [
     {"core", "errors"},
@@ -22,6 +33,7 @@ FLOORS = [
     {"run"},
     {"hf", "reporting", "planning"},
     {"loop", "benchmark"},
+    {"studies"},
     COMMANDS,
 ]
 HEIGHT = {name: height for height, names in enumerate(FLOORS) for name in names}

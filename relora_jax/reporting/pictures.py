@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -121,7 +122,7 @@ def runs(file: AnyPath, curves: Sequence[Curves], starts: Mapping[str, float]) -
     figure = Figure(figsize=(10, 8), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for n, run in enumerate(curves):
-        line = {"color": COLORS[n % 7], "linestyle": DASHES[n // 7 % 4], "linewidth": 1.6, "label": run.name}
+        line = {"label": run.name, **_line(n)}
         tokens, values = _arrays(run.perplexity)
         upper.plot(tokens, values, marker=MARKERS[n % 7], markersize=6, **line, **_MARKER_EDGE)
         tokens, values = _arrays(run.loss)
@@ -188,6 +189,47 @@ def history(
     axes.set_ylabel(label, color=INK)
     axes.legend(frameon=False, labelcolor=INK)
     _save(figure, file)
+
+
+def study_curves(file: AnyPath, curves: Mapping[str, Mapping[str, Points]]) -> None:
+    """Draws each arm's perplexity over what it used, {arm: {what: points}}, with a panel for each what."""
+    labels = list(next(iter(curves.values())))
+    figure = Figure(figsize=(12, 4.6), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(labels), sharey=True)
+    for axes, label in zip(panels, labels, strict=True):
+        for n, (name, points) in enumerate(curves.items()):
+            used, values = _arrays(points[label])
+            axes.plot(used, values, label=name, **_line(n))
+        _style(axes)
+        axes.set_xlabel(label, color=INK)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    _log_scale(panels[0])
+    panels[0].set_ylabel("validation perplexity (log scale)", color=INK)
+    handles = panels[0].get_legend_handles_labels()[0]
+    style = {"ncols": 5, "frameon": False, "labelcolor": INK, "fontsize": 9}
+    figure.legend(handles=handles, loc="outside upper left", **style)
+    _save(figure, file)
+
+
+def study_rates(file: AnyPath, by_rate: Mapping[str, Mapping[float, float]]) -> None:
+    """Draws each arm's final perplexity by peak learning rate; those that diverged are left out."""
+    figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    for n, (name, values) in enumerate(by_rate.items()):
+        rates, perplexities = _arrays([(r, p) for r, p in values.items() if np.isfinite(p)])
+        axes.plot(rates, perplexities, marker="o", markersize=5, label=name, **_line(n))
+    axes.set_xscale("log")
+    _log_scale(axes)
+    axes.set_xlabel("peak learning rate (log scale)", color=INK)
+    axes.set_ylabel("validation perplexity (log scale)", color=INK)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    _save(figure, file)
+
+
+def _line(n: int) -> dict[str, Any]:
+    """The style of the nth curve."""
+    return {"color": COLORS[n % 7], "linestyle": DASHES[n // 7 % 4], "linewidth": 1.6}
 
 
 def bench(

@@ -1,0 +1,173 @@
+"""What the runs of a study say, as plain numbers: the best rate of each arm, perplexity, differences, curves.
+
+Losses are in nats per token at the end of a run, perplexity is exp of their mean over seeds. Differences are
+between runs of the same seed, with a 95% confidence interval of Student's t.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from relora_jax import shapes
+from relora_jax.config import LOW_RANK_ARMS, Config
+from relora_jax.run import record
+from relora_jax.studies import grid
+from relora_jax.studies.grid import Losses, Run, Study
+
+CONFIDENCE = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Mean difference in nats to the reference over pairs of runs; the half-width of its interval."""
+
+    mean: float
+    half_width: float  # NaN for a single pair
+    pairs: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return abs(self.mean) > self.half_width
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmResult:
+    """One arm: the perplexity of each rate at seed 0, and at the best rate, that of all its seeds."""
+
+    name: str
+    by_rate: dict[float, float]  # perplexity, infinite if it diverged
+    best_rate: float | None  # None: every rate diverged, or some are missing
+    losses: tuple[float, ...]  # at the best rate, by seed
+    difference: Difference | None
+    curve: tuple["Point", ...]  # of seed 0 at the best rate
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(statistics.mean(self.losses)) if self.losses else math.nan
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of perplexity over seeds."""
+        return statistics.stdev(map(math.exp, self.losses)) if len(self.losses) > 1 else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One evaluation: what the run had used until then."""
+
+    tokens: float
+    flops: float  # of the model's matrix products
+    seconds: float
+    loss: float
+
+
+def paired(losses: Sequence[float], reference: Sequence[float]) -> Difference | None:
+    """Losses minus those of the reference, seed by seed; None without a finite pair."""
+    pairs = [a - b for a, b in zip(losses, reference, strict=False) if math.isfinite(a - b)]
+    if not pairs:
+        return None
+    n, half_width = len(pairs), math.nan
+    if n > 1:
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
+        half_width = quantile * statistics.stdev(pairs) / math.sqrt(n)
+    return Difference(statistics.mean(pairs), half_width, n)
+
+
+def of_arms(study: Study, folder: Path, losses: Losses, *, extend: bool) -> dict[str, ArmResult]:
+    """The result of each arm that has at least one run."""
+    best = {name: grid.best(study, name, losses, extend=extend) for name in study.arms}
+    at_best = {name: _by_seed(name, rate, losses) for name, rate in best.items() if rate}
+    results = {}
+    for name in study.arms:
+        by_rate = {run.rate: _exp(loss) for run, loss in losses.items() if run.arm == name and run.seed == 0}
+        if not by_rate:
+            continue
+        rate, own = best[name], at_best.get(name, ())
+        reference = at_best.get(study.reference, ())
+        difference = None if name == study.reference else paired(own, reference)
+        curve = tuple(curve_of(folder / Run(name, rate, 0).name)) if rate else ()
+        results[name] = ArmResult(name, dict(sorted(by_rate.items())), rate, own, difference, curve)
+    return results
+
+
+def curve_of(workdir: Path) -> list[Point]:
+    """The evaluations of a run, with those of its warm start if it was trained elsewhere."""
+    run = record.read(workdir)
+    points, start = list[Point](), 0
+    if run.config.train.init_from and run.low_rank_start:
+        start = run.low_rank_start
+        points = [
+            p for p in curve_of(Path(run.config.train.init_from)) if p.tokens <= start * tokens(run.config)
+        ]
+    offset_s = points[-1].seconds if points else 0.0
+    times = [(0, 0.0), *((row["update"], row["elapsed_s"]) for row in run.of("train"))]
+    at, seconds = zip(*times, strict=True)
+    for update, loss in run.points("eval", "loss"):
+        if update > start or not start:
+            elapsed = offset_s + float(np.interp(update, at, seconds))
+            points.append(Point(update * tokens(run.config), flops(run.config, update), elapsed, loss))
+    return points
+
+
+def tokens(config: Config) -> int:
+    """Tokens of an update."""
+    return config.train.batch * config.data.sequence_length
+
+
+def flops(config: Config, update: int) -> float:
+    """FLOPs of the model's matrix products in the first updates."""
+    warm = min(update, config.low_rank_start) if config.arm in LOW_RANK_ARMS else update
+    each = [shapes.matmul_flops_per_token(config, low_rank=low) for low in (False, True)]
+    return tokens(config) * (warm * each[0] + (update - warm) * each[1])
+
+
+def reached(curve: Sequence[Point], loss: float, key: str) -> float | None:
+    """How much of `key` (tokens, flops, seconds) the curve had used when it first was at `loss`; None: never.
+
+    Linear between evaluations.
+    """
+    before = None
+    for point in curve:
+        if point.loss <= loss:
+            if before is None or before.loss == point.loss:
+                return getattr(point, key)
+            share = (before.loss - loss) / (before.loss - point.loss)
+            return getattr(before, key) + share * (getattr(point, key) - getattr(before, key))
+        before = point
+    return None
+
+
+def as_json(results: dict[str, ArmResult]) -> dict[str, Any]:
+    """The results as JSON has them: null for what is not finite."""
+    table = {}
+    for name, arm in results.items():
+        values = dataclasses.asdict(arm) | {"perplexity": arm.perplexity, "spread": arm.spread}
+        values["by_rate"] = {f"{rate:g}": perplexity for rate, perplexity in arm.by_rate.items()}
+        table[name] = _finite(values)
+    return table
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _by_seed(name: str, rate: float, losses: Losses) -> tuple[float, ...]:
+    """The losses of seeds 0, 1, ... at a rate, as far as they are known."""
+    seeds = range(1 + max((run.seed for run in losses if (run.arm, run.rate) == (name, rate)), default=-1))
+    return tuple(losses[run] for seed in seeds if (run := Run(name, rate, seed)) in losses)
+
+
+def _exp(loss: float) -> float:
+    return math.exp(loss) if loss < math.log(1e300) else math.inf

@@ -1,0 +1,95 @@
+"""Trains arms x rates x seeds, tunes each arm's rate, and reports what they say; the same command resumes it.
+
+    python -m relora_jax.study --config=configs/study_small.py [--workdir=runs/NAME] [--arms=full,relora]
+        [--extend] [--jobs=N] [--report] [--config.base.GROUP.FIELD=VALUE ...]
+
+Every arm is trained at every rate of its grid with seed 0, then at its best rate with more seeds. A best rate
+at the edge of its grid is an error that names the rate to add, or, with --extend, the grid grows by itself,
+by at most 4 rates. --jobs: runs side by side, by default one per CPU core or GPU. --report: writes the report
+of what has ended, and trains nothing.
+
+Exit codes: 0 finished, 1 a grid must be extended, 2 wrong setting, 74 a run failed, 75 stopped by a signal
+(run the same command again). A run that diverges is a result.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from relora_jax import cli
+from relora_jax.config import check_types
+from relora_jax.errors import STOPPED, UserError
+from relora_jax.studies import grid, page, runner
+from relora_jax.studies.grid import Run, Study
+from relora_jax.validate import check_settings
+
+FLAGS: dict[str, str | bool] = {"workdir": "", "arms": "", "extend": False, "jobs": "0", "report": False}
+EXTEND_GRIDS = 1  # the exit code
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains what is missing, and writes the report; returns the exit code."""
+    study, values = cli.parse_as(Study, argv, FLAGS)
+    check_types(study.base)
+    if values["arms"]:
+        study = _with_arms(study, values["arms"].split(","))
+    grid.check(study)
+    folder = Path(values["workdir"] or f"runs/{study.name}").absolute()
+    extend, jobs = values["extend"], cli.count("jobs", values["jobs"], at_least=0)
+    for name, arm in study.arms.items():
+        check_settings(grid.config(study, Run(name, arm.rates[0], 0), folder))
+    code = 0 if values["report"] else _train(study, folder, extend=extend, jobs=jobs)
+    results = losses(study, folder, extend=extend)
+    if results:
+        print(page.write(study, folder, results, extend=extend))
+    if not code and (edges := grid.edges(study, results, extend=extend)):
+        for name, rate in edges.items():
+            remedy = f"add {rate:g} to its rates" if rate else "all rates diverged: add lower ones"
+            print(f"error: arm {name}: the best rate is at the edge of the grid: {remedy}", file=sys.stderr)
+        code = EXTEND_GRIDS
+    return code
+
+
+def losses(study: Study, folder: Path, *, extend: bool) -> dict[Run, float]:
+    """The losses of the runs in `folder` that have ended, as far as the study consists of them."""
+    known: dict[Run, float] = {}
+    while True:
+        more = {
+            run: runner.last_loss(folder / run.name)
+            for run in grid.due(study, known, extend=extend)
+            if runner.outcome(folder / run.name)
+        }
+        if not more:
+            return known
+        known |= more
+
+
+def _train(study: Study, folder: Path, *, extend: bool, jobs: int) -> int:
+    """Trains all that is due; returns the exit code."""
+    shared = None
+    try:
+        while runs := grid.due(study, results := losses(study, folder, extend=extend), extend=extend):
+            shared = shared or runner.slots(jobs)
+            configs = {folder / run.name: grid.config(study, run, folder) for run in runs}
+            runner.run_all(configs, shared, done=len(results), total=len(results) + len(runs), ended=_line)
+    except KeyboardInterrupt:
+        print("stopped: run the same command again to resume", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def _line(workdir: Path, ended: str) -> str:
+    return f"perplexity {math.exp(runner.last_loss(workdir)):,.1f}" if ended == "finished" else ended
+
+
+def _with_arms(study: Study, names: Sequence[str]) -> Study:
+    if unknown := set(names) - set(study.arms):
+        raise UserError(f"--arms: the study has no arm {min(unknown)}: choose from {', '.join(study.arms)}")
+    names = [name for name in study.arms if name in {*names, study.reference, study.warm_start}]
+    study.arms = {name: study.arms[name] for name in names}
+    return study
+
+
+if __name__ == "__main__":
+    cli.main(main, __doc__)
