@@ -55,7 +55,7 @@ def base() -> Config:
             batch=16,
             microbatch=16,
             log_every_updates=5,
-            evaluate_every_updates=50,
+            evaluate_every_updates=100,
             save_every_updates=WARM_START,
             eval_tokens=32_768,
         ),

@@ -89,10 +89,7 @@ def run_all(
                     line = f"{done}/{total} {workdir.name}: {ended(workdir, outcome)}"
                     tqdm.write(line) if not bar.disable else print(line, flush=True)
                 elif not stop:
-                    last = _log(workdir).read_text(errors="replace").strip().splitlines()[-1:]
-                    raise FailedError(
-                        f"run {workdir.name} failed ({' '.join(last)[:300]}), see {_log(workdir)}"
-                    )
+                    raise FailedError(f"run {workdir.name} failed ({_last_line(workdir)})")
     if stop:
         raise KeyboardInterrupt
 
@@ -166,6 +163,11 @@ def _stopping(running: dict[Path, tuple["subprocess.Popen[bytes]", Slot]]) -> It
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _last_line(workdir: Path) -> str:
+    lines = _log(workdir).read_text(errors="replace").strip().splitlines()
+    return f"{lines[-1][:300]}; see {_log(workdir)}" if lines else f"see {_log(workdir)}"
 
 
 def _log(workdir: Path) -> Path:
