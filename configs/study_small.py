@@ -42,7 +42,7 @@ def base() -> Config:
             peak_lr=1e-2,
             prune=magnitude(0.9),
         ),
-        optimizer=OptimizerConfig(peak_lr=4e-3, warm_up_updates=20),
+        optimizer=OptimizerConfig(peak_lr=2e-3, warm_up_updates=20),
         data=DataConfig(
             dataset="sotu",
             train_split="train",

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from relora_jax import shapes
 from relora_jax.config import LOW_RANK_ARMS, Config
@@ -76,6 +75,8 @@ def paired(losses: Sequence[float], reference: Sequence[float]) -> Difference | 
         return None
     n, half_width = len(pairs), math.nan
     if n > 1:
+        from scipy import stats  # here: slow to import
+
         quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1))
         half_width = quantile * statistics.stdev(pairs) / math.sqrt(n)
     return Difference(statistics.mean(pairs), half_width, n)
