@@ -23,6 +23,7 @@ from relora_jax.run.goodput import Clock
 from relora_jax.run.metrics import Diverged, Metrics, Sink
 from relora_jax.run.opening import OpenRun, open_run
 from relora_jax.run.profile import Profile
+from relora_jax.run.restarts import QuietFactors, Restarts
 from relora_jax.run.signals import Signals
 from relora_jax.run.stall import Stalls
 from relora_jax.run.tensorboard_sink import Board
@@ -93,6 +94,7 @@ def train(run: OpenRun, signals: Signals, clock: Clock) -> int | None:
         closing(stream),
     ):
         signals.exit_immediately, state = False, run.state
+        restarts, quiet = Restarts(config, program, run.writer, validation[0]), QuietFactors(run.writer)
         recorder = Recorder(config, program, metrics, checkpoints, validation, prompts, signals)
         if run.resumed:
             run.writer.print(f"resumed after update {run.update}")
@@ -100,15 +102,21 @@ def train(run: OpenRun, signals: Signals, clock: Clock) -> int | None:
             return run.update
         for u, batch in enumerate(clock.batches(stream), run.update):
             profiler.before(u, state.update)
+            if steps.due(config, u).merge:
+                with metrics.pause("restart", state.update):
+                    restarts.before(state)
             state, due = program.begin_update(u, state, context=partial(metrics.pause, "restart"))
             if due.merge:
-                metrics.restart(u, merged=due.merge, reset=due.reset)
+                with metrics.pause("restart"):
+                    fields = restarts.after(u, state, due)
+                metrics.restart(u, merged=due.merge, reset=due.reset, **fields)
             learning_rate = steps.learning_rate(config, u)
             compiles = u == run.update or due.start_low_rank
             with clock.spending("compile") if compiles else nullcontext():
                 state, values = program.train_step(state, batch, learning_rate)
             if compiles and config.model.remat == "auto" and program.remat_policy(state) == "full":
                 run.writer.print("model.remat auto is full: an update with dots does not fit")
+            quiet.update(u + 1, values.pop("without_gradient", None), state)
             clock.computing(values["loss"])
             profiler.after(u + 1, state.update)
             recorder.log(u + 1, learning_rate, values)

@@ -25,6 +25,11 @@ class Prune(grammar.Choice):
     clears: ClassVar[bool] = True  # False: a reset changes nothing
     keeps_nothing: ClassVar[bool] = False  # True: a reset may set the factors' count to 0 as well
 
+    @property
+    def fraction(self) -> float:
+        """The share of the entries that a reset clears."""
+        return float(self.clears)
+
     def mask(self, statistic: Any, key: Any) -> Any:
         """[layers, n] bool: True for the entries of each layer of `statistic` that survive.
 
@@ -68,6 +73,11 @@ class _Fraction(Prune):
     def __post_init__(self) -> None:
         if not (math.isfinite(self.prune_fraction) and 0 <= self.prune_fraction <= 1):
             raise ValueError(f"prune {self}: the fraction must be in [0, 1], such as magnitude(0.9)")
+
+    @property
+    def fraction(self) -> float:
+        """As given."""
+        return self.prune_fraction
 
     def survivors(self, entries: int) -> int:
         """round((1 - f) n): how many of the n entries of one factor in one layer survive."""

@@ -116,6 +116,13 @@ def reset(opt_state: Any, key: jax.Array) -> Any:
     return jax.tree_util.tree_map_with_path(reset_node, opt_state, is_leaf=is_node)
 
 
+def live_moments(opt_state: Any) -> jax.Array:
+    """How many entries of the factors' first moments are not 0, over all `with_reset` states."""
+    states = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_reset_state) if _is_reset_state(s)]
+    counts = [jnp.count_nonzero(leaf) for s in states for is_first, _, leaf in _statistics(s) if is_first]
+    return jnp.sum(jnp.stack(counts)) if counts else jnp.zeros((), jnp.int32)
+
+
 def group_labels(params: Any, is_factor: IsFactor = is_low_rank_factor) -> Any:
     """A tree with the label "factors" or "rest" for each parameter, for `optax.partition`."""
     return jax.tree_util.tree_map_with_path(

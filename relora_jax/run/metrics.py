@@ -4,7 +4,8 @@
              peak_bytes, elapsed_s
     eval     update, loss, perplexity, tokens
     sample   update, prompt, text: the model's continuation of a held-out prompt
-    restart  update, merged, reset
+    restart  update, merged, reset, logits_change, logits_rms, base_rounding, moments_cleared, moments_asked,
+             delta_norm, effective_rank, overlap_in, overlap_out
 
 `update` counts completed updates. A line is one row in strict JSON: a number that is not finite (the loss
 of a skipped update, say) is null. `elapsed_s` is the total time of all starts of the run in seconds.
@@ -12,6 +13,11 @@ of a skipped update, say) is null. `elapsed_s` is the total time of all starts o
 the median over a run (`metrics_file.median`). In the same time, `mfu` is the share of the devices' peak that
 the model's FLOPs take (null if the peak is not known), and `data_share` that in which they waited for data.
 `peak_bytes` is the most memory that a device has held in this start (null if it does not say).
+
+Of a restart: the largest change of a logit of held-out rows, beside their RMS and the relative spacing of the
+base type; the share of the factors' moments that was cleared, beside what `relora.prune` asks for (null
+without a reset); the norm of what was merged, over all kernels, and its mean effective rank; the share of its
+space, on the side of the inputs and of the outputs, that lies in that of the merge before.
 """
 
 import contextlib
@@ -119,9 +125,10 @@ class Metrics:
         """Queues a sample row."""
         self._put({"kind": "sample", "update": update, "prompt": prompt, "text": text})
 
-    def restart(self, update: int, *, merged: bool, reset: bool) -> None:
+    def restart(self, update: int, *, merged: bool, reset: bool, **facts: Any) -> None:
         """Queues a restart row; `update` is the one that begins with the restart."""
-        self._put({"kind": "restart", "update": update, "merged": bool(merged), "reset": bool(reset)})
+        row = {"kind": "restart", "update": update, "merged": bool(merged), "reset": bool(reset)}
+        self._put(row | facts)
 
     def flush(self, update: int) -> None:
         """Writes every queued row to the disk, and the times after an update, before its checkpoint."""

@@ -21,8 +21,14 @@ class Writer:
 
     def write(self, name: str, text: str) -> None:
         """Replaces the file's content in one step, even if a kill comes."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """As `write`; creates the file's directory."""
         if self.active:
-            atomic.write(self.folder / name, text.encode())
+            file = self.folder / name
+            file.parent.mkdir(exist_ok=True)
+            atomic.write(file, content)
 
     def append(self, name: str) -> "Lines | ObjectLines":
         """Opens a file of lines to append to."""

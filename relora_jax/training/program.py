@@ -18,7 +18,7 @@ from relora_jax.config import Config
 from relora_jax.data.batches import Batch
 from relora_jax.model import attention, sampling
 from relora_jax.storage import places
-from relora_jax.training import remat, steps
+from relora_jax.training import ledger, remat, steps
 from relora_jax.training.sharding import on_mesh, padded, row_sharding, shardings
 from relora_jax.training.state import TrainState, is_low_rank, without_master
 from relora_jax.training.steps import Due, Phase
@@ -63,6 +63,7 @@ class Program:
             )
         self._updates: dict[bool, tuple[str, Any]] = {}
         self._eval: dict[bool, Any] = {}
+        self._facts: Any = None
         self._sample: dict[bool, Any] = {}
 
     def state_at(self, u: int) -> TrainState:
@@ -106,6 +107,21 @@ class Program:
     def restart(self, state: TrainState, *, reset: bool) -> TrainState:
         """`steps.restart`; the state is donated."""
         return self._restart(state, reset=reset)
+
+    def restart_facts(self, state: TrainState, batch: Batch) -> ledger.Facts:
+        """`ledger.facts` of a low-rank state, with one held-out row of the batch per device that has some."""
+        if self._facts is None:
+            rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+            def call(state: TrainState, batch: Batch) -> ledger.Facts:
+                model = self.low_phase.model(state.trained, state.frozen)
+                return ledger.facts(model, state.opt_state, batch, rows=rows)
+
+            replicated = NamedSharding(self.mesh, PartitionSpec())
+            out: Any = (self.eval_rows, *[replicated] * 4)
+            out = ledger.Facts(*out)
+            self._facts = jax.jit(on_mesh(call, self.mesh, without_master(self._low)), out_shardings=out)
+        return self._facts(without_master(state), batch)
 
     def eval_step(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """`steps.eval_step` for the phase of the state."""

@@ -18,7 +18,7 @@ from relora_jax import shapes
 from relora_jax.config import LOW_RANK_ARMS, MAX_CONSECUTIVE_SKIPS, Config
 from relora_jax.core import low_rank, schedule
 from relora_jax.core import restart as restarts
-from relora_jax.core.paths import Path
+from relora_jax.core.paths import Path, leaves, path_text, value_of
 from relora_jax.data.batches import Batch
 from relora_jax.model.llama import Llama
 from relora_jax.training import names, optimizer
@@ -186,7 +186,15 @@ def train_step(
         opt_state=opt_state,
     )
     metrics = {"loss": loss, "grad_norm": norm, "tokens_seen": state.tokens_seen + 0}
+    if quiet := [jnp.all(g == 0, axis=(-2, -1)) for _, g in factors(grads)]:
+        metrics["without_gradient"] = jnp.concatenate(quiet)
     return state, metrics | {"skipped": state.skipped + 0, "skipped_in_row": state.skipped_in_row + 0}
+
+
+def factors(trained: Any) -> list[tuple[str, Any]]:
+    """(path in the model, array [layers, m, n]) of each trained factor."""
+    variables = [(path_text(path), value_of(leaf)) for path, leaf in leaves(trained)]
+    return [(path, array) for path, array in variables if names.is_factor(path)]
 
 
 def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
