@@ -227,6 +227,21 @@ def study_rates(file: AnyPath, by_rate: Mapping[str, Mapping[float, float]]) -> 
     _save(figure, file)
 
 
+def study_spectra(file: AnyPath, spectra: Mapping[str, Float[np.ndarray, "layers side"]]) -> None:
+    """Draws the median over the layers of each arm's singular values, by index."""
+    figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    for n, (name, values) in enumerate(spectra.items()):
+        axes.plot(np.arange(1, values.shape[1] + 1), np.median(values, axis=0), label=name, **_line(n))
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=1e-3)
+    axes.set_xlabel("index, largest first", color=INK)
+    axes.set_ylabel("singular value (log scale)", color=INK)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    _save(figure, file)
+
+
 def _line(n: int) -> dict[str, Any]:
     """The style of the nth curve."""
     return {"color": COLORS[n % 7], "linestyle": DASHES[n // 7 % 4], "linewidth": 1.6}

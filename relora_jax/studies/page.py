@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from relora_jax.reporting import html, pictures
+import numpy as np
+
+from relora_jax.planning.compiled import Memory
+from relora_jax.reporting import html, pictures, spectrum
 from relora_jax.run.directory import PACKAGES
 from relora_jax.run.format import number
 from relora_jax.storage import atomic
-from relora_jax.studies import grid, results
-from relora_jax.studies.grid import Losses, Study
+from relora_jax.studies import grid, held, results
+from relora_jax.studies.grid import Losses, Run, Study
 from relora_jax.studies.results import ArmResult
 
 NOTES = """\
@@ -24,6 +27,17 @@ How much of each the arm used until it was where the worse of the two, itself or
 to what {reference} used: below 1 is sooner. FLOPs are those of the model's matrix products. Runs side by side
 share the machine, so that seconds are rough. One seed.
 """
+
+MEMORY = """\
+MB that the updates of an arm's last phase need on one device: weights, moments and gradients from shapes, and
+what its program needs besides, as compiled for this machine. The warm start is in full rank.
+"""
+MOVED = """\
+Of what training added to the kernels since the start of the low-rank phase, one seed: the norm over all
+kernels, the mean effective rank (exp of the entropy of the normalized singular values), and how many singular
+values are below 0.1, as in the paper's table. The picture shows the median over the layers of `up`.
+"""
+KIND = "up"  # of the kernels in the picture of spectra
 
 
 def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
@@ -47,8 +61,15 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
         parts += ["![Perplexity over tokens, FLOPs and seconds](curves.png)\n"]
     if study.reference in drawn:
         parts += ["## Sooner or later\n", _sooner(study, drawn), SOONER.format(reference=study.reference)]
+    kept = {name: held.memory(grid.config(study, _run(arm), folder)) for name, arm in arms.items()}
+    parts += ["\n## Memory\n", _memory(study, arms, kept), MEMORY]
+    moved = {name: held.spectra(folder / _run(arm).name) for name, arm in arms.items() if arm.best_rate}
+    if moved := {name: values for name, values in moved.items() if values}:
+        pictures.study_spectra(folder / "spectra.png", {name: values[KIND] for name, values in moved.items()})
+        parts += ["## Summed update\n", _moved(moved), MOVED, "![Singular values](spectra.png)\n"]
     text = "\n".join(parts)
     content = {"study": study.name, "runs": len(losses), "updates": updates, "arms": results.as_json(arms)}
+    content |= {"bytes": {name: split._asdict() for name, split in kept.items()}}
     content |= {"versions": {name: version(name) for name in PACKAGES}}
     atomic.write(folder / "results.json", f"{json.dumps(content, indent=2)}\n".encode())
     html.write(folder / "report.html", text)
@@ -69,6 +90,33 @@ def _table(study: Study, arms: Mapping[str, ArmResult]) -> str:
         spread = "" if math.isnan(arm.spread) else f" ± {arm.spread:,.1f}"
         perplexity = f"{arm.perplexity:,.1f}{spread}" if arm.losses else "-"
         rows.append((name, rate, str(len(arm.losses)), perplexity, _difference(arm)))
+    return markdown(rows)
+
+
+def _run(arm: ArmResult) -> Run:
+    """That of seed 0, at the best rate if it is known."""
+    return Run(arm.name, arm.best_rate or next(iter(arm.by_rate)), 0)
+
+
+def _memory(study: Study, arms: Mapping[str, ArmResult], kept: Mapping[str, Memory]) -> str:
+    head = ("arm", "perplexity", *Memory._fields, "total", f"of {study.reference}")
+    rows: list[Sequence[str]] = [head]
+    whole = kept[study.reference].total if study.reference in kept else math.nan
+    for name, split in kept.items():
+        perplexity = f"{arms[name].perplexity:,.1f}" if arms[name].losses else "-"
+        sizes = [f"{size / 1e6:,.2f}" for size in (*split, split.total)]
+        rows.append((name, perplexity, *sizes, f"{split.total / whole:.2f}"))
+    return markdown(rows)
+
+
+def _moved(moved: Mapping[str, Mapping[str, np.ndarray]]) -> str:
+    rows = [("arm", "norm", "effective rank", "values below 0.1")]
+    for name, kinds in moved.items():
+        norm = math.sqrt(sum(float(np.sum(np.square(values))) for values in kinds.values()))
+        rank = float(np.mean([held.effective_rank(values) for values in kinds.values()]))
+        small = sum(spectrum.below(values) for values in kinds.values())
+        count = f"{small:,} of {sum(values.size for values in kinds.values()):,}"
+        rows.append((name, f"{norm:,.1f}", f"{rank:,.1f}", count))
     return markdown(rows)
 
 
