@@ -9,10 +9,13 @@ import pytest
 
 from relora_jax import cli, config, shapes
 from relora_jax.core import prune
+from relora_jax.studies import grid
 from relora_jax.validate import validate
 from tests.support import small
 
-CONFIGS = sorted(path.stem for path in (pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
+FOLDER = pathlib.Path(__file__).parent.parent / "configs"
+STUDIES = sorted(path.stem for path in FOLDER.glob("study_*.py"))
+CONFIGS = sorted({path.stem for path in FOLDER.glob("*.py")} - {*STUDIES})
 RUN = {
     *(
         "name",
@@ -54,6 +57,20 @@ def test_control_has_about_as_many_parameters_as_relora_trains(
     total, trained = shapes.count(control).full_rank_total, shapes.count(relora).trained
     assert abs(total / trained - 1) < 0.07, (total, trained)
     assert shapes.count(control).frozen == 0
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_of_a_study_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(FOLDER.parent)
+    study, _ = cli.parse_as(grid.Study, ["study", f"--config=configs/{name}.py"], {})
+    grid.check(study)
+    assert study.name == name and len(study.arms) > 2
+    for arm in study.arms:
+        of_arm = grid.config(study, grid.Run(arm, 1e-3, 0), pathlib.Path("runs"))
+        validate(of_arm, devices=1)
+        assert config.from_json(config.to_json(of_arm)) == of_arm
+    module = importlib.import_module(f"configs.{name}")
+    assert module.__doc__ and f"--config=configs/{name}.py" in module.__doc__
 
 
 def test_tensor_must_divide_key_value_heads_too() -> None:

@@ -109,7 +109,7 @@ def test_backward_pass_keeps_x_times_a_and_not_x(form: str) -> None:
     assert (TOKENS, IN) in {leaf.shape for leaf in jax.tree.leaves(pull)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)))
 def test_restart_changes_frozen_a_kernels_b_and_the_moments_of_b_alone(kind: str) -> None:
     config = small.config(relora__restart=kind)
     program = Program(config, small.mesh())

@@ -39,13 +39,14 @@ def restarted(
     return {key: None if value is None else float(value) for key, value in row.items()}, before, state
 
 
-@pytest.mark.parametrize("product", ("separate", "fused"))
+@pytest.mark.parametrize("product", ("separate", pytest.param("fused", marks=pytest.mark.slow)))
 def test_restart_that_is_right_changes_logits_by_rounding(tmp_path: Path, product: str) -> None:
     row, _, _ = restarted(tmp_path, relora__product=product)
     assert row["base_rounding"] == 2**-23
     assert row["logits_change"] < 64 * row["base_rounding"] * row["logits_rms"]
 
 
+@pytest.mark.slow
 def test_base_of_bfloat16_changes_logits_by_its_own_rounding(tmp_path: Path) -> None:
     row, _, _ = restarted(tmp_path, relora__base_dtype="bfloat16")
     assert row["base_rounding"] == 2**-7
@@ -63,6 +64,7 @@ def test_lost_merge_shows_in_the_logits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("choice", "asked"), [(prune.zero(), 1.0), (prune.magnitude(0.75), 0.75), (prune.none(), 0.0)], ids=str
 )
+@pytest.mark.slow
 def test_share_of_moments_that_was_cleared_is_measured(tmp_path: Path, choice: Any, asked: float) -> None:
     row, before, _ = restarted(tmp_path, relora__prune=choice)
     assert row["moments_asked"] == asked
@@ -77,13 +79,14 @@ def test_reset_that_clears_nothing_shows(tmp_path: Path, monkeypatch: pytest.Mon
     assert (row["moments_asked"], row["moments_cleared"]) == (1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_merge_without_a_reset_says_nothing_of_moments(tmp_path: Path) -> None:
     config = {"relora__merges_per_cycle": 2, "relora__cycle_updates": 8, "train__updates": 24}
     row, _, _ = restarted(tmp_path, **config)
     assert row["moments_asked"] is None and row["moments_cleared"] is None
 
 
-@pytest.mark.parametrize("kind", ("merge_and_reinit", "one_sided"))
+@pytest.mark.parametrize("kind", (pytest.param("merge_and_reinit", marks=pytest.mark.slow), "one_sided"))
 def test_norm_and_effective_rank_are_those_of_what_was_merged(tmp_path: Path, kind: str) -> None:
     row, before, _ = restarted(tmp_path, relora__restart=kind)
     squares, ranks = 0.0, []
@@ -138,7 +141,10 @@ def test_row_is_the_same_on_a_mesh(tmp_path: Path) -> None:
         assert many[key] == pytest.approx(one[key], rel=1e-3), key
 
 
-@pytest.mark.parametrize(("kind", "alarm"), [("merge_and_reinit", False), ("merge_and_reinit_late", True)])
+@pytest.mark.parametrize(
+    ("kind", "alarm"),
+    [pytest.param("merge_and_reinit", False, marks=pytest.mark.slow), ("merge_and_reinit_late", True)],
+)
 def test_factors_without_a_gradient_are_named_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, alarm: bool
 ) -> None:
