@@ -12,7 +12,6 @@ Exit codes: 0 finished, 1 a grid must be extended, 2 wrong setting, 74 a run fai
 (run the same command again). A run that diverges is a result.
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,10 @@ from pathlib import Path
 from relora_jax import cli
 from relora_jax.config import check_types
 from relora_jax.errors import STOPPED, UserError
+from relora_jax.storage.location import local_path
 from relora_jax.studies import grid, page, runner
 from relora_jax.studies.grid import Run, Study
+from relora_jax.studies.results import exp
 from relora_jax.validate import check_settings
 
 FLAGS: dict[str, str | bool] = {"workdir": "", "arms": "", "extend": False, "jobs": "0", "report": False}
@@ -35,34 +36,39 @@ def main(argv: Sequence[str]) -> int:
     if values["arms"]:
         study = _with_arms(study, values["arms"].split(","))
     grid.check(study)
-    folder = Path(values["workdir"] or f"runs/{study.name}").absolute()
+    folder = local_path(values["workdir"] or f"runs/{study.name}", flag="--workdir").absolute()
     extend, jobs = values["extend"], cli.count("jobs", values["jobs"], at_least=0)
     for name, arm in study.arms.items():
         check_settings(grid.config(study, Run(name, arm.rates[0], 0), folder))
+    extend = extend or values["report"]  # reads what --extend added
     code = 0 if values["report"] else _train(study, folder, extend=extend, jobs=jobs)
+    if code:
+        return code  # what stopped this may not wait for a report
     results = losses(study, folder, extend=extend)
     if results:
         print(page.write(study, folder, results, extend=extend))
-    if not code and (edges := grid.edges(study, results, extend=extend)):
-        for name, rate in edges.items():
-            remedy = f"add {rate:g} to its rates" if rate else "all rates diverged: add lower ones"
-            print(f"error: arm {name}: the best rate is at the edge of the grid: {remedy}", file=sys.stderr)
-        code = EXTEND_GRIDS
-    return code
+    edges = grid.edges(study, results, extend=extend)
+    for name, rate in edges.items():
+        problem = "every rate diverged: add lower ones to its rates"
+        if rate:
+            problem = f"the best rate is at the edge of the grid: add {rate:g} to its rates"
+        print(f"error: arm {name}: {problem}", file=sys.stderr)
+    return EXTEND_GRIDS if edges else 0
 
 
 def losses(study: Study, folder: Path, *, extend: bool) -> dict[Run, float]:
-    """The losses of the runs in `folder` that have ended, as far as the study consists of them."""
+    """The losses of the runs in `folder` that have ended, as far as the study consists of them.
+
+    UserError if one of them had other settings.
+    """
     known: dict[Run, float] = {}
     while True:
-        more = {
-            run: runner.last_loss(folder / run.name)
-            for run in grid.due(study, known, extend=extend)
-            if runner.outcome(folder / run.name)
-        }
-        if not more:
+        ended = [run for run in grid.due(study, known, extend=extend) if runner.outcome(folder / run.name)]
+        if not ended:
             return known
-        known |= more
+        for run in ended:
+            runner.check(folder / run.name, grid.config(study, run, folder))
+            known[run] = runner.last_loss(folder / run.name)
 
 
 def _train(study: Study, folder: Path, *, extend: bool, jobs: int) -> int:
@@ -70,6 +76,7 @@ def _train(study: Study, folder: Path, *, extend: bool, jobs: int) -> int:
     shared = None
     try:
         while runs := grid.due(study, results := losses(study, folder, extend=extend), extend=extend):
+            grid.check_sources(study, results)
             shared = shared or runner.slots(jobs)
             configs = {folder / run.name: grid.config(study, run, folder) for run in runs}
             runner.run_all(configs, shared, done=len(results), total=len(results) + len(runs), ended=_line)
@@ -80,7 +87,7 @@ def _train(study: Study, folder: Path, *, extend: bool, jobs: int) -> int:
 
 
 def _line(workdir: Path, ended: str) -> str:
-    return f"perplexity {math.exp(runner.last_loss(workdir)):,.1f}" if ended == "finished" else ended
+    return f"perplexity {exp(runner.last_loss(workdir)):,.1f}" if ended == "finished" else ended
 
 
 def _with_arms(study: Study, names: Sequence[str]) -> Study:

@@ -169,6 +169,12 @@ def _relora(config: Config) -> None:
             f"relora.base_master host only repeats a base_dtype of {relora.base_dtype}: set "
             "relora.base_master=none, or relora.base_dtype to bfloat16 or another below float32"
         )
+    never_restarts = config.arm in ("lora", "lora_warm")
+    if relora.restart == "merge_and_reinit_late" and (never_restarts or relora.base_init == "zero"):
+        raise UserError(
+            f"relora.restart {relora.restart} trains no factor before the first restart: use it with the arm "
+            "relora and relora.base_init=keep"
+        )
     if relora.base_init == "zero" and not shapes.trains_a(config):
         raise UserError(
             f"relora.base_init zero trains both factors, and relora.restart {relora.restart} only B: "

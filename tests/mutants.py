@@ -295,10 +295,10 @@ MUTANTS = [
         "tests/training/test_optimizers.py::test_scale_takes_a_tied_embedding_as_the_head",
     ),
     Mutant(
-        "the ledger measures a restart after the restart alone",
-        "run/restarts.py",
-        "self._before = self._program.restart_facts(state, self._held_out)",
-        "self._before = None",
+        "the ledger compares the logits after a restart with themselves",
+        "training/ledger.py",
+        "jnp.abs(after.logits - before.logits)",
+        "jnp.abs(after.logits - after.logits)",
         "tests/run/test_restarts.py::test_lost_merge_shows_in_the_logits",
     ),
     Mutant(
@@ -325,7 +325,7 @@ MUTANTS = [
     Mutant(
         "factors without a gradient are never named",
         "run/restarts.py",
-        "            self._raised = True\n            self._warn(u, quiet, state)",
+        "            self._raised = True\n            self._warn(u - QUIET_UPDATES, quiet, state)",
         "            self._raised = True",
         "tests/run/test_restarts.py::test_factors_without_a_gradient_are_named_once[merge_and_reinit_late-True]",
     ),

@@ -61,6 +61,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def run_all(runs: Any, slots: Any, *, ended: Any, **_: Any) -> None:
         for workdir in runs:
             workdir.mkdir(parents=True)
+            (workdir / record.CONFIG).write_text(to_json(runs[workdir]))
             arm, rate, seed = workdir.name.rsplit("-", 2)
             row = {"kind": "eval", "update": 16, "loss": state["loss"](arm, float(rate)) + int(seed)}
             (workdir / "metrics.jsonl").write_text(f"{json.dumps(row)}\n")
@@ -124,6 +125,16 @@ def test_mistake_is_one_line_before_anything_is_trained(
     assert message in line and not pretended["trained"]
 
 
+def test_results_of_other_settings_are_not_mixed_in(
+    tmp_path: pathlib.Path, pretended: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = (config_file(tmp_path), f"--workdir={tmp_path / 'study'}")
+    assert exit_code(*args, "--config.base.train.updates=24") == 0
+    for more in ((), ("--report",)):
+        assert exit_code(*args, *more) == 2
+        assert "train.updates: 24 -> 16): use another --workdir" in capsys.readouterr().err
+
+
 def test_report_trains_nothing(tmp_path: pathlib.Path, pretended: Any) -> None:
     assert exit_code(config_file(tmp_path), f"--workdir={tmp_path / 'study'}", "--report") == 0
     assert not pretended["trained"]
@@ -147,7 +158,6 @@ def test_killed_study_is_resumed_and_says_the_same(tmp_path: pathlib.Path, numbe
         time.sleep(0.2)
     killed.send_signal(number)
     assert killed.wait(timeout=60) == (75 if number == signal.SIGTERM else -9)
-    time.sleep(10)  # runs without their parent stop by themselves
     again = sandbox.start(config, "--extend", workdir="killed", command="study")
     assert again.wait(timeout=900) == whole.returncode
     first, second = (

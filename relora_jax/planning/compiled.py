@@ -57,8 +57,8 @@ class Compiler:
         """The program `name`, one of training.program.PROGRAMS."""
         low_rank = name in ("restart", "low_rank_update")
         state = program.low_rank_on_devices if low_rank else program.full_rank_on_devices
-        weights, moments = _device_bytes((state.trained, state.frozen)), _device_bytes(state.opt_state)
-        gradients = _device_bytes(state.trained) if name.endswith("_update") else 0.0
+        weights, moments = device_bytes((state.trained, state.frozen)), device_bytes(state.opt_state)
+        gradients = device_bytes(state.trained) if name.endswith("_update") else 0.0
         known = Memory(weights, moments, gradients, 0.0)
         with _target_has_cudnn():
             lowered = program.lower(name)
@@ -114,10 +114,10 @@ def _needed_bytes(message: str, state_bytes: float) -> float:
 
 def host_bytes(program: Program) -> float:
     """What a run keeps in the memory of the hosts, per device."""
-    return _device_bytes(program.low_rank_on_devices.master)
+    return device_bytes(program.low_rank_on_devices.master)
 
 
-def _device_bytes(tree: Any) -> float:
+def device_bytes(tree: Any) -> float:
     """The bytes of one device's shards."""
     shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
     return float(sum(math.prod(shape) * _bits(dtype) / 8 for shape, dtype in shapes))

@@ -192,7 +192,7 @@ def history(
 
 
 def study_curves(file: AnyPath, curves: Mapping[str, Mapping[str, Points]]) -> None:
-    """Draws each arm's perplexity over what it used, {arm: {what: points}}, with a panel for each what."""
+    """Draws each arm's perplexity over what it used, {arm: {what: points}}, each what in a panel."""
     labels = list(next(iter(curves.values())))
     figure = Figure(figsize=(12, 4.6), dpi=120, layout="constrained")
     panels = figure.subplots(1, len(labels), sharey=True)

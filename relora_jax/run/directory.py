@@ -25,6 +25,10 @@ TEMPORARY_SUFFIXES = (".new", ".tmp")  # of files that a killed process may leav
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
+class InUseError(UserError):
+    """Another process trains the run."""
+
+
 @contextlib.contextmanager
 def locked(writer: Writer, config: Config) -> Iterator[None]:
     """Creates the directory for the run of `config` and locks it against other processes.
@@ -40,7 +44,7 @@ def locked(writer: Writer, config: Config) -> Iterator[None]:
         return
 
     def refuse(process: str) -> None:
-        raise UserError(f"{workdir} is in use by process {process}: wait for it, or use another --workdir")
+        raise InUseError(f"{workdir} is in use by process {process}: wait for it, or use another --workdir")
 
     file, new_folders, is_new = workdir / LOCK, list[Path](), False
     if not is_remote(workdir):

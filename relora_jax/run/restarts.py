@@ -33,20 +33,21 @@ class Restarts:
 
     def before(self, state: TrainState) -> None:
         """Measures the state that the restart will be given."""
-        self._before = self._program.restart_facts(state, self._held_out)
+        self._before = self._program.restart_facts(state, self._held_out, after=False)
 
     def after(self, u: int, state: TrainState, due: steps.Due) -> dict[str, Any]:
         """The fields of the row of the restart at update u, which the state is the result of."""
         before, self._before = self._before, None
         assert before is not None
-        after = self._program.restart_facts(state, self._held_out)
+        after = self._program.restart_facts(state, self._held_out, after=True)
         fields = self._row(before, after, reset_due=due.reset)
+        fields |= {"moments_asked": self._config.relora.prune.fraction if due.reset else None}
         if not self._writer.active:
             return fields
         spaces = {name: np.asarray(space, np.float32) for name, space in before.spaces.items()}
         relora = self._config.relora
         earlier = self._read(u - relora.cycle_updates // relora.merges_per_cycle)
-        self._writer.write_bytes(f"{FOLDER}/{u}.npz", _packed(spaces))
+        self._writer.write_bytes(FOLDER, f"{u}.npz", _packed(spaces))
         return fields | ledger.overlaps(spaces, earlier)
 
     def _read(self, u: int) -> ledger.Spaces | None:
@@ -77,7 +78,7 @@ class QuietFactors:
             return
         if self._pending is not None and np.any(quiet := np.asarray(self._pending)):
             self._raised = True
-            self._warn(u, quiet, state)
+            self._warn(u - QUIET_UPDATES, quiet, state)
         self._pending = jnp.all(jnp.stack(self._last), axis=0)
 
     def _warn(self, u: int, quiet: np.ndarray, state: TrainState) -> None:
@@ -85,8 +86,8 @@ class QuietFactors:
         names = list(dict.fromkeys(name for name, is_quiet in zip(owners, quiet, strict=True) if is_quiet))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         self._writer.print(
-            f"warning: by update {u}, factors have had no gradient for {QUIET_UPDATES} updates: "
-            f"{', '.join(names[:3])}{more}; nothing trains them (is relora.peak_lr 0, or A and B both 0?)",
+            f"warning: factors have had no gradient for {QUIET_UPDATES} updates, up to update {u}: "
+            f"{', '.join(names[:3])}{more}; nothing trains them",
             warning=True,
         )
 

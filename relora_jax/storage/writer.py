@@ -21,14 +21,15 @@ class Writer:
 
     def write(self, name: str, text: str) -> None:
         """Replaces the file's content in one step, even if a kill comes."""
-        self.write_bytes(name, text.encode())
-
-    def write_bytes(self, name: str, content: bytes) -> None:
-        """As `write`; creates the file's directory."""
         if self.active:
-            file = self.folder / name
-            file.parent.mkdir(exist_ok=True)
-            atomic.write(file, content)
+            atomic.write(self.folder / name, text.encode())
+
+    def write_bytes(self, folder: str, name: str, content: bytes) -> None:
+        """As `write`, in a folder of the run's directory, which is created."""
+        if self.active:
+            if not is_remote(self.folder):
+                (self.folder / folder).mkdir(exist_ok=True)
+            atomic.write(self.folder / folder / name, content)
 
     def append(self, name: str) -> "Lines | ObjectLines":
         """Opens a file of lines to append to."""

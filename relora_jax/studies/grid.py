@@ -78,8 +78,13 @@ def check(study: Study) -> None:
             raise UserError(f"arm {name}: {min(unknown)} is not a setting (config.py lists them)")
         if len(set(arm.rates)) < 2 or min(arm.rates) <= 0 or list(arm.rates) != sorted(set(arm.rates)):
             raise UserError(f"arm {name}: rates {arm.rates} must be at least two, above 0 and increasing")
-    if study.arms[study.warm_start].arm in LOW_RANK_ARMS:
-        raise UserError(f"warm_start {study.warm_start} must be an arm that trains in full rank")
+    warm = study.arms[study.warm_start]
+    if warm.arm in LOW_RANK_ARMS or warm.settings.get("optimizer.name", study.base.optimizer.name) != "adamw":
+        raise UserError(f"warm_start {study.warm_start} must be an arm that trains in full rank with adamw")
+    if not 1 <= study.seeds <= study.close_seeds:
+        raise UserError(f"seeds {study.seeds} must be from 1 to close_seeds {study.close_seeds}")
+    if not 0 <= study.close < math.inf:
+        raise UserError(f"close {study.close} must be at least 0, such as 0.02")
 
 
 def config(study: Study, run: Run, folder: AnyPath) -> Config:
@@ -97,7 +102,7 @@ def config(study: Study, run: Run, folder: AnyPath) -> Config:
     else:
         result.optimizer.peak_lr = run.rate
     result.train.seed = run.seed
-    result.train.keep_last, result.train.keep_every = 1, study.base.relora.warm_start_updates
+    result.train.keep_last = 1  # beside the one at the end of the warm start, which every run keeps
     if source := source_of(study, run):
         result.train.init_from = str(folder / source.name)
     return result
@@ -181,12 +186,17 @@ def close_arms(study: Study, losses: Losses, rates: Mapping[str, float]) -> list
     ]
 
 
+def check_sources(study: Study, losses: Losses) -> None:
+    """UserError if a run that provides a warm start has diverged."""
+    rate = study.base.optimizer.peak_lr
+    for run, loss in losses.items():
+        if (run.arm, run.rate) == (study.warm_start, rate) and not math.isfinite(loss):
+            raise UserError(f"the warm start {run.name} diverged: lower base.optimizer.peak_lr")
+
+
 def _after_sources(study: Study, runs: list[Run], losses: Losses) -> list[Run]:
-    """The runs whose warm start exists, or else the runs that provide them; UserError if one diverged."""
+    """The runs whose warm start exists, and the runs that provide those of the others."""
     sources = {run: source_of(study, run) for run in runs}
-    for source in filter(None, sources.values()):
-        if not math.isfinite(losses.get(source, 0.0)):
-            raise UserError(f"the warm start {source.name} diverged: lower base.optimizer.peak_lr")
     ready = [run for run, source in sources.items() if source is None or source in losses]
     first = dict.fromkeys(source for source in sources.values() if source and source not in losses)
     return [*first, *(run for run in ready if run not in first)]

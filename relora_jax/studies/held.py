@@ -1,14 +1,13 @@
 """What an arm's last phase holds on one device, by purpose, and how far its kernels have moved."""
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from relora_jax.config import LOW_RANK_ARMS, Config
-from relora_jax.planning.compiled import Memory
+from relora_jax.planning.compiled import Memory, device_bytes
 from relora_jax.reporting import spectrum
 from relora_jax.run import record
 from relora_jax.training import ledger
@@ -22,7 +21,7 @@ def memory(config: Config) -> Memory:
     program = Program(config, make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
     low_rank = config.arm in LOW_RANK_ARMS
     state = program.low_rank_on_devices if low_rank else program.full_rank_on_devices
-    sizes = [_bytes(part) for part in ((state.trained, state.frozen), state.opt_state, state.trained)]
+    sizes = [device_bytes(part) for part in ((state.trained, state.frozen), state.opt_state, state.trained)]
     used = used_bytes(program.lower("low_rank_update" if low_rank else "full_rank_update").compile())
     return Memory(*sizes, temporaries=max(used - sum(sizes), 0.0))
 
@@ -44,7 +43,3 @@ def spectra(workdir: Path) -> dict[str, np.ndarray] | None:
 def effective_rank(values: np.ndarray) -> float:
     """The mean of `ledger.effective_rank` over the layers [layers, side]."""
     return float(np.mean(ledger.effective_rank(jnp.asarray(values))))
-
-
-def _bytes(tree: Any) -> float:
-    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))

@@ -23,8 +23,8 @@ over seeds, with its standard deviation. The difference is between runs of one s
 weights and read the same batches, in nats per token with a 95% interval (Student's t): below 0 is better.
 """
 SOONER = """\
-How much of each the arm used until it was where the worse of the two, itself or {reference}, ended, relative
-to what {reference} used: below 1 is sooner. FLOPs are those of the model's matrix products. Runs side by side
+What the arm needed to reach the final loss of the worse of the two, itself or {reference}, relative to what
+{reference} needed: below 1 is sooner. FLOPs are those of the model's matrix products. Runs side by side
 share the machine, so that seconds are rough. One seed.
 """
 
@@ -84,7 +84,7 @@ def markdown(rows: Sequence[Sequence[str]], *, names: int = 1) -> str:
 
 
 def _table(study: Study, arms: Mapping[str, ArmResult]) -> str:
-    rows = [("arm", "rate", "seeds", "perplexity", f"nats to {study.reference}")]
+    rows = [("arm", "rate", "seeds", "perplexity", f"nats vs. {study.reference}")]
     for name, arm in arms.items():
         rate = "-" if arm.best_rate is None else f"{arm.best_rate:g}"
         spread = "" if math.isnan(arm.spread) else f" ± {arm.spread:,.1f}"
@@ -149,7 +149,7 @@ def _points(arm: ArmResult) -> dict[str, list[tuple[float, float]]]:
     """{what is used: (amount, perplexity) of each evaluation}."""
     keys = {"tokens": "tokens", "FLOPs": "flops", "seconds": "seconds"}
     return {
-        label: [(getattr(p, key), math.exp(p.loss)) for p in arm.curve if getattr(p, key) > 0]
+        label: [(getattr(p, key), results.exp(p.loss)) for p in arm.curve if getattr(p, key) > 0]
         for label, key in keys.items()
     }
 

@@ -7,7 +7,7 @@ between runs of the same seed, with a 95% confidence interval of Student's t.
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,15 @@ class ArmResult:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss."""
-        return math.exp(statistics.mean(self.losses)) if self.losses else math.nan
+        """exp of the mean loss; infinite if a seed diverged."""
+        return exp(statistics.mean(self.losses)) if self.losses else math.nan
 
     @property
     def spread(self) -> float:
-        """The standard deviation of perplexity over seeds."""
-        return statistics.stdev(map(math.exp, self.losses)) if len(self.losses) > 1 else math.nan
+        """The standard deviation of perplexity over seeds; NaN if one diverged."""
+        perplexities = [exp(loss) for loss in self.losses]
+        is_finite = len(perplexities) > 1 and all(map(math.isfinite, perplexities))
+        return statistics.stdev(perplexities) if is_finite else math.nan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +70,10 @@ class Point:
     loss: float
 
 
-def paired(losses: Sequence[float], reference: Sequence[float]) -> Difference | None:
-    """Losses minus those of the reference, seed by seed; None without a finite pair."""
-    pairs = [a - b for a, b in zip(losses, reference, strict=False) if math.isfinite(a - b)]
+def paired(losses: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
+    """{seed: loss} minus those of the reference, seed by seed; None without a finite pair."""
+    pairs = [losses[seed] - reference[seed] for seed in losses.keys() & reference.keys()]
+    pairs = [pair for pair in pairs if math.isfinite(pair)]
     if not pairs:
         return None
     n, half_width = len(pairs), math.nan
@@ -88,34 +91,40 @@ def of_arms(study: Study, folder: Path, losses: Losses, *, extend: bool) -> dict
     at_best = {name: _by_seed(name, rate, losses) for name, rate in best.items() if rate}
     results = {}
     for name in study.arms:
-        by_rate = {run.rate: _exp(loss) for run, loss in losses.items() if run.arm == name and run.seed == 0}
+        by_rate = {run.rate: exp(loss) for run, loss in losses.items() if run.arm == name and run.seed == 0}
         if not by_rate:
             continue
-        rate, own = best[name], at_best.get(name, ())
-        reference = at_best.get(study.reference, ())
+        rate, own = best[name], at_best.get(name, {})
+        reference = at_best.get(study.reference, {})
         difference = None if name == study.reference else paired(own, reference)
         curve = tuple(curve_of(folder / Run(name, rate, 0).name)) if rate else ()
-        results[name] = ArmResult(name, dict(sorted(by_rate.items())), rate, own, difference, curve)
+        results[name] = ArmResult(
+            name, dict(sorted(by_rate.items())), rate, tuple(own.values()), difference, curve
+        )
     return results
 
 
 def curve_of(workdir: Path) -> list[Point]:
     """The evaluations of a run, with those of its warm start if it was trained elsewhere."""
     run = record.read(workdir)
-    points, start = list[Point](), 0
+    points, start, offset_s = list[Point](), 0, 0.0
     if run.config.train.init_from and run.low_rank_start:
-        start = run.low_rank_start
-        points = [
-            p for p in curve_of(Path(run.config.train.init_from)) if p.tokens <= start * tokens(run.config)
-        ]
-    offset_s = points[-1].seconds if points else 0.0
-    times = [(0, 0.0), *((row["update"], row["elapsed_s"]) for row in run.of("train"))]
-    at, seconds = zip(*times, strict=True)
+        start, source = run.low_rank_start, Path(run.config.train.init_from)
+        limit = start * tokens(run.config)
+        points = [point for point in curve_of(source) if point.tokens <= limit]
+        offset_s = elapsed_s(record.read(source), start)
     for update, loss in run.points("eval", "loss"):
         if update > start or not start:
-            elapsed = offset_s + float(np.interp(update, at, seconds))
-            points.append(Point(update * tokens(run.config), flops(run.config, update), elapsed, loss))
+            seconds = offset_s + elapsed_s(run, update)
+            points.append(Point(update * tokens(run.config), flops(run.config, update), seconds, loss))
     return points
+
+
+def elapsed_s(run: record.Run, update: int) -> float:
+    """Seconds in which a run did its updates up to this one, as its train rows say."""
+    times = [(0, 0.0), *((row["update"], row["elapsed_s"]) for row in run.of("train"))]
+    at, seconds = zip(*times, strict=True)
+    return float(np.interp(update, at, seconds))
 
 
 def tokens(config: Config) -> int:
@@ -164,11 +173,13 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _by_seed(name: str, rate: float, losses: Losses) -> tuple[float, ...]:
-    """The losses of seeds 0, 1, ... at a rate, as far as they are known."""
-    seeds = range(1 + max((run.seed for run in losses if (run.arm, run.rate) == (name, rate)), default=-1))
-    return tuple(losses[run] for seed in seeds if (run := Run(name, rate, seed)) in losses)
+def _by_seed(name: str, rate: float, losses: Losses) -> dict[int, float]:
+    """{seed: loss} of an arm at a rate, in the order of seeds."""
+    return dict(
+        sorted((run.seed, loss) for run, loss in losses.items() if (run.arm, run.rate) == (name, rate))
+    )
 
 
-def _exp(loss: float) -> float:
+def exp(loss: float) -> float:
+    """The perplexity of a loss; infinite where a float cannot have it."""
     return math.exp(loss) if loss < math.log(1e300) else math.inf

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from relora_jax.config import Config, changed_results, to_json
-from relora_jax.errors import DIVERGED, UserError
+from relora_jax.errors import BAD_SETTING, DIVERGED, UserError
 from relora_jax.run import metrics_file, record
 from relora_jax.storage import atomic
 
@@ -76,6 +76,8 @@ def run_all(
             while waiting and free and not stop:
                 workdir, slot = waiting.pop(0), free.pop(0)
                 running[workdir] = start(workdir, runs[workdir], slot), slot
+                if stop:  # the signal came while it was started
+                    running[workdir][0].send_signal(signal.SIGTERM)
                 bar.set_description_str(", ".join(path.name for path in running))
             time.sleep(POLL_S)
             for workdir in [path for path, (process, _) in running.items() if process.poll() is not None]:
@@ -88,6 +90,8 @@ def run_all(
                     bar.update()
                     line = f"{done}/{total} {workdir.name}: {ended(workdir, outcome)}"
                     tqdm.write(line) if not bar.disable else print(line, flush=True)
+                elif process.returncode == BAD_SETTING:
+                    raise UserError(f"run {workdir.name}: {_last_line(workdir)}")
                 elif not stop:
                     raise FailedError(f"run {workdir.name} failed ({_last_line(workdir)})")
     if stop:
@@ -98,7 +102,7 @@ def start(workdir: Path, config: Config, slot: Slot) -> "subprocess.Popen[bytes]
     """The process of a run; its output is added to `workdir`.log."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(workdir.with_name(f"{workdir.name}.json"), to_json(config).encode())
-    command = [sys.executable, "-m", "relora_jax.studies.one_run", str(workdir)]
+    command = [sys.executable, "-m", "relora_jax.studies.one_run", str(workdir), str(os.getpid())]
     with _log(workdir).open("ab") as log:
         process = subprocess.Popen(
             command,
@@ -167,7 +171,9 @@ def _stopping(running: dict[Path, tuple["subprocess.Popen[bytes]", Slot]]) -> It
 
 def _last_line(workdir: Path) -> str:
     lines = _log(workdir).read_text(errors="replace").strip().splitlines()
-    return f"{lines[-1][:300]}; see {_log(workdir)}" if lines else f"see {_log(workdir)}"
+    return (
+        f"{lines[-1][:300].removeprefix('error: ')}; see {_log(workdir)}" if lines else f"see {_log(workdir)}"
+    )
 
 
 def _log(workdir: Path) -> Path:

@@ -4,6 +4,7 @@ Computed before and after a restart, from the state and a few held-out rows. The
 those of one layer of each kind, the middle one. Shapes: A [layers, in, r], B [layers, r, out].
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,15 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from relora_jax.core import base, low_rank, reset
+from relora_jax.core.merge import HIGHEST
 from relora_jax.data.batches import Batch
 from relora_jax.model.llama import Llama
 
 LONGEST = 128  # positions of a held-out row: each has as many logits as the vocabulary has pieces
+_matmul = partial(jnp.matmul, precision=HIGHEST)
 Spaces = dict[str, np.ndarray]  # {"KIND in" or "KIND out": orthonormal columns [side, r]}
 
 
 class Facts(NamedTuple):
-    """Of one state."""
+    """Of one state; after a restart, when nothing is to be merged, the first and the last alone."""
 
     logits: Any  # [rows, L, V] of the held-out rows
     squared_norms: Any  # [kernels] of scale * (A @ B), all layers
@@ -28,11 +31,14 @@ class Facts(NamedTuple):
     moments: Any  # first moments of the factors that are not 0
 
 
-def facts(model: Llama, opt_state: Any, batch: Batch, *, rows: int) -> Facts:
+def facts(model: Llama, opt_state: Any, batch: Batch, *, rows: int, after: bool) -> Facts:
     """The facts of a low-rank state, with the first `rows` rows of the batch, and not all of their length."""
     length = min(batch.ids.shape[1] - 1, LONGEST)
     segments = None if batch.segment_ids is None else batch.segment_ids[:rows, :length]
     logits = model(batch.ids[:rows, :length], segments)
+    moments = reset.live_moments(opt_state)
+    if after:
+        return Facts(logits, (), (), {}, moments)
     norms, ranks, spaces = [], [], {}
     for path, dense in low_rank.low_rank_layers(model):
         values, of_in, of_out = jax.vmap(_singular)(dense.lora_a[...], dense.lora_b[...])
@@ -41,7 +47,7 @@ def facts(model: Llama, opt_state: Any, batch: Batch, *, rows: int) -> Facts:
         ranks.append(effective_rank(values))
         middle = of_in.shape[0] // 2
         spaces |= {f"{path[-1]} in": of_in[middle], f"{path[-1]} out": of_out[middle]}
-    return Facts(logits, jnp.stack(norms), jnp.stack(ranks), spaces, reset.live_moments(opt_state))
+    return Facts(logits, jnp.stack(norms), jnp.stack(ranks), spaces, moments)
 
 
 def effective_rank(values: Any) -> Any:
@@ -62,7 +68,6 @@ def row(config: Any, before: Facts, after: Facts, *, reset_due: bool) -> dict[st
         "logits_rms": jnp.sqrt(jnp.mean(jnp.square(before.logits))),
         "base_rounding": jnp.max(kind.spacing(one)),
         "moments_cleared": cleared if reset_due else None,
-        "moments_asked": config.relora.prune.fraction if reset_due else None,
         "delta_norm": jnp.sqrt(jnp.sum(before.squared_norms)),
         "effective_rank": jnp.mean(before.effective_ranks),
     }
@@ -87,5 +92,5 @@ def _singular(a: Any, b: Any) -> tuple[Any, Any, Any]:
     """(singular values of A @ B, orthonormal bases of its columns [in, r] and of its rows [out, r])."""
     qa, ra = jnp.linalg.qr(a.astype(jnp.float32))
     qb, rb = jnp.linalg.qr(b.astype(jnp.float32).T)
-    u, values, vt = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
-    return values, qa @ u, qb @ vt.T
+    u, values, vt = jnp.linalg.svd(_matmul(ra, rb.T), full_matrices=False)
+    return values, _matmul(qa, u), _matmul(qb, vt.T)

@@ -76,8 +76,8 @@ class Galore(Optimizer):
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are no counts."""
-        if not all(value >= 1 and value == int(value) for value in (self.rank, self.updates)):
-            raise ValueError(f"{self}: rank and updates must be integers of at least 1")
+        if not all(value >= 1 and value.is_integer() for value in (self.rank, self.updates)):
+            raise ValueError(f"name {self}: rank and updates must be integers of at least 1")
 
     def scaling(self, params: Any, adam: optax.GradientTransformation) -> optax.GradientTransformation:
         """In the groups "kernels" and "rest"."""

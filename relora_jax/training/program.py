@@ -63,7 +63,7 @@ class Program:
             )
         self._updates: dict[bool, tuple[str, Any]] = {}
         self._eval: dict[bool, Any] = {}
-        self._facts: Any = None
+        self._facts: dict[bool, Any] = {}
         self._sample: dict[bool, Any] = {}
 
     def state_at(self, u: int) -> TrainState:
@@ -108,20 +108,20 @@ class Program:
         """`steps.restart`; the state is donated."""
         return self._restart(state, reset=reset)
 
-    def restart_facts(self, state: TrainState, batch: Batch) -> ledger.Facts:
-        """`ledger.facts` of a low-rank state, with one held-out row of the batch per device that has some."""
-        if self._facts is None:
+    def restart_facts(self, state: TrainState, batch: Batch, *, after: bool) -> ledger.Facts:
+        """`ledger.facts` of a low-rank state before or after a restart, with one row for each data shard."""
+        if after not in self._facts:
             rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
             def call(state: TrainState, batch: Batch) -> ledger.Facts:
                 model = self.low_phase.model(state.trained, state.frozen)
-                return ledger.facts(model, state.opt_state, batch, rows=rows)
+                return ledger.facts(model, state.opt_state, batch, rows=rows, after=after)
 
             replicated = NamedSharding(self.mesh, PartitionSpec())
             out: Any = (self.eval_rows, *[replicated] * 4)
-            out = ledger.Facts(*out)
-            self._facts = jax.jit(on_mesh(call, self.mesh, without_master(self._low)), out_shardings=out)
-        return self._facts(without_master(state), batch)
+            call_on_mesh = on_mesh(call, self.mesh, without_master(self._low))
+            self._facts[after] = jax.jit(call_on_mesh, out_shardings=ledger.Facts(*out))
+        return self._facts[after](without_master(state), batch)
 
     def eval_step(self, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """`steps.eval_step` for the phase of the state."""
@@ -173,7 +173,7 @@ class Program:
         """The jitted update of a phase, with a policy of rematerialization."""
         phase, state = (self.low_phase, without_master(self._low)) if low else (self.phase, self._full)
         step = partial(steps.train_step, self.config, dataclasses.replace(phase, remat=policy))
-        out = (self._shardings(state), None)
+        out = (self._shardings(state), NamedSharding(self.mesh, PartitionSpec()))
         return jax.jit(on_mesh(step, self.mesh, state), donate_argnums=0, out_shardings=out)
 
     def _lower_update(self, update: Any, *, low: bool) -> Any:

@@ -1,6 +1,5 @@
 """The row of a restart shows a merge that changes the function, and a reset that clears nothing."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from relora_jax.run.restarts import QUIET_UPDATES, QuietFactors, Restarts
 from relora_jax.storage.writer import Writer
 from relora_jax.training import ledger, steps
 from relora_jax.training.program import Program
-from relora_jax.training.state import flatten
+from relora_jax.training.state import flatten, unflatten
 from tests.support import small
 
 RESTART = 8  # W = 4, cycles of 4
@@ -34,7 +33,7 @@ def restarted(
     restarts = Restarts(config, program, Writer(tmp_path), held_out)
     restarts.before(state)
     state, due = program.begin_update(RESTART, state)
-    state = merged(state) if merged else state
+    state = merged(state, before) if merged else state
     row = restarts.after(RESTART, state, due)
     return {key: None if value is None else float(value) for key, value in row.items()}, before, state
 
@@ -54,8 +53,9 @@ def test_base_of_bfloat16_changes_logits_by_its_own_rounding(tmp_path: Path) -> 
 
 
 def test_lost_merge_shows_in_the_logits(tmp_path: Path) -> None:
-    def lost(state: Any) -> Any:  # the factors are zero again, the kernels as before
-        return dataclasses.replace(state, frozen=jax.tree.map(lambda w: w * 1.01, state.frozen))
+    def lost(state: Any, before: dict[str, Any]) -> Any:  # new factors, and the kernels as before
+        kernels = {path: jnp.asarray(value) for path, value in before.items() if path.startswith("frozen")}
+        return unflatten(flatten(state) | kernels, state)
 
     row, _, _ = restarted(tmp_path, merged=lost)
     assert row["logits_change"] > 1e-3 * row["logits_rms"]

@@ -106,8 +106,11 @@ def test_run_that_diverges_is_a_result() -> None:
 
 
 def test_diverged_warm_start_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"warm start full-0\.2-0 diverged: lower base\.optimizer"):
-        ended(study(), lambda run: math.inf if run.arm == "full" else valley(run))
+    losses = {Run("full", 0.1, 0): math.inf}
+    grid.check_sources(study(), losses)
+    losses |= {Run("full", 0.2, 1): math.inf}
+    with pytest.raises(UserError, match=r"warm start full-0\.2-1 diverged: lower base\.optimizer"):
+        grid.check_sources(study(), losses)
 
 
 def test_runs_of_a_seed_share_the_warm_start_and_everything_but_their_own_settings() -> None:
@@ -118,7 +121,6 @@ def test_runs_of_a_seed_share_the_warm_start_and_everything_but_their_own_settin
     assert {low.train.seed, cold.train.seed, full.train.seed} == {3}
     assert cold.relora.warm_start_updates == 0 and of.base.relora.warm_start_updates == 4
     source = grid.config(of, Run("full", 0.2, 3), folder)
-    assert source.train.keep_every == 4  # so that the checkpoint at W stays
     changed = changed_results(source, low)
     assert [text.partition(":")[0] for text in changed] == ["arm", "relora.peak_lr", "train.init_from"]
     for config in (low, cold, full):
@@ -130,7 +132,14 @@ def test_runs_of_a_seed_share_the_warm_start_and_everything_but_their_own_settin
     [
         ({"reference": "best"}, "has no arm best"),
         ({"warm_start": "low"}, "must be an arm that trains in full rank"),
+        (
+            {"arms": {"full": Arm(arm="full", rates=RATES, settings={"optimizer.name": "muon"})}},
+            "in full rank with adamw",
+        ),
         ({"arms": {"full": Arm(arm="full", rates=(0.1,))}}, "must be at least two"),
+        ({"seeds": 0}, "seeds 0 must be from 1"),
+        ({"seeds": 9}, "to close_seeds 5"),
+        ({"close": -1.0}, "close -1.0 must be at least 0"),
         ({"arms": {"full": Arm(arm="full", rates=(0.2, 0.1))}}, "increasing"),
         ({"arms": {"full": Arm(arm="full", rates=RATES, settings={"relora.r": 1})}}, "relora.r is not a"),
     ],

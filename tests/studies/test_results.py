@@ -20,17 +20,18 @@ def test_interval_covers_the_true_difference_in_95_of_100_studies() -> None:
     rng, inside, trials = np.random.default_rng(0), 0, 2000
     for _ in range(trials):
         seeds = rng.normal(0, 1, 4)  # what both runs of a pair share
-        difference = paired(list(seeds + rng.normal(0.3, 0.1, 4)), list(seeds + rng.normal(0, 0.1, 4)))
+        ours, theirs = seeds + rng.normal(0.3, 0.1, 4), seeds + rng.normal(0, 0.1, 4)
+        difference = paired(dict(enumerate(ours)), dict(enumerate(theirs)))
         assert difference is not None and difference.pairs == 4
         inside += abs(difference.mean - 0.3) <= difference.half_width
     assert abs(inside / trials - 0.95) < 4 * math.sqrt(0.95 * 0.05 / trials)
 
 
 def test_single_pair_has_no_interval_and_diverged_runs_are_no_pairs() -> None:
-    one = paired([3.0, math.inf], [2.5, 2.0])
+    one = paired({0: 3.0, 1: math.inf, 4: 9.0}, {0: 2.5, 1: 2.0, 3: 1.0})
     assert one is not None and (one.mean, one.pairs, one.is_clear) == (0.5, 1, False)
     assert math.isnan(one.half_width)
-    assert paired([math.inf], [1.0]) is None and paired([], [1.0]) is None
+    assert paired({0: math.inf}, {0: 1.0}) is None and paired({1: 2.0}, {0: 1.0}) is None
 
 
 def test_pairs_are_of_the_same_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +40,7 @@ def test_pairs_are_of_the_same_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     study = Study(name="s", base=small.config(), arms=arms)
     losses = {Run(name, rate, 0): 5.0 for name in arms for rate in (1.0, 3.0)}
     losses |= {Run("full", 2.0, seed): loss for seed, loss in enumerate((2.0, 3.0, 4.0))}
-    losses |= {Run("other", 2.0, seed): loss for seed, loss in enumerate((2.1, 3.1, 4.1))}
+    losses |= {Run("other", 2.0, seed): loss for seed, loss in ((2, 4.1), (0, 2.1), (1, 3.1), (7, 3.1))}
     arms_of = results.of_arms(study, tmp_path, losses, extend=False)
     other = arms_of["other"]
     assert other.difference is not None and other.difference.is_clear

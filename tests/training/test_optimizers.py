@@ -185,8 +185,12 @@ def test_run_is_the_same_on_any_mesh(name: str, shape: tuple[int, int, int]) -> 
     ("settings", "message"),
     [
         ({"optimizer__name": "sgd"}, "optimizer.name 'sgd' is not valid: use adamw, muon, galore"),
-        ({"optimizer__name": "galore(0, 200)"}, "optimizer.galore(0.0, 200.0): rank and updates must be"),
+        (
+            {"optimizer__name": "galore(0, 200)"},
+            "optimizer.name galore(0.0, 200.0): rank and updates",
+        ),
         ({"optimizer__name": "galore(8, 1.5)"}, "integers of at least 1"),
+        ({"optimizer__name": "galore(inf, 2)"}, "integers of at least 1"),
     ],
 )
 def test_wrong_name_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:

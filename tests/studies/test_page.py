@@ -1,0 +1,67 @@
+"""A study's report, from the files of runs that ended, diverged, or share a warm start."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from relora_jax.config import to_json
+from relora_jax.run import record
+from relora_jax.studies import grid, page, results
+from relora_jax.studies.grid import Arm, Run, Study
+from tests.support import small
+
+RATES = (0.1, 0.2, 0.4)
+
+
+@pytest.fixture
+def study() -> Study:
+    base = small.config("relora")
+    base.optimizer.peak_lr = 0.2
+    arms = {"full": Arm(arm="full", rates=RATES), "low": Arm(arm="relora", rates=RATES)}
+    return Study(name="s", base=base, arms=arms, seeds=2, close_seeds=2)
+
+
+def train(study: Study, folder: Path, run: Run, loss: float) -> None:
+    """Writes the files of a run whose updates take a second each, and which ends with the loss."""
+    config, workdir = grid.config(study, run, folder), folder / run.name
+    workdir.mkdir(parents=True)
+    (workdir / record.CONFIG).write_text(to_json(config))
+    start = config.low_rank_start if config.train.init_from else 0
+    updates = range(start + 1, 17)
+    rows = [{"kind": "train", "update": u, "elapsed_s": float(u - start)} for u in updates]
+    for u in range(start, 17, 4):
+        value = loss + (16 - u) / 10
+        perplexity = results.exp(value)
+        rows.append(
+            {"kind": "eval", "update": u, "loss": value, "perplexity": perplexity}
+            if math.isfinite(loss)
+            else {"kind": "eval", "update": u, "loss": None, "perplexity": None}
+        )
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def test_report_of_a_study_in_which_a_seed_diverged(study: Study, tmp_path: Path) -> None:
+    losses = {Run(arm, rate, 0): 2 + abs(math.log(rate / 0.2)) for arm in study.arms for rate in RATES}
+    losses |= {Run("full", 0.2, 1): 2.5, Run("low", 0.2, 1): math.inf}
+    for run, loss in losses.items():
+        train(study, tmp_path, run, loss)
+    text = page.write(study, tmp_path, losses, extend=False).read_text()
+    assert "| full | 0.2 | 2 | 9.5 ± 3.4 |  |" in text
+    assert "| low | 0.2 | 2 | inf | +0.000 |" in text  # one pair is left
+    assert "**0.2: 7.4**" in text and "14.8" in text
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["arms"]["low"]["losses"] == [2.0, None] and saved["arms"]["low"]["perplexity"] is None
+    assert saved["bytes"]["full"]["moments"] > saved["bytes"]["low"]["moments"] > 0
+    assert {"curves.png", "rates.png", "report.html"} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_curve_continues_that_of_its_warm_start_in_time_too(study: Study, tmp_path: Path) -> None:
+    train(study, tmp_path, Run("full", 0.2, 0), 2.0)
+    train(study, tmp_path, Run("low", 0.2, 0), 1.5)
+    curve = results.curve_of(tmp_path / "low-0.2-0")
+    per_update = results.tokens(study.base)
+    assert [point.tokens for point in curve] == [u * per_update for u in (0, 4, 8, 12, 16)]
+    assert [point.seconds for point in curve] == [0, 4, 8, 12, 16]
+    assert [round(point.loss, 6) for point in curve] == [3.6, 3.2, 2.3, 1.9, 1.5]
