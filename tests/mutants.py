@@ -41,6 +41,20 @@ MUTANTS = [
         "tests/run/test_processes.py::test_process_with_other_facts_is_named",
     ),
     Mutant(
+        "a best rate at the edge of its grid is a result",
+        "studies/grid.py",
+        "elif beyond := _beyond(rates, name, losses):",
+        "elif beyond := None:",
+        "tests/studies/test_grid.py::test_grid_stops_growing_and_says_so",
+    ),
+    Mutant(
+        "losses are paired by their order, not by seed",
+        "studies/results.py",
+        "[losses[seed] - reference[seed] for seed in losses.keys() & reference.keys()]",
+        "[a - b for a, b in zip(losses.values(), reference.values(), strict=False)]",
+        "tests/studies/test_results.py::test_single_pair_has_no_interval_and_diverged_runs_are_no_pairs",
+    ),
+    Mutant(
         "positions that do not restart with a document",
         "model/llama.py",
         "    return index - starts,",
