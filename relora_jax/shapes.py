@@ -156,17 +156,26 @@ def count(config: Config) -> Counts:
     model, total = config.model, parameters(config.model)
     if config.arm not in LOW_RANK_ARMS:
         return Counts(total, total, 0)
-    targets = target_kernels(config).values()
-    kernels_frozen = model.layers * sum(m * n for m, n in targets)
-    of_a, of_b = (model.layers * config.relora.rank * sum(side) for side in zip(*targets, strict=True))
-    frozen_a = 0 if trains_a(config) else of_a
-    trained = total - kernels_frozen + of_a + of_b - frozen_a
-    return Counts(total, trained, kernels_frozen + frozen_a)
+    frozen = model.layers * sum(m * n for m, n in target_kernels(config).values())
+    trained = total - frozen + trained_factors(config)
+    return Counts(total, trained, frozen + (0 if trains_a(config) else _factors(config)[0]))
+
+
+def trained_factors(config: Config) -> int:
+    """The parameters of the factors that are trained; 0 in the arms without factors."""
+    of_a, of_b = _factors(config) if config.arm in LOW_RANK_ARMS else (0, 0)
+    return of_b + (of_a if trains_a(config) else 0)
 
 
 def trains_a(config: Config) -> bool:
     """Whether the restart method trains A, as it does B."""
     return restart.parse(config.relora.restart).trains_a
+
+
+def _factors(config: Config) -> tuple[int, int]:
+    """The parameters of all A, and of all B."""
+    scale, targets = config.model.layers * config.relora.rank, target_kernels(config).values()
+    return scale * sum(m for m, _ in targets), scale * sum(n for _, n in targets)
 
 
 def matmul_flops_per_token(config: Config, *, low_rank: bool) -> int:
@@ -180,7 +189,7 @@ def matmul_flops_per_token(config: Config, *, low_rank: bool) -> int:
     targets = target_kernels(config).values() if low_rank else ()
     weights = sum(m * n for m, n in sizes.values()) * model.layers + model.hidden * model.vocab_size
     frozen = model.layers * sum(m * n for m, n in targets)
-    of_a, of_b = (model.layers * config.relora.rank * sum(m_n[i] for m_n in targets) for i in range(2))
+    of_a, of_b = _factors(config) if low_rank else (0, 0)
     # the fused form computes y and dx with W + scale * A @ B: only gradients are of the factors
     of_both = 6 * (of_a + of_b) if trains_a(config) else 4 * of_a + 6 * of_b
     if config.relora.product == "fused":

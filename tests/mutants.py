@@ -318,15 +318,15 @@ MUTANTS = [
     Mutant(
         "moments that were 0 before count as cleared",
         "training/ledger.py",
-        "cleared = 1 - after.moments / jnp.maximum(before.moments, 1)",
-        "cleared = before.moments * 0 + config.relora.prune.fraction",
+        "1 - after.moments / before.moments",
+        "1 - 0 * after.moments / before.moments",
         "tests/run/test_restarts.py::test_reset_that_clears_nothing_shows",
     ),
     Mutant(
         "the norm of what is merged is without its scale",
         "training/ledger.py",
-        "values = dense.scale * values",
-        "values = 1.0 * values",
+        "f.scale * _singular_values(f.a_gram, f.b_gram)",
+        "_singular_values(f.a_gram, f.b_gram)",
         "tests/run/test_restarts.py::test_norm_and_effective_rank_are_those_of_what_was_merged[one_sided]",
     ),
     Mutant(
@@ -342,6 +342,27 @@ MUTANTS = [
         "            self._raised = True\n            self._warn(u - QUIET_UPDATES, quiet, state)",
         "            self._raised = True",
         "tests/run/test_restarts.py::test_factors_without_a_gradient_are_named_once[merge_and_reinit_late-True]",
+    ),
+    Mutant(
+        "layers of a frozen A are drawn in one batch of LAPACK calls",
+        "core/draw.py",
+        "jax.lax.map(lambda layer_key: draw(layer_key, (m, n), dtype), keys)",
+        "jax.vmap(lambda layer_key: draw(layer_key, (m, n), dtype))(keys)",
+        "tests/core/test_one_sided.py::test_layers_are_drawn_one_after_another",
+    ),
+    Mutant(
+        "a frozen A is not read from a checkpoint's frozen part",
+        "checkpoint/variables.py",
+        "trained if trained in self._specs else names.frozen(path)",
+        "trained",
+        "tests/hf/test_exporting.py::test_frozen_a_is_exported_like_a_trained_one",
+    ),
+    Mutant(
+        "a frozen A counts as trained",
+        "shapes.py",
+        "return of_b + (of_a if trains_a(config) else 0)",
+        "return of_b + of_a",
+        "tests/model/test_llama.py::test_counts_by_shape_equal_the_counts_of_the_variables[False-llama]",
     ),
     Mutant(
         "one_sided trains A",

@@ -38,6 +38,11 @@ def check(config: Config) -> None:
             f"--peer=torch has no relora.base_dtype {config.relora.base_dtype}: set it to "
             f"{' or '.join(BASE_DTYPES)}, or omit --peer"
         )
+    if config.optimizer.name != "adamw" or not shapes.trains_a(config):
+        raise UserError(
+            f"--peer=torch has AdamW and LoRA's two factors alone: set optimizer.name=adamw (not "
+            f"{config.optimizer.name}) and relora.restart=merge_and_reinit (not {config.relora.restart})"
+        )
     if not config.data.attend_across_documents:
         raise UserError("--peer=torch has no separate documents: pass --config.data.attend_across_documents")
     if len(jax.devices()) > 1:

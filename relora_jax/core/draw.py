@@ -44,7 +44,10 @@ DRAWS: dict[str, Draw] = {
 
 
 def layers(draw: Draw, key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A factor of shape [*layers, m, n], each layer drawn from a separate key."""
+    """A factor of shape [*layers, m, n], each layer drawn from a separate key.
+
+    One after another: on a CPU, batched LAPACK calls can wait for each other for ever (training/ledger.py).
+    """
     *stacked, m, n = shape
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(math.prod(stacked)))
-    return jax.vmap(lambda layer_key: draw(layer_key, (m, n), dtype))(keys).reshape(shape)
+    return jax.lax.map(lambda layer_key: draw(layer_key, (m, n), dtype), keys).reshape(shape)

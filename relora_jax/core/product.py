@@ -80,18 +80,9 @@ def kept(key: Any, shape: tuple[int, ...], dropout: float) -> Bool[Array, "*shap
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
-def _fused(
-    x: Any,
-    w: Any,
-    a: Any,
-    b: Any,
-    base: Base,
-    scale: float,
-    frozen_a: bool,
-    precision: Any,
-    out_sharding: Any,
-) -> Any:
+def _fused(x: Any, w: Any, a: Any, b: Any, *options: Any) -> Any:
     """x @ (W + scale * A @ B); its backward pass never forms x^T dy, which is as large as W."""
+    base, scale, _, precision, out_sharding = options
     kernel = _fused_kernel(x.dtype, w, a, b, base, scale, precision)
     return jnp.matmul(x, kernel, precision=precision, out_sharding=out_sharding)
 
@@ -104,18 +95,8 @@ def _fused_kernel(dtype: Any, w: Any, a: Any, b: Any, base: Base, scale: float, 
     return (base.read(w).astype(wide) + scale * delta.astype(wide)).astype(dtype)
 
 
-def _fused_forward(
-    x: Any,
-    w: Any,
-    a: Any,
-    b: Any,
-    base: Base,
-    scale: float,
-    frozen_a: bool,
-    precision: Any,
-    out_sharding: Any,
-) -> Any:
-    y = _fused(x, w, a, b, base, scale, frozen_a, precision, out_sharding)
+def _fused_forward(x: Any, w: Any, a: Any, b: Any, *options: Any) -> Any:
+    y, (_, _, frozen_a, precision, _) = _fused(x, w, a, b, *options), options
     if frozen_a:
         x = checkpoint_name(jnp.matmul(x, a.astype(x.dtype), precision=precision), PRODUCT)
     return y, (x, w, a, b)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from relora_jax import shapes
 from relora_jax.errors import UserError
 from relora_jax.reporting import html, pictures, samples, spectrum
 from relora_jax.run import goodput, metrics_file
@@ -21,9 +22,9 @@ ARMS = {
     "relora": "low-rank updates, merged into the frozen kernels at every restart",
 }
 FACTORS = """
-Each target kernel W is frozen, and only a thin pair of factors, A [in, r] and B [r, out], is trained: the
-layer computes `x @ W + (alpha / r) * (x @ A) @ B`. Embeddings, norms and the head are trained in full
-throughout. One such low-rank update changes W in at most r directions.
+Each target kernel W is frozen, beside a thin pair of factors, A [in, r] and B [r, out], of which {trained}
+trained: the layer computes `x @ W + (alpha / r) * (x @ A) @ B`. Embeddings, norms and the head are trained in
+full throughout. One such low-rank update changes W in at most r directions.
 """
 RESTARTS = """\
 ReLoRA therefore restarts regularly: it merges the product into W, reinitializes the factors and prunes their
@@ -58,7 +59,9 @@ def _title(run: Run) -> str:
         last, (update, perplexity) = evaluations[-1]["perplexity"], run.perplexities()[-1]
         text += f" Validation perplexity {perplexity} after {update:,} updates"
         text += f", {last / unigram:.2f} times that of the unigram distribution." if last and unigram else "."
-    method = (FACTORS if run.low_rank else "") + (RESTARTS if run.config.arm == "relora" else "")
+    trained = "both are" if shapes.trains_a(run.config) else "B alone is"
+    method = FACTORS.format(trained=trained) if run.low_rank else ""
+    method += RESTARTS if run.config.arm == "relora" else ""
     return f"# {samples.escape(run.config.name)}, arm {run.config.arm}\n\n{text}\n{method}"
 
 
@@ -73,6 +76,7 @@ def _settings(run: Run) -> dict[str, str]:
     model, relora, facts = run.config.model, run.config.relora, run.facts
     shape = f"{model.layers} layers, hidden size {model.hidden}, MLP size {model.mlp}, {model.heads} heads"
     table = {"model": f"{shape}, vocabulary size {model.vocab_size:,}"}
+    table["optimizer"] = run.config.optimizer.name
     if run.low_rank:
         start = run.low_rank_start
         table["warm start"] = f"the first {start:,} updates, full-rank" if start else "none"
@@ -80,11 +84,12 @@ def _settings(run: Run) -> dict[str, str]:
         table["low-rank update"] = f"r = {relora.rank}, alpha = {relora.alpha:g}, targets: {targets}"
     if run.config.arm == "relora":
         merges = f", {relora.merges_per_cycle} merges per cycle" if relora.merges_per_cycle > 1 else ""
+        table["restart method"] = relora.restart
         table["restarts"] = f"every {relora.cycle_updates:,} updates of the low-rank phase{merges}"
         table["reset of the factors' moments"] = f"prune = {relora.prune}"
     reduction = facts.get("reduction_percent")
     return table | {
-        "trained parameters": number(facts.get("trained"), ",") + _factors(facts),
+        "trained parameters": number(facts.get("trained"), ",") + _factors(run),
         "frozen parameters": number(facts.get("frozen"), ","),
         "parameters of the full-rank model": number(facts.get("full_rank_total"), ","),
         "reduction in trained parameters": "-" if reduction is None else f"{reduction:.1f}%",
@@ -93,9 +98,9 @@ def _settings(run: Run) -> dict[str, str]:
     }
 
 
-def _factors(facts: dict[str, Any]) -> str:
+def _factors(run: Run) -> str:
     """How many of the trained parameters are factors, which the full-rank model does not have."""
-    factors = facts.get("trained", 0) + facts.get("frozen", 0) - facts.get("full_rank_total", 0)
+    factors = shapes.trained_factors(run.config) if "trained" in run.facts else 0
     return f", of which {factors:,} are factors" if factors > 0 else ""
 
 

@@ -5,7 +5,6 @@ workdir/restarts/UPDATE.npz    the spaces of what was merged (see training/ledge
 
 import io
 from collections import deque
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from relora_jax.training.program import Program
 from relora_jax.training.state import TrainState
 
 FOLDER = "restarts"
+MOMENTS = ("moments_cleared", "moments_asked")  # of a reset alone
 QUIET_UPDATES = 20  # without a gradient, until the alarm
 
 
@@ -29,7 +29,8 @@ class Restarts:
     def __init__(self, config: Config, program: Program, writer: Writer, held_out: Batch) -> None:
         self._config, self._program, self._writer, self._held_out = config, program, writer, held_out
         self._before: ledger.Facts | None = None
-        self._row = jax.jit(partial(ledger.row, config), static_argnames="reset_due")
+        self._changes = jax.jit(ledger.changes)
+        self._base_rounding = ledger.base_rounding(config.relora.base_dtype)
 
     def before(self, state: TrainState) -> None:
         """Measures the state that the restart will be given."""
@@ -39,16 +40,17 @@ class Restarts:
         """The fields of the row of the restart at update u, which the state is the result of."""
         before, self._before = self._before, None
         assert before is not None
-        after = self._program.restart_facts(state, self._held_out, after=True)
-        fields = self._row(before, after, reset_due=due.reset)
-        fields |= {"moments_asked": self._config.relora.prune.fraction if due.reset else None}
+        after, relora = self._program.restart_facts(state, self._held_out, after=True), self._config.relora
+        fields: dict[str, Any] = self._changes(before, after)
+        fields |= {"base_rounding": self._base_rounding}
+        fields |= {"moments_asked": relora.prune.fraction} if due.reset else dict.fromkeys(MOMENTS)
         if not self._writer.active:
             return fields
-        spaces = {name: np.asarray(space, np.float32) for name, space in before.spaces.items()}
-        relora = self._config.relora
+        factors = jax.tree.map(np.asarray, before.factors)
+        spaces = ledger.spaces(factors)
         earlier = self._read(u - relora.cycle_updates // relora.merges_per_cycle)
         self._writer.write_bytes(FOLDER, f"{u}.npz", _packed(spaces))
-        return fields | ledger.overlaps(spaces, earlier)
+        return fields | ledger.merged(factors) | ledger.overlaps(spaces, earlier)
 
     def _read(self, u: int) -> ledger.Spaces | None:
         file = self._writer.folder / FOLDER / f"{u}.npz"

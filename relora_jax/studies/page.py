@@ -13,14 +13,17 @@ from relora_jax.reporting import html, pictures, spectrum
 from relora_jax.run.directory import PACKAGES
 from relora_jax.run.format import number
 from relora_jax.storage import atomic
-from relora_jax.studies import grid, held, results
+from relora_jax.studies import grid, results
 from relora_jax.studies.grid import Losses, Run, Study
+from relora_jax.studies.memory import memory
 from relora_jax.studies.results import ArmResult
+from relora_jax.training import ledger
 
 NOTES = """\
 Each arm at the best of its learning rates, tuned with seed 0. Perplexity is exp of the mean validation loss
 over seeds, with its standard deviation. The difference is between runs of one seed, which start from the same
-weights and read the same batches, in nats per token with a 95% interval (Student's t): below 0 is better.
+weights and read the same batches, in nats per token with a 95% interval (Student's t): below 0 is better,
+and bold if the interval excludes 0.
 """
 SOONER = """\
 What the arm needed to reach the final loss of the worse of the two, itself or {reference}, relative to what
@@ -61,9 +64,9 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
         parts += ["![Perplexity over tokens, FLOPs and seconds](curves.png)\n"]
     if study.reference in drawn:
         parts += ["## Sooner or later\n", _sooner(study, drawn), SOONER.format(reference=study.reference)]
-    kept = {name: held.memory(grid.config(study, _run(arm), folder)) for name, arm in arms.items()}
+    kept = {name: memory(grid.config(study, _run(arm), folder)) for name, arm in arms.items()}
     parts += ["\n## Memory\n", _memory(study, arms, kept), MEMORY]
-    moved = {name: held.spectra(folder / _run(arm).name) for name, arm in arms.items() if arm.best_rate}
+    moved = {name: results.spectra(folder / _run(arm).name) for name, arm in arms.items() if arm.best_rate}
     if moved := {name: values for name, values in moved.items() if values}:
         pictures.study_spectra(folder / "spectra.png", {name: values[KIND] for name, values in moved.items()})
         parts += ["## Summed update\n", _moved(moved), MOVED, "![Singular values](spectra.png)\n"]
@@ -113,7 +116,7 @@ def _moved(moved: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     rows = [("arm", "norm", "effective rank", "values below 0.1")]
     for name, kinds in moved.items():
         norm = math.sqrt(sum(float(np.sum(np.square(values))) for values in kinds.values()))
-        rank = float(np.mean([held.effective_rank(values) for values in kinds.values()]))
+        rank = float(np.mean([ledger.effective_rank(values) for values in kinds.values()]))
         small = sum(spectrum.below(values) for values in kinds.values())
         count = f"{small:,} of {sum(values.size for values in kinds.values()):,}"
         rows.append((name, f"{norm:,.1f}", f"{rank:,.1f}", count))
@@ -124,7 +127,8 @@ def _difference(arm: ArmResult) -> str:
     if arm.difference is None:
         return ""
     interval = "" if math.isnan(arm.difference.half_width) else f" ± {arm.difference.half_width:.3f}"
-    return f"{arm.difference.mean:+.3f}{interval}"
+    text = f"{arm.difference.mean:+.3f}{interval}"
+    return f"**{text}**" if arm.difference.is_clear else text
 
 
 def _rates(study: Study, arms: Mapping[str, ArmResult], *, extend: bool, losses: Losses) -> str:

@@ -118,7 +118,7 @@ class Program:
                 return ledger.facts(model, state.opt_state, batch, rows=rows, after=after)
 
             replicated = NamedSharding(self.mesh, PartitionSpec())
-            out: Any = (self.eval_rows, *[replicated] * 4)
+            out: Any = (self.eval_rows, replicated, replicated)
             call_on_mesh = on_mesh(call, self.mesh, without_master(self._low))
             self._facts[after] = jax.jit(call_on_mesh, out_shardings=ledger.Facts(*out))
         return self._facts[after](without_master(state), batch)

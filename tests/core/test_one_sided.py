@@ -1,5 +1,6 @@
 """RSO: A is drawn and frozen, B alone is trained, and restarts change the function no more than ReLoRA's."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,6 +75,14 @@ def test_orthonormal_a_has_orthogonal_columns_of_equal_length_and_is_isotropic()
     np.testing.assert_allclose(gram, np.broadcast_to(np.eye(3) * 6 / 3, gram.shape), atol=1e-5)
     np.testing.assert_allclose(np.mean(a @ a.transpose(0, 2, 1), axis=0), np.eye(6), atol=0.12)
     assert np.abs(a.mean(0)).max() < 5 / np.sqrt(2000)  # QR alone prefers one sign of the diagonal
+
+
+def test_layers_are_drawn_one_after_another() -> None:
+    """A batched LAPACK call may never end on few cores (training/ledger.py)."""
+    of_layers = partial(draw.layers, draw.orthonormal, shape=(4, 24, 5), dtype=jnp.float32)
+    text = jax.jit(of_layers).lower(jax.random.key(0)).as_text()
+    calls = [line for line in text.splitlines() if "lapack_" in line and "custom_call" in line]
+    assert calls and not any("4x24x5" in line for line in calls)
 
 
 def multiply(x: Any, b: Any, *, form: str, a: Any, w: Any, dtype: Any = jnp.float32) -> Any:

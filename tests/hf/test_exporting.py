@@ -20,6 +20,7 @@ from ml_dtypes import bfloat16
 
 from relora_jax import shapes
 from relora_jax.checkpoint.saved import Checkpoint, DamagedError
+from relora_jax.checkpoint.variables import variables_of
 from relora_jax.config import Config
 from relora_jax.core import low_rank
 from relora_jax.data.prepared import prepare
@@ -85,6 +86,25 @@ def test_bfloat16_export_is_float32_rounded_to_nearest(
         {name: array.astype(bfloat16) for name, array in wide.items()},
     )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_frozen_a_is_exported_like_a_trained_one(
+    saved_run: SavedRun, tmp_path: pathlib.Path, capsys: Any
+) -> None:
+    config = dataclasses.replace(CONFIG, relora=dataclasses.replace(CONFIG.relora, restart="one_sided"))
+    run = save_run(tmp_path / "run", config, saved_run.prepared)
+    merged = of_model(low_rank.unwrap(copy_model(run.model)))
+    actual = tensors(export_run(capsys, run, tmp_path / "out"))
+    for name, array in merged.items():
+        np.testing.assert_allclose(actual[name], array, rtol=3e-7, atol=1e-8, err_msg=name)
+    adapter = export_run(capsys, run, tmp_path / "adapted", "--adapter") / "adapter"
+    (adapter / "adapter_model.safetensors").rename(adapter / "model.safetensors")
+    q, stem = run.model.blocks.attention.q, "base_model.model.model.layers.1.self_attn.q_proj"
+    np.testing.assert_array_equal(tensors(adapter)[f"{stem}.lora_A.weight"], q.lora_a[1].T)
+    np.testing.assert_array_equal(tensors(adapter)[f"{stem}.lora_B.weight"], q.lora_b[1].T)
+    variables = variables_of(run.workdir, 6)
+    assert sorted(variables) == sorted(variables_of(saved_run.workdir, 6))
+    np.testing.assert_array_equal(variables["blocks/attention/q/lora_a"], q.lora_a[...])
 
 
 def test_adapter_has_every_factor_and_leaves_base_kernels_unmerged(

@@ -79,10 +79,15 @@ def test_counts_by_shape_equal_the_counts_of_the_variables(tied: bool, family: s
     total = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(state)))
     assert shapes.count(small.config("full", **changes)).full_rank_total == total
     from relora_jax.training.program import Program
+    from relora_jax.training.state import flatten
 
-    low = Program(run, small.mesh()).low_rank
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (low.trained, low.frozen)]
-    assert sizes == [shapes.count(run).trained, shapes.count(run).frozen]
+    for restart in ("merge_and_reinit", "one_sided"):
+        run.relora.restart = restart
+        low = Program(run, small.mesh()).low_rank
+        sizes = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (low.trained, low.frozen)]
+        assert sizes == [shapes.count(run).trained, shapes.count(run).frozen]
+        factors = [value for path, value in flatten(low).items() if "trained" in path and "lora_" in path]
+        assert sum(value.size for value in factors) == shapes.trained_factors(run)
 
 
 def test_logits_do_not_depend_on_later_ids() -> None:

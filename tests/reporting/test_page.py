@@ -72,8 +72,11 @@ def test_report_has_the_numbers_of_the_run_and_every_picture(tmp_path: Path, mon
     text = text_of(workdir)
     assert page.write(workdir) == workdir / "report.md"
     facts = facts_of(text)
-    factors = 1_234_567 + 7_654_321 - 8_000_000
+    # q, k, v and o, gate, up, down of two layers of small.config: (in + out) * 3
+    factors = 2 * 3 * (32 + 24 + 24 + 32 + 3 * 40)
     assert facts["trained parameters"] == f"1,234,567, of which {factors:,} are factors"
+    assert facts["restart method"] == "merge_and_reinit" and facts["optimizer"] == "adamw"
+    assert "of which both are\ntrained" in text
     assert facts["frozen parameters"] == "7,654,321"
     assert (
         facts["reduction in trained parameters"] == "84.6%"
@@ -239,6 +242,14 @@ def test_non_finite_losses_leave_gaps(tmp_path: Path, figures) -> None:
     lines[:50] = rows()[:50]
     text_of(make(tmp_path / "some", lines=lines))
     assert max(figures["loss.png"].axes[0].lines[0].get_xdata()) == rows()[49]["update"]
+
+
+def test_report_of_a_run_that_trains_b_alone_says_so(tmp_path: Path) -> None:
+    workdir = make(tmp_path, restart="one_sided")
+    text = text_of(workdir)
+    assert "of which B alone is\ntrained" in text
+    factors = 2 * 3 * (16 + 8 + 8 + 16 + 24 + 24 + 16)
+    assert facts_of(text)["trained parameters"].endswith(f", of which {factors:,} are factors")
 
 
 def test_report_of_a_run_without_facts_shows_dashes(tmp_path: Path, figures) -> None:
