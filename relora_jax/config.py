@@ -93,10 +93,13 @@ class OptimizerConfig:
     """The optimizer, and the cosine schedule of the full-rank updates.
 
     `name`: in the grammar of training/optimizers.py. `b1`, `b2` and `eps` are Adam's, in all of them.
+    `kernel_lr_ratio`: the learning rate of the blocks' kernels that are trained in full rank, relative to
+    that of the embeddings, the head and the norms.
     """
 
     peak_lr: float
     warm_up_updates: int
+    kernel_lr_ratio: float = 1.0
     name: str = "adamw"
     min_lr_ratio: float = 0.1
     b1: float = 0.9

@@ -83,6 +83,7 @@ def _optimizer(config: Config) -> None:
     optimizer, updates = config.optimizer, config.train.updates
     with _prefixed("optimizer."):
         optimizers.parse(optimizer.name)
+    _rate("optimizer.kernel_lr_ratio", optimizer.kernel_lr_ratio)
     if config.arm in LOW_RANK_ARMS and optimizer.name != "adamw":
         raise UserError(
             f"optimizer.name {optimizer.name} is for full-rank training: use the arm full, or "

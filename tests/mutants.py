@@ -302,6 +302,13 @@ MUTANTS = [
         "tests/training/test_optimizers.py::test_updates_of_each_layer_are_those_of_the_paper[scale]",
     ),
     Mutant(
+        "the kernels' own rate does not scale their decay",
+        "training/optimizer.py",
+        "chain(rest, *decay, *of_kernels,",
+        "chain(rest, *of_kernels, *decay,",
+        "tests/training/test_oracle.py::test_run_in_float64_equals_oracle[kernels at a third, decayed]",
+    ),
+    Mutant(
         "scale has no momentum for a tied head",
         "training/optimizers.py",
         "(HEAD if has_head else EMBEDDING)",

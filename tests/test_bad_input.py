@@ -73,6 +73,7 @@ SETTINGS = {
     "--config.optimizer.b2=1": "optimizer.b2 1",
     "--config.optimizer.weight_decay=-0.1": "optimizer.weight_decay -0.1",
     "--config.optimizer.clip_norm=-1": "optimizer.clip_norm -1",
+    "--config.optimizer.kernel_lr_ratio=0": "optimizer.kernel_lr_ratio 0",
     "--config.relora.factor_lr_ratio=0": "relora.factor_lr_ratio 0",
     "--config.relora.dropout=1": "relora.dropout 1",
     "--config.relora.dropout=-0.1": "relora.dropout -0.1",

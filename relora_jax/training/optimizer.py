@@ -16,6 +16,7 @@ def make_optimizer(
     params: Any,
     *,
     name: str = "adamw",
+    kernel_lr_ratio: float = 1.0,
     prune: Prune = none(),  # noqa: B008 (a frozen value)
     reset_count: bool = False,
     factor_lr_ratio: float = 1.0,
@@ -28,17 +29,18 @@ def make_optimizer(
     """AdamW for `params`, in the groups "factors" and "rest", clipped by the global norm over both.
 
     `name`, in the grammar of optimizers.py, replaces Adam's scaling of the rest.
-    `update(grads, state, params, learning_rate=...)`; the factors' rate is factor_lr_ratio times that.
-    Weight decay is decoupled, scaled by the group's rate, and on all but the norms. clip_norm=0: no clipping.
+    `update(grads, state, params, learning_rate=...)`; the factors' rate is factor_lr_ratio times that, and
+    the rate of the blocks' kernels in the group "rest" kernel_lr_ratio times that.
+    Weight decay is decoupled, scaled by the rate of each, and on all but the norms. clip_norm=0: no clipping.
     """
-
-    def group(scaling: optax.GradientTransformation, ratio: float) -> optax.GradientTransformation:
-        decay = [optax.add_decayed_weights(weight_decay, mask=_decays)] if weight_decay else []
-        return optax.chain(scaling, *decay, scale_by_rate(-ratio))
-
+    decay = [optax.add_decayed_weights(weight_decay, mask=_decays)] if weight_decay else []
+    of_kernels = [optax.masked(optax.scale(kernel_lr_ratio), _kernels)] if kernel_lr_ratio != 1 else []
     adam = optax.scale_by_adam(b1, b2, eps)
     rest = optimizers.parse(name).scaling(params, adam)
-    groups: Any = {"factors": group(adam, factor_lr_ratio), "rest": group(rest, 1.0)}
+    groups: Any = {
+        "factors": optax.chain(adam, *decay, scale_by_rate(-factor_lr_ratio)),
+        "rest": optax.chain(rest, *decay, *of_kernels, scale_by_rate(-1.0)),
+    }
     groups = optax.partition(groups, group_labels(params))
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     return with_reset(optax.chain(*clip, groups), prune=prune, reset_count=reset_count)
@@ -62,6 +64,11 @@ def carry_over_rest(new: Any, old: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: rest_leaves.get(names(path), leaf), new, is_leaf=is_variable
     )
+
+
+def _kernels(params: Any) -> Any:
+    """Whether a variable is a kernel of the blocks."""
+    return jax.tree.map(optimizers.is_kernel, params, is_leaf=is_variable)
 
 
 def _decays(params: Any) -> Any:

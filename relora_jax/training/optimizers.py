@@ -120,10 +120,15 @@ def kernels_apart(
     """One transformation for the kernels [layers, in, out] of the blocks, another for the rest."""
 
     def label(leaf: Any) -> str:
-        return "kernels" if leaf.ndim == 3 and not _is_vector(leaf) else "rest"
+        return "kernels" if is_kernel(leaf) else "rest"
 
     groups: Any = {"kernels": of_kernels, "rest": rest}
     return optax.partition(groups, jax.tree.map(label, params, is_leaf=is_variable))
+
+
+def is_kernel(leaf: Any) -> bool:
+    """Whether the variable is [layers, in, out]: a kernel of the blocks, or a factor of one."""
+    return leaf.ndim == 3 and not _is_vector(leaf)
 
 
 def by_layer(tx: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -21,6 +21,7 @@ Draw = Callable[[int, str], Array]  # of the update and a kernel's name
 DrawMask = Callable[[int, str], Mask]  # of the update and a factor's name
 AdjustMask = Callable[[int, str, Mask, Array], Mask]  # also of the magnitude mask and the first moment
 
+KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 NORMS = ("attention_norm", "mlp_norm", "norm", "q_norm", "k_norm")  # the leaves without weight decay
 
 
@@ -69,6 +70,7 @@ class Settings:
     trains_a: bool  # False (RSO): A is drawn at the start and at each merge, and otherwise constant
     full_peak_lr: float  # of the full-rank phase
     full_warm_up: int
+    kernel_lr_ratio: float  # of the blocks' kernels that are trained in full rank
     min_lr_ratio: float
     b1: float
     b2: float
@@ -446,7 +448,11 @@ def _adamw(u: int, settings: Settings, h: History, grads: Params) -> None:
         h.count_factors += 1
     for name, g in grads.items():
         count = h.count_factors if is_factor(name) else h.count_rest
-        leaf_lr = lr * settings.factor_lr_ratio if is_factor(name) else lr
+        leaf_lr = lr
+        if is_factor(name):
+            leaf_lr = lr * settings.factor_lr_ratio
+        elif name in KERNELS:
+            leaf_lr = lr * settings.kernel_lr_ratio
         decay = 0.0 if name in NORMS else settings.weight_decay
         h.mu[name] = settings.b1 * h.mu[name] + (1 - settings.b1) * g
         h.nu[name] = settings.b2 * h.nu[name] + (1 - settings.b2) * g * g

@@ -31,6 +31,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "not clipped, factors at twice the rate": {"optimizer__clip_norm": 0.0, "relora__factor_lr_ratio": 2.0},
     "attention alone": {"relora__targets": ("attention",)},
     "single kernels": {"relora__targets": ("q", "down")},
+    "kernels at a third, decayed": {
+        "relora__targets": ("attention",),
+        "optimizer__kernel_lr_ratio": 1 / 3,
+        "optimizer__weight_decay": 0.1,
+    },
     "no warm start, zero base": {
         "relora__warm_start_updates": 0,
         "relora__base_init": "zero",
@@ -61,7 +66,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "arm lora": {"arm": "lora"},
     "arm lora_warm": {"arm": "lora_warm"},
 }
-FAST = ("magnitude", "one-sided, fused, decayed")
+FAST = ("magnitude", "kernels at a third, decayed", "one-sided, fused, decayed")
 # If all kernels start at 0, the gradients of q and k are below float32 resolution, and Adam takes full steps
 # along that noise. In float64 the run is compared like any other.
 FLOAT64_ONLY = ("no warm start, zero base",)
@@ -233,6 +238,7 @@ def oracle_settings(config: Config) -> oracle.Settings:
         trains_a=not r.restart.startswith("one_sided"),
         full_peak_lr=o.peak_lr,
         full_warm_up=o.warm_up_updates,
+        kernel_lr_ratio=o.kernel_lr_ratio,
         min_lr_ratio=o.min_lr_ratio,
         b1=o.b1,
         b2=o.b2,
