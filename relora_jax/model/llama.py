@@ -87,24 +87,34 @@ class Llama(nnx.Module):
         x = self._hidden(ids[:, :-1], None if segment_ids is None else segment_ids[:, :-1])
         return token_loss(x, self._head_kernel, ids, lengths, segment_ids)
 
+    def hidden_states(
+        self, ids: Int[Array, "B L"], segment_ids: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "layers B L D"]:
+        """The residual stream after each block."""
+        return self._blocks(ids, segment_ids, every=True)[1]
+
     @property
     def _head_kernel(self) -> Float[Array, "D V"]:
         return self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
 
     def _hidden(self, ids: Int[Array, "B L"], segment_ids: Int[Array, "B L"] | None) -> Float[Array, "B L D"]:
         """The last hidden states, normalized."""
+        return on_rows(self.norm(self._blocks(ids, segment_ids)[0]))
+
+    def _blocks(self, ids: Any, segment_ids: Any, *, every: bool = False) -> tuple[Any, Any]:
+        """The residual stream after the last block, and after each block if `every`."""
         graph, layers = nnx.split(self.blocks)
         positions, mask = jnp.arange(ids.shape[1])[None], None
         if segment_ids is not None:
             positions, mask = positions_and_mask(segment_ids)
 
-        def block(x: Array, layer: Any) -> tuple[Array, None]:
+        def block(x: Array, layer: Any) -> tuple[Array, Array | None]:
             layer = padded(layer, "mlp", self.mlp, x.dtype)
-            return on_rows(nnx.merge(graph, layer)(on_rows(x), positions, mask)), None
+            x = on_rows(nnx.merge(graph, layer)(on_rows(x), positions, mask))
+            return x, x if every else None
 
         unroll = _unrolled_layers(self.remat)
-        x, _ = lax.scan(_remat(block, self.remat), on_rows(self.embed(ids)), layers, unroll=unroll)
-        return on_rows(self.norm(x))
+        return lax.scan(_remat(block, self.remat), on_rows(self.embed(ids)), layers, unroll=unroll)
 
 
 class Norm(nnx.RMSNorm):

@@ -145,6 +145,70 @@ def runs(file: AnyPath, curves: Sequence[Curves], starts: Mapping[str, float]) -
     _save(figure, file)
 
 
+def loss_lines(
+    file: AnyPath, between: Points, around: Mapping[str, Sequence[Points]], *, ends: tuple[str, str]
+) -> None:
+    """Draws the loss along the line between two models, and along each model's random directions."""
+    figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    t, losses = _arrays(between)
+    left.plot(t, losses, color=INK, linewidth=1.6)
+    for at, name, color in zip((0, 1), ends, COLORS, strict=False):
+        left.axvline(at, color=color, linewidth=1.4, linestyle="--", label=name)
+    left.set_xlabel("t of (1 - t) first + t second", color=INK)
+    for name, color in zip(ends, COLORS, strict=False):
+        for n, points in enumerate(around[name]):
+            s, losses = _arrays(points)
+            style = {"color": color, "linestyle": DASHES[n % 4], "linewidth": 1.6}
+            right.plot(s, losses, label=f"{name}, direction {n + 1}", **style)
+    right.set_xlabel("s of weights + s direction", color=INK)
+    for axes in (left, right):
+        _style(axes)
+        axes.set_ylabel("loss (nats per token)", color=INK)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+    _save(figure, file)
+
+
+def spectra_of_two(
+    file: AnyPath, spectra: Mapping[str, Mapping[str, Float[np.ndarray, "layers side"]]]
+) -> None:
+    """Draws the singular values of {run: {kind: values}}: a panel per kind, a line per layer and run."""
+    figure = Figure(figsize=(11, 5.4), dpi=120, layout="constrained")
+    grid = figure.subplots(2, 4, sharey=True)
+    for (run, kinds), color in zip(spectra.items(), COLORS, strict=False):
+        for axes, (kind, values) in zip(grid.flat, kinds.items(), strict=False):
+            index = np.arange(1, values.shape[1] + 1)
+            for layer in np.where(values > 0, values, np.nan):
+                axes.plot(index, layer, color=color, linewidth=0.8, alpha=0.35)
+            axes.plot(index, np.median(values, axis=0), color=color, linewidth=1.8, label=run)
+            axes.set_title(kind, loc="left", fontsize=11, fontweight="bold", color=INK)
+            _style(axes)
+            axes.set_yscale("log")
+    top = max(float(values.max()) for kinds in spectra.values() for values in kinds.values())
+    grid[0, 0].set_ylim(top * 1e-5, top * 2)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("singular value (log scale)", color=INK)
+    for axes in (*grid[1, :3], grid[0, 3]):
+        axes.set_xlabel("index, largest first", color=INK)
+    _shared_legend(grid[1, 3], list(grid.flat[:7]))
+    _save(figure, file)
+
+
+def cka(file: AnyPath, values: Float[np.ndarray, "layers layers"], *, names: tuple[str, str]) -> None:
+    """Draws the similarity of each layer of the first run (rows) with each of the second."""
+    figure = Figure(figsize=(5.4, 4.6), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    sides = [side + 0.5 for side in values.shape]
+    image = axes.imshow(
+        values, vmin=0, vmax=1, origin="lower", cmap="cividis", extent=(0.5, sides[1], 0.5, sides[0])
+    )
+    figure.colorbar(image, label="linear CKA")
+    for axis, name in ((axes.yaxis, names[0]), (axes.xaxis, names[1])):
+        axis.set_major_locator(MaxNLocator(8, integer=True))
+        axis.set_label_text(f"layer of {name}", color=INK)
+    _save(figure, file)
+
+
 def memory(file: AnyPath, parts: Mapping[str, Mapping[str, float]], *, limit: float) -> None:
     """Draws one bar of GB for each arm, split by purpose, and a line where a device's memory ends."""
     figure = Figure(figsize=(9, 1.6 + 0.7 * len(parts)), dpi=120, layout="constrained")

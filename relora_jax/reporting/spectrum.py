@@ -7,12 +7,17 @@ in full (the arms full and control) it is kernel now - kernel then.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from relora_jax.run import record
+from relora_jax.storage.location import AnyPath
 from relora_jax.training import names
+
+if TYPE_CHECKING:
+    from relora_jax.checkpoint.variables import Variables
 
 Model = Mapping[str, Any]  # {path: array}
 Values = Float[np.ndarray, "layers side"]
@@ -52,6 +57,33 @@ def spectra(
             [np.linalg.svd(w, compute_uv=False) for w in summed_updates(now, then, kind, **options)]
         )
         for kind in names.LAYERS
+    }
+
+
+def of_run(workdir: AnyPath) -> dict[str, Values] | None:
+    """{kind: singular values of the summed update} of a run; None if one of the checkpoints is missing."""
+    from relora_jax.checkpoint.saved import updates_saved  # here: Orbax takes seconds to import
+    from relora_jax.checkpoint.variables import variables_of
+
+    run = record.read(workdir)
+    relora, start, saved = run.config.relora, run.low_rank_start, updates_saved(workdir)
+    if start not in saved or saved[-1] == start:
+        return None
+    now, then = (variables_of(workdir, update) for update in (saved[-1], start))
+    base = {"base_dtype": relora.base_dtype, "base_init": relora.base_init}
+    return spectra(now, then, scale=relora.alpha / relora.rank, **base)
+
+
+def weights(variables: "Variables") -> dict[str, Values]:
+    """Singular values of the kernels with their factors merged, by kind and layer, largest first."""
+    return {
+        kind: np.stack(
+            [
+                np.linalg.svd(np.asarray(w, np.float64), compute_uv=False)
+                for w in variables.merged_layers(names.kernel_of(layer))
+            ]
+        )
+        for kind, layer in names.LAYERS.items()
     }
 
 

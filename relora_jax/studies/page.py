@@ -66,7 +66,7 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
         parts += ["## Sooner or later\n", _sooner(study, drawn), SOONER.format(reference=study.reference)]
     kept = {name: memory(grid.config(study, _run(arm), folder)) for name, arm in arms.items()}
     parts += ["\n## Memory\n", _memory(study, arms, kept), MEMORY]
-    moved = {name: results.spectra(folder / _run(arm).name) for name, arm in arms.items() if arm.best_rate}
+    moved = {name: spectrum.of_run(folder / _run(arm).name) for name, arm in arms.items() if arm.best_rate}
     if moved := {name: values for name, values in moved.items() if values}:
         pictures.study_spectra(folder / "spectra.png", {name: values[KIND] for name, values in moved.items()})
         parts += ["## Summed update\n", _moved(moved), MOVED, "![Singular values](spectra.png)\n"]

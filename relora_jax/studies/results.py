@@ -15,7 +15,6 @@ import numpy as np
 
 from relora_jax import shapes
 from relora_jax.config import LOW_RANK_ARMS, Config
-from relora_jax.reporting import spectrum
 from relora_jax.run import record
 from relora_jax.studies import grid
 from relora_jax.studies.grid import Losses, Run, Study
@@ -154,20 +153,6 @@ def reached(curve: Sequence[Point], loss: float, key: str) -> float | None:
             return getattr(before, key) + share * (getattr(point, key) - getattr(before, key))
         before = point
     return None
-
-
-def spectra(workdir: Path) -> dict[str, np.ndarray] | None:
-    """{kind: singular values [layers, side] of the summed update of a run}; None without its checkpoints."""
-    from relora_jax.checkpoint.saved import updates_saved  # here: Orbax takes seconds to import
-    from relora_jax.checkpoint.variables import variables_of
-
-    run = record.read(workdir)
-    relora, start, saved = run.config.relora, run.low_rank_start, updates_saved(workdir)
-    if start not in saved or saved[-1] == start:
-        return None
-    now, then = (variables_of(workdir, update) for update in (saved[-1], start))
-    base = {"base_dtype": relora.base_dtype, "base_init": relora.base_init}
-    return spectrum.spectra(now, then, scale=relora.alpha / relora.rank, **base)
 
 
 def as_json(results: dict[str, ArmResult]) -> dict[str, Any]:

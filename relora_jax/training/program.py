@@ -133,6 +133,14 @@ class Program:
             self._eval[low] = self._of_model(steps.eval_step, low=low)
         return self._eval[low]
 
+    def hidden_states(self, state: TrainState, batch: Batch) -> jax.Array:
+        """The residual stream after each block [layers, B, L, D] of a batch's inputs, on every device."""
+        low = is_low_rank(state)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        return self._of_model(steps.hidden_states, low=low, out_shardings=replicated)(
+            state.trained, state.frozen, batch
+        )
+
     def sample(self, state: TrainState, request: sampling.Request) -> tuple[jax.Array, jax.Array]:
         """`sampling.sample` for the phase of the state; the result is replicated on every device."""
         low = is_low_rank(state)

@@ -202,6 +202,12 @@ def eval_step(model: Llama, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return model.loss(*batch)
 
 
+def hidden_states(model: Llama, batch: Batch) -> jax.Array:
+    """The residual stream after each block [layers, B, L, D] of rows [B, L+1]."""
+    segment_ids = None if batch.segment_ids is None else batch.segment_ids[:, :-1]
+    return model.hidden_states(batch.ids[:, :-1], segment_ids)
+
+
 def _gradients(config: Config, phase: Phase, state: TrainState, batch: Batch) -> tuple[Any, Any, Any]:
     """(mean loss, gradient, number of targets), summed over microbatches and divided once by all targets.
 
