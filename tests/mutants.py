@@ -316,6 +316,13 @@ MUTANTS = [
         "tests/training/test_optimizers.py::test_scale_takes_a_tied_embedding_as_the_head",
     ),
     Mutant(
+        "a loss spike is measured from the loss after the restart",
+        "reporting/restarts.py",
+        "if start - window < update <= start]",
+        "if start < update <= start + window]",
+        "tests/reporting/test_restarts.py::test_spike_has_the_height_and_length_that_it_was_built_with",
+    ),
+    Mutant(
         "the line between two models leads away from the second",
         "reporting/landscape.py",
         "_combined(-1.0, second, first), BETWEEN",

@@ -6,7 +6,7 @@ import numpy as np
 
 from relora_jax import shapes
 from relora_jax.errors import UserError
-from relora_jax.reporting import html, pictures, samples, spectrum
+from relora_jax.reporting import html, pictures, restarts, samples, spectrum
 from relora_jax.run import goodput, metrics_file
 from relora_jax.run.format import duration, number
 from relora_jax.run.record import CONFIG, REPORT, Run, read
@@ -42,7 +42,8 @@ def write(workdir: AnyPath) -> AnyPath:
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    parts = [_title(run), _facts(run), *_curves(run, folder), _summed_update(run, folder), _config(run)]
+    parts = [_title(run), _facts(run), *_curves(run, folder), *restarts.section(run, folder)]
+    parts += [_summed_update(run, folder), _config(run)]
     parts += samples.section(run)
     report = run.workdir / REPORT
     text = "\n".join(parts)

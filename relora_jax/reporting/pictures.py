@@ -145,6 +145,43 @@ def runs(file: AnyPath, curves: Sequence[Curves], starts: Mapping[str, float]) -
     _save(figure, file)
 
 
+def restarts(file: AnyPath, rows: Sequence[Mapping[str, Any]], spikes: Mapping[int, float]) -> None:
+    """Draws four facts of each `restart` row over updates, and the height of the loss spikes after them."""
+    figure = Figure(figsize=(11, 5.2), dpi=120, layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+
+    def draw(axes: Axes, label: str, **lines: Sequence[float | None]) -> None:
+        for (name, values), color in zip(lines.items(), (BLUE, ORANGE), strict=False):
+            updates = [row["update"] for row in rows]
+            axes.plot(
+                updates,
+                [np.nan if value is None else value for value in values],
+                "o-",
+                color=color,
+                markersize=4,
+                linewidth=1.4,
+                label=name.replace("_", " "),
+            )
+        _style(axes)
+        axes.set_ylabel(label, color=INK)
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+
+    def of(key: str) -> list[float | None]:
+        return [row[key] for row in rows]
+
+    changes = [row["logits_change"] / row["logits_rms"] for row in rows]
+    draw(panels[0, 0], "relative to the RMS", change_of_logits=changes, base_rounding=of("base_rounding"))
+    draw(panels[0, 1], "merged update", norm=of("delta_norm"), effective_rank=of("effective_rank"))
+    draw(panels[1, 0], "overlap with the one before", inputs=of("overlap_in"), outputs=of("overlap_out"))
+    draw(panels[1, 1], "loss spike (nats)", height=[spikes.get(row["update"]) for row in rows])
+    for axes in panels[1]:
+        axes.set_xlabel("updates", color=INK)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    for axes in panels.flat:
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    _save(figure, file)
+
+
 def loss_lines(
     file: AnyPath, between: Points, around: Mapping[str, Sequence[Points]], *, ends: tuple[str, str]
 ) -> None:
