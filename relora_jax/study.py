@@ -93,7 +93,8 @@ def _line(workdir: Path, ended: str) -> str:
 def _with_arms(study: Study, names: Sequence[str]) -> Study:
     if unknown := set(names) - set(study.arms):
         raise UserError(f"--arms: the study has no arm {min(unknown)}: choose from {', '.join(study.arms)}")
-    names = [name for name in study.arms if name in {*names, study.reference, study.warm_start}]
+    needed = {*names, study.reference, study.warm_start, *(grid.reference_of(study, name) for name in names)}
+    names = [name for name in study.arms if name in needed]
     study.arms = {name: study.arms[name] for name in names}
     return study
 

@@ -160,9 +160,7 @@ def test_killed_study_is_resumed_and_says_the_same(tmp_path: pathlib.Path, numbe
     assert killed.wait(timeout=60) == (75 if number == signal.SIGTERM else -9)
     again = sandbox.start(config, "--extend", workdir="killed", command="study")
     assert again.wait(timeout=900) == whole.returncode
-    first, second = (
-        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")
-    )
+    first, second = (json.loads((tmp_path / name / "toy.json").read_text()) for name in ("whole", "killed"))
     for name, arm in first["arms"].items():
         assert second["arms"][name]["losses"] == arm["losses"] and arm["losses"]
         assert second["arms"][name]["by_rate"] == arm["by_rate"]

@@ -312,6 +312,25 @@ def study_curves(file: AnyPath, curves: Mapping[str, Mapping[str, Points]]) -> N
     _save(figure, file)
 
 
+def study_gaps(file: AnyPath, gaps: Mapping[str, Mapping[int, Any]]) -> None:
+    """Draws each method's difference to full rank by the parameters of the model, with its interval."""
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    _style(axes)
+    for n, (method, by_size) in enumerate(gaps.items()):
+        sizes = sorted(by_size)
+        means = [by_size[size].mean for size in sizes]
+        widths = np.nan_to_num([by_size[size].half_width for size in sizes])
+        axes.errorbar(sizes, means, yerr=widths, marker="o", capsize=3, label=method, **_line(n))
+    axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("parameters of the full-rank model (log scale)", color=INK)
+    axes.set_ylabel("loss above full rank (nats)", color=INK)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    _save(figure, file)
+
+
 def study_rates(file: AnyPath, by_rate: Mapping[str, Mapping[float, float]]) -> None:
     """Draws each arm's final perplexity by peak learning rate; those that diverged are left out."""
     figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")

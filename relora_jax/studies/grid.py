@@ -26,11 +26,14 @@ class Arm:
     """One arm of a study: `arm` of a run, the peak rates to try, and settings of its own by dotted key.
 
     A rate is `relora.peak_lr` of the arms with a low-rank phase, `optimizer.peak_lr` of the others.
+    `reference`, for an arm whose model has another size than `base`: the full-rank arm of that size, which it
+    is compared with, and which provides its warm start. Such arms are called METHOD@SIZE.
     """
 
     arm: str
     rates: tuple[float, ...]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reference: str = ""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -64,13 +67,24 @@ class Run:
         return f"{self.arm}-{self.rate:g}-{self.seed}"
 
 
+def reference_of(study: Study, name: str) -> str:
+    """The arm that an arm is compared with."""
+    return study.arms[name].reference or study.reference
+
+
+def warm_start_of(study: Study, name: str) -> str:
+    """The arm that provides the warm start of an arm."""
+    return study.arms[name].reference or study.warm_start
+
+
 Losses = Mapping[Run, float]  # at the end of each run that has ended; infinite if it diverged
 
 
 def check(study: Study) -> None:
     """UserError for arms or settings that do not exist, and grids of fewer than two rates."""
     known = {key for key, _, _ in flatten(study.base)}
-    for name in (study.reference, study.warm_start):
+    warm_starts = {study.warm_start, *(warm_start_of(study, name) for name in study.arms)}
+    for name in (study.reference, *warm_starts):
         if name not in study.arms:
             raise UserError(f"the study has no arm {name}: add it, or choose one of {', '.join(study.arms)}")
     for name, arm in study.arms.items():
@@ -78,9 +92,11 @@ def check(study: Study) -> None:
             raise UserError(f"arm {name}: {min(unknown)} is not a setting (config.py lists them)")
         if len(set(arm.rates)) < 2 or min(arm.rates) <= 0 or list(arm.rates) != sorted(set(arm.rates)):
             raise UserError(f"arm {name}: rates {arm.rates} must be at least two, above 0 and increasing")
-    warm = study.arms[study.warm_start]
-    if warm.arm in LOW_RANK_ARMS or warm.settings.get("optimizer.name", study.base.optimizer.name) != "adamw":
-        raise UserError(f"warm_start {study.warm_start} must be an arm that trains in full rank with adamw")
+    for name in warm_starts:
+        warm = study.arms[name]
+        optimizer = warm.settings.get("optimizer.name", study.base.optimizer.name)
+        if warm.arm in LOW_RANK_ARMS or optimizer != "adamw":
+            raise UserError(f"warm_start {name} must be an arm that trains in full rank with adamw")
     if not 1 <= study.seeds <= study.close_seeds:
         raise UserError(f"seeds {study.seeds} must be from 1 to close_seeds {study.close_seeds}")
     if not 0 <= study.close < math.inf:
@@ -114,7 +130,7 @@ def source_of(study: Study, run: Run) -> Run | None:
     start = arm.settings.get("relora.warm_start_updates", start)
     if arm.arm not in LOW_RANK_ARMS or not start:
         return None
-    return Run(study.warm_start, study.base.optimizer.peak_lr, run.seed)
+    return Run(warm_start_of(study, run.arm), study.base.optimizer.peak_lr, run.seed)
 
 
 def grid(study: Study, name: str, losses: Losses, *, extend: bool) -> tuple[float, ...]:
@@ -188,9 +204,9 @@ def close_arms(study: Study, losses: Losses, rates: Mapping[str, float]) -> list
 
 def check_sources(study: Study, losses: Losses) -> None:
     """UserError if a run that provides a warm start has diverged."""
-    rate = study.base.optimizer.peak_lr
+    rate, names = study.base.optimizer.peak_lr, {warm_start_of(study, name) for name in study.arms}
     for run, loss in losses.items():
-        if (run.arm, run.rate) == (study.warm_start, rate) and not math.isfinite(loss):
+        if run.arm in names and run.rate == rate and not math.isfinite(loss):
             raise UserError(f"the warm start {run.name} diverged: lower base.optimizer.peak_lr")
 
 

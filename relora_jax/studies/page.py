@@ -1,13 +1,15 @@
-"""Writes a study's report: report.md with pictures, the same as one HTML file, and results.json."""
+"""Writes a study's report: NAME.md with pictures, the same as one HTML file, and NAME.json."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
+from relora_jax import shapes
 from relora_jax.planning.compiled import Memory
 from relora_jax.reporting import html, pictures, spectrum
 from relora_jax.run.directory import PACKAGES
@@ -16,7 +18,7 @@ from relora_jax.storage import atomic
 from relora_jax.studies import grid, results
 from relora_jax.studies.grid import Losses, Run, Study
 from relora_jax.studies.memory import memory
-from relora_jax.studies.results import ArmResult
+from relora_jax.studies.results import ArmResult, Difference
 from relora_jax.training import ledger
 
 NOTES = """\
@@ -26,14 +28,18 @@ weights and read the same batches, in nats per token with a 95% interval (Studen
 and bold if the interval excludes 0.
 """
 SOONER = """\
-What the arm needed to reach the final loss of the worse of the two, itself or {reference}, relative to what
-{reference} needed: below 1 is sooner. FLOPs are those of the model's matrix products. Runs side by side
+What the arm needed to reach the final loss of the worse of the two, itself or its reference, relative to what
+the reference needed: below 1 is sooner. FLOPs are those of the model's matrix products. Runs side by side
 share the machine, so that seconds are rough. One seed.
 """
 
+GAPS = """\
+Mean loss above that of the full-rank arm of the same size, in nats, with a 95% interval.
+"""
 MEMORY = """\
 MB that the updates of an arm's last phase need on one device: weights, moments and gradients from shapes, and
-what its program needs besides, as compiled for this machine. The warm start is in full rank.
+what its program needs besides, as compiled for this machine; relative to the full-rank arm. The warm start is
+in full rank.
 """
 MOVED = """\
 Of what training added to the kernels since the start of the low-rank phase, one seed: the norm over all
@@ -47,6 +53,13 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
     """Writes the report of the runs that have ended; returns its path."""
     arms = results.of_arms(study, folder, losses, extend=extend)
     updates = study.base.train.updates
+
+    def file(name: str) -> Path:
+        return folder / f"{study.name}_{name}.png"
+
+    def image(name: str, title: str) -> str:
+        return f"![{title}]({quote(file(name).name)})\n"
+
     parts = [
         f"# Study {study.name}\n",
         f"{len(losses)} runs of {updates:,} updates, {updates * results.tokens(study.base):,} tokens each.\n",
@@ -58,26 +71,31 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
     ]
     drawn = {name: arm for name, arm in arms.items() if len(arm.curve) > 1}
     if drawn:
-        pictures.study_curves(folder / "curves.png", {n: _points(arm) for n, arm in drawn.items()})
-        pictures.study_rates(folder / "rates.png", {name: arm.by_rate for name, arm in arms.items()})
-        parts += ["\n![Perplexity by learning rate](rates.png)\n", "## Curves\n"]
-        parts += ["![Perplexity over tokens, FLOPs and seconds](curves.png)\n"]
+        pictures.study_curves(file("curves"), {n: _points(arm) for n, arm in drawn.items()})
+        pictures.study_rates(file("rates"), {name: arm.by_rate for name, arm in arms.items()})
+        parts += ["\n" + image("rates", "Perplexity by learning rate"), "## Curves\n"]
+        parts += [image("curves", "Perplexity over tokens, FLOPs and seconds")]
     if study.reference in drawn:
-        parts += ["## Sooner or later\n", _sooner(study, drawn), SOONER.format(reference=study.reference)]
+        parts += ["## Sooner or later\n", _sooner(study, drawn), SOONER]
+    if gaps := _gaps(study, arms):
+        pictures.study_gaps(file("gaps"), gaps)
+        parts += ["## Gap by size\n", _gap_table(gaps), GAPS, image("gaps", "Gap to full rank by size")]
     kept = {name: memory(grid.config(study, _run(arm), folder)) for name, arm in arms.items()}
     parts += ["\n## Memory\n", _memory(study, arms, kept), MEMORY]
     moved = {name: spectrum.of_run(folder / _run(arm).name) for name, arm in arms.items() if arm.best_rate}
     if moved := {name: values for name, values in moved.items() if values}:
-        pictures.study_spectra(folder / "spectra.png", {name: values[KIND] for name, values in moved.items()})
-        parts += ["## Summed update\n", _moved(moved), MOVED, "![Singular values](spectra.png)\n"]
+        pictures.study_spectra(file("spectra"), {name: values[KIND] for name, values in moved.items()})
+        parts += ["## Summed update\n", _moved(moved), MOVED, image("spectra", "Singular values")]
     text = "\n".join(parts)
     content = {"study": study.name, "runs": len(losses), "updates": updates, "arms": results.as_json(arms)}
+    content |= {"parameters": {name: _parameters(study, arm) for name, arm in arms.items()}}
     content |= {"bytes": {name: split._asdict() for name, split in kept.items()}}
     content |= {"versions": {name: version(name) for name in PACKAGES}}
-    atomic.write(folder / "results.json", f"{json.dumps(content, indent=2)}\n".encode())
-    html.write(folder / "report.html", text)
-    atomic.write(folder / "report.md", text.encode())
-    return folder / "report.md"
+    report = folder / f"{study.name}.md"
+    atomic.write(report.with_suffix(".json"), f"{json.dumps(content, indent=2)}\n".encode())
+    html.write(report.with_suffix(".html"), text)
+    atomic.write(report, text.encode())
+    return report
 
 
 def markdown(rows: Sequence[Sequence[str]], *, names: int = 1) -> str:
@@ -87,12 +105,36 @@ def markdown(rows: Sequence[Sequence[str]], *, names: int = 1) -> str:
 
 
 def _table(study: Study, arms: Mapping[str, ArmResult]) -> str:
-    rows = [("arm", "rate", "seeds", "perplexity", f"nats vs. {study.reference}")]
+    against = "the full-rank arm" if any(arm.reference for arm in study.arms.values()) else study.reference
+    rows = [("arm", "rate", "seeds", "perplexity", f"nats vs. {against}")]
     for name, arm in arms.items():
         rate = "-" if arm.best_rate is None else f"{arm.best_rate:g}"
         spread = "" if math.isnan(arm.spread) else f" ± {arm.spread:,.1f}"
         perplexity = f"{arm.perplexity:,.1f}{spread}" if arm.losses else "-"
-        rows.append((name, rate, str(len(arm.losses)), perplexity, _difference(arm)))
+        rows.append((name, rate, str(len(arm.losses)), perplexity, _nats(arm.difference)))
+    return markdown(rows)
+
+
+def _gaps(study: Study, arms: Mapping[str, ArmResult]) -> dict[str, dict[int, Difference]]:
+    """{method: {parameters of the full-rank model: difference}} of arms whose names are METHOD@SIZE."""
+    gaps: dict[str, dict[int, Difference]] = {}
+    for name, arm in arms.items():
+        method, _, size = name.partition("@")
+        if size and arm.difference:
+            gaps.setdefault(method, {})[_parameters(study, arm)] = arm.difference
+    return gaps
+
+
+def _parameters(study: Study, arm: ArmResult) -> int:
+    """Those of the full-rank model."""
+    return shapes.parameters(grid.config(study, _run(arm), Path()).model)
+
+
+def _gap_table(gaps: Mapping[str, Mapping[int, Difference]]) -> str:
+    sizes = sorted({size for of in gaps.values() for size in of})
+    rows = [("method", *(f"{size / 1e6:,.2f}M" for size in sizes))]
+    for method, of in gaps.items():
+        rows.append((method, *(_nats(of[size]) if size in of else "-" for size in sizes)))
     return markdown(rows)
 
 
@@ -102,12 +144,12 @@ def _run(arm: ArmResult) -> Run:
 
 
 def _memory(study: Study, arms: Mapping[str, ArmResult], kept: Mapping[str, Memory]) -> str:
-    head = ("arm", "perplexity", *Memory._fields, "total", f"of {study.reference}")
-    rows: list[Sequence[str]] = [head]
-    whole = kept[study.reference].total if study.reference in kept else math.nan
+    rows: list[Sequence[str]] = [("arm", "perplexity", *Memory._fields, "total", "relative")]
     for name, split in kept.items():
         perplexity = f"{arms[name].perplexity:,.1f}" if arms[name].losses else "-"
         sizes = [f"{size / 1e6:,.2f}" for size in (*split, split.total)]
+        reference = kept.get(grid.reference_of(study, name))
+        whole = reference.total if reference else math.nan
         rows.append((name, perplexity, *sizes, f"{split.total / whole:.2f}"))
     return markdown(rows)
 
@@ -123,12 +165,12 @@ def _moved(moved: Mapping[str, Mapping[str, np.ndarray]]) -> str:
     return markdown(rows)
 
 
-def _difference(arm: ArmResult) -> str:
-    if arm.difference is None:
+def _nats(difference: Difference | None) -> str:
+    if difference is None:
         return ""
-    interval = "" if math.isnan(arm.difference.half_width) else f" ± {arm.difference.half_width:.3f}"
-    text = f"{arm.difference.mean:+.3f}{interval}"
-    return f"**{text}**" if arm.difference.is_clear else text
+    interval = "" if math.isnan(difference.half_width) else f" ± {difference.half_width:.3f}"
+    text = f"{difference.mean:+.3f}{interval}"
+    return f"**{text}**" if difference.is_clear else text
 
 
 def _rates(study: Study, arms: Mapping[str, ArmResult], *, extend: bool, losses: Losses) -> str:
@@ -160,10 +202,11 @@ def _points(arm: ArmResult) -> dict[str, list[tuple[float, float]]]:
 
 def _sooner(study: Study, arms: Mapping[str, ArmResult]) -> str:
     rows = [("arm", "tokens", "FLOPs", "seconds")]
-    reference = arms[study.reference].curve
     for name, arm in arms.items():
-        if name == study.reference:
+        compared = grid.reference_of(study, name)
+        if name == compared or compared not in arms:
             continue
+        reference = arms[compared].curve
         worse = max(arm.curve[-1].loss, reference[-1].loss)
         cells = []
         for key in ("tokens", "flops", "seconds"):

@@ -95,8 +95,8 @@ def of_arms(study: Study, folder: Path, losses: Losses, *, extend: bool) -> dict
         if not by_rate:
             continue
         rate, own = best[name], at_best.get(name, {})
-        reference = at_best.get(study.reference, {})
-        difference = None if name == study.reference else paired(own, reference)
+        compared = grid.reference_of(study, name)
+        difference = None if name == compared else paired(own, at_best.get(compared, {}))
         curve = tuple(curve_of(folder / Run(name, rate, 0).name)) if rate else ()
         results[name] = ArmResult(
             name, dict(sorted(by_rate.items())), rate, tuple(own.values()), difference, curve
@@ -109,7 +109,7 @@ def curve_of(workdir: Path) -> list[Point]:
     run = record.read(workdir)
     points, start, offset_s = list[Point](), 0, 0.0
     if run.config.train.init_from and run.low_rank_start:
-        start, source = run.low_rank_start, Path(run.config.train.init_from)
+        start, source = run.low_rank_start, workdir.with_name(Path(run.config.train.init_from).name)
         limit = start * tokens(run.config)
         points = [point for point in curve_of(source) if point.tokens <= limit]
         offset_s = elapsed_s(record.read(source), start)

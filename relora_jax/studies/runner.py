@@ -119,10 +119,13 @@ def start(workdir: Path, config: Config, slot: Slot) -> "subprocess.Popen[bytes]
 
 
 def check(workdir: Path, config: Config) -> None:
-    """UserError if the directory has a run with other settings."""
-    if (workdir / record.CONFIG).is_file() and (
-        changed := changed_results(record.read_config(workdir), config)
-    ):
+    """UserError if the directory has a run with other settings; the study's directory may have moved."""
+    if not (workdir / record.CONFIG).is_file():
+        return
+    saved = record.read_config(workdir)
+    if source := saved.train.init_from:
+        saved.train.init_from = str(workdir.with_name(Path(source).name))
+    if changed := changed_results(saved, config):
         raise UserError(
             f"{workdir} is of a study with other settings ({'; '.join(changed)}): use another --workdir"
         )

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from relora_jax.config import to_json
+from relora_jax.errors import UserError
 from relora_jax.run import record
-from relora_jax.studies import grid, page, results
+from relora_jax.studies import grid, page, results, runner
 from relora_jax.studies.grid import Arm, Run, Study
 from tests.support import small
 
@@ -51,10 +52,10 @@ def test_report_of_a_study_in_which_a_seed_diverged(study: Study, tmp_path: Path
     assert "| full | 0.2 | 2 | 9.5 ± 3.4 |  |" in text
     assert "| low | 0.2 | 2 | inf | +0.000 |" in text  # one pair is left
     assert "**0.2: 7.4**" in text and "14.8" in text
-    saved = json.loads((tmp_path / "results.json").read_text())
+    saved = json.loads((tmp_path / "s.json").read_text())
     assert saved["arms"]["low"]["losses"] == [2.0, None] and saved["arms"]["low"]["perplexity"] is None
     assert saved["bytes"]["full"]["moments"] > saved["bytes"]["low"]["moments"] > 0
-    assert {"curves.png", "rates.png", "report.html"} <= {file.name for file in tmp_path.iterdir()}
+    assert {"s_curves.png", "s_rates.png", "s.html"} <= {file.name for file in tmp_path.iterdir()}
 
 
 def test_curve_continues_that_of_its_warm_start_in_time_too(study: Study, tmp_path: Path) -> None:
@@ -65,3 +66,47 @@ def test_curve_continues_that_of_its_warm_start_in_time_too(study: Study, tmp_pa
     assert [point.tokens for point in curve] == [u * per_update for u in (0, 4, 8, 12, 16)]
     assert [point.seconds for point in curve] == [0, 4, 8, 12, 16]
     assert [round(point.loss, 6) for point in curve] == [3.6, 3.2, 2.3, 1.9, 1.5]
+
+
+def test_arms_of_another_size_are_compared_with_the_full_rank_arm_of_that_size(
+    study: Study, tmp_path: Path
+) -> None:
+    wide = {"model.mlp": 32}
+    study.arms = {
+        "full@1": Arm(arm="full", rates=RATES),
+        "low@1": Arm(arm="relora", rates=RATES),
+        "full@2": Arm(arm="full", rates=RATES, settings=wide, reference="full@2"),
+        "low@2": Arm(arm="relora", rates=RATES, settings=wide, reference="full@2"),
+    }
+    study.reference = study.warm_start = "full@1"
+    grid.check(study)
+    level = {"full@1": 3.0, "low@1": 3.5, "full@2": 2.0, "low@2": 2.25}
+    losses = {
+        Run(arm, rate, seed): loss + seed * 0.125 + abs(math.log(rate / 0.2))
+        for arm, loss in level.items()
+        for rate in RATES
+        for seed in (0, 1)
+        if rate == 0.2 or not seed
+    }
+    for run, loss in losses.items():
+        train(study, tmp_path, run, loss)
+    text = page.write(study, tmp_path, losses, extend=False).read_text()
+    assert "| low@2 | 0.2 | 2 | 10.1 ± 0.9 | **+0.250 ± 0.000** |" in text
+    sizes = json.loads((tmp_path / "s.json").read_text())["parameters"]
+    small_size, large_size = sizes["low@1"], sizes["low@2"]
+    assert large_size - small_size == 2 * 3 * 16 * (32 - 24) and sizes["full@2"] == large_size
+    assert f"| method | {small_size / 1e6:.2f}M | {large_size / 1e6:.2f}M |" in text
+    assert "| low | **+0.500 ± 0.000** | **+0.250 ± 0.000** |" in text
+    source = grid.config(study, Run("low@2", 0.2, 1), tmp_path).train.init_from
+    assert source == str(tmp_path / "full@2-0.2-1") and (tmp_path / "s_gaps.png").is_file()
+
+
+def test_study_that_was_moved_is_taken(study: Study, tmp_path: Path) -> None:
+    for run in (Run("full", 0.2, 0), Run("low", 0.2, 0)):
+        train(study, tmp_path / "here", run, 2.0)
+    (tmp_path / "here").rename(tmp_path / "there")
+    workdir = tmp_path / "there" / "low-0.2-0"
+    runner.check(workdir, grid.config(study, Run("low", 0.2, 0), tmp_path / "there"))
+    assert len(results.curve_of(workdir)) == 5
+    with pytest.raises(UserError, match="is of a study with other settings"):
+        runner.check(workdir, grid.config(study, Run("low", 0.4, 0), tmp_path / "there"))
