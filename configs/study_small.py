@@ -1,18 +1,38 @@
 """The small study: full-rank and low-rank arms of one model, at a rank that binds, on two CPU cores.
 
-python -m relora_jax.study --config=configs/study_small.py --extend
+    python -m relora_jax.study --config=configs/study_small.py[:CHOICE] --extend --workdir=runs/study_small
+
+CHOICE of arms: `main`, what a user may pick; `ablation`, the eight rows of the paper's (arXiv 2307.05695);
+`controls`, what of one_sided and of a restart does what; `scale`, the gap to full rank at this size, at the
+paper's 9m shape and at a larger one. They share the runs of the arms that they share.
 """
 
-from relora_jax import magnitude
+import dataclasses
+from typing import Any
+
+from relora_jax import magnitude, none, zero
 from relora_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, ReloraConfig, TrainConfig
 from relora_jax.studies.grid import Arm, Study
 
 VOCAB_SIZE, RANK, UPDATES, WARM_START, CYCLE = 1024, 2, 1500, 75, 150
 
 
-def get_config(_: str = "") -> Study:
-    """The study."""
-    return Study(name="study_small", base=base(), arms=arms())
+COLD = {"relora.warm_start_updates": 0}
+ONE_SIDED = {  # at twice the rank, about as many trained factors as relora's
+    "relora.restart": "one_sided",
+    "relora.rank": 2 * RANK,
+    "relora.alpha": 2.0 * RANK,
+    "relora.factor_lr_ratio": 0.1,
+}
+
+
+def get_config(choice: str = "main") -> Study:
+    """The study of one choice of arms."""
+    arms = {"main": main, "ablation": ablation, "controls": controls, "scale": scale}
+    if choice not in arms:
+        raise ValueError(f"the arms {choice!r} must be one of {', '.join(arms)}")
+    name = "study_small" if choice == "main" else f"study_small_{choice}"
+    return Study(name=name, base=base(), arms=arms[choice]())
 
 
 def base() -> Config:
@@ -67,31 +87,73 @@ def base() -> Config:
     )
 
 
-def arms() -> dict[str, Arm]:
-    """The arms by name, and the rates of each.
+LOW, HIGH = (4e-3, 8e-3, 1.6e-2, 3.2e-2), (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 
-    Updates of kernels by muon and galore have about 0.2 of the rate as their RMS, without a further ratio. At
-    twice the rank, one_sided trains about as many factors as relora.
+
+def main() -> dict[str, Arm]:
+    """Full-rank optimizers and low-rank arms, with a warm start and without.
+
+    Updates of kernels by muon and galore have about 0.2 of the rate as their RMS, without a further ratio.
     """
-    low, high = (4e-3, 8e-3, 1.6e-2, 3.2e-2), (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
-    own = {"optimizer.kernel_lr_ratio": 1.0}
-    cold = {"relora.warm_start_updates": 0}
-    one_sided = {
-        "relora.restart": "one_sided",
-        "relora.rank": 2 * RANK,
-        "relora.alpha": 2.0 * RANK,
-        "relora.factor_lr_ratio": 0.1,
-    }
+    own: dict[str, Any] = {"optimizer.kernel_lr_ratio": 1.0}
     galore = {"optimizer.name": f"galore({RANK * 8}, {CYCLE})"}
     return {
-        "full": Arm(arm="full", rates=high),
-        "muon": Arm(arm="full", rates=low, settings=own | {"optimizer.name": "muon"}),
-        "scale": Arm(arm="full", rates=low, settings={"optimizer.name": "scale"}),
-        "lora_warm": Arm(arm="lora_warm", rates=high),
-        "relora": Arm(arm="relora", rates=high),
-        "one_sided": Arm(arm="relora", rates=high, settings=one_sided),
-        "galore": Arm(arm="full", rates=high, settings=own | galore),
-        "lora": Arm(arm="lora", rates=high, settings=cold),
-        "relora_cold": Arm(arm="relora", rates=high, settings=cold),
-        "one_sided_cold": Arm(arm="relora", rates=high, settings=cold | one_sided),
+        "full": Arm(arm="full", rates=HIGH),
+        "muon": Arm(arm="full", rates=LOW, settings=own | {"optimizer.name": "muon"}),
+        "scale": Arm(arm="full", rates=LOW, settings={"optimizer.name": "scale"}),
+        "lora_warm": Arm(arm="lora_warm", rates=HIGH),
+        "relora": Arm(arm="relora", rates=HIGH),
+        "one_sided": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED),
+        "galore": Arm(arm="full", rates=HIGH, settings=own | galore),
+        "lora": Arm(arm="lora", rates=HIGH, settings=COLD),
+        "relora_cold": Arm(arm="relora", rates=HIGH, settings=COLD),
+        "one_sided_cold": Arm(arm="relora", rates=HIGH, settings=COLD | ONE_SIDED),
     }
+
+
+def ablation() -> dict[str, Arm]:
+    """The paper's rows: restarts, resets, the jagged rate, the warm start; and code whose A starts at 0."""
+    keep, smooth = {"relora.prune": none()}, {"relora.jagged": False}
+    late = {"relora.restart": "merge_and_reinit_late"}
+    shared = ("full", "lora", "relora_cold", "lora_warm", "relora")
+    return {name: main()[name] for name in shared} | {
+        "restarts": Arm(arm="relora", rates=HIGH, settings=COLD | keep | smooth),
+        "restarts_reset": Arm(arm="relora", rates=HIGH, settings=COLD | smooth),
+        "restarts_jagged": Arm(arm="relora", rates=HIGH, settings=COLD | keep),
+        "relora_late": Arm(arm="relora", rates=HIGH, settings=COLD | late),
+    }
+
+
+def controls() -> dict[str, Arm]:
+    """One-sided factors without restarts, cycles of other lengths, other resets and another b2."""
+    short: dict[str, Any] = {"relora.warm_up_updates": 5, "relora.restart_warm_up_updates": 5}
+
+    def cycle(updates: int) -> dict[str, Any]:
+        return {"relora.cycle_updates": updates} | (short if updates < CYCLE else {})
+
+    shared = ("full", "lora_warm", "relora", "one_sided")
+    return {name: main()[name] for name in shared} | {
+        "one_sided_never": Arm(arm="lora_warm", rates=HIGH, settings=ONE_SIDED),
+        "one_sided_zero": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | {"relora.prune": zero()}),
+        "one_sided_b2": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | {"optimizer.b2": 0.95}),
+        "one_sided_15": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | cycle(15)),
+        "one_sided_50": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | cycle(50)),
+        "one_sided_300": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | cycle(300)),
+        "relora_50": Arm(arm="relora", rates=HIGH, settings=cycle(50)),
+        "relora_300": Arm(arm="relora", rates=HIGH, settings=cycle(300)),
+    }
+
+
+def scale() -> dict[str, Arm]:
+    """The main low-rank arms beside full rank, at two more sizes."""
+    arms = {name: main()[name] for name in ("full", "lora_warm", "relora", "one_sided")}
+    sizes = {"9m": (128, 352, 4), "larger": (160, 432, 5)}
+    larger = {}
+    for size, (hidden, mlp, layers) in sizes.items():
+        shape = {"hidden": hidden, "mlp": mlp, "layers": layers, "heads": layers, "kv_heads": layers}
+        settings = {f"model.{field}": value for field, value in shape.items()}
+        for name, arm in arms.items():
+            larger[f"{name}@{size}"] = dataclasses.replace(
+                arm, settings={**arm.settings, **settings}, reference=f"full@{size}"
+            )
+    return arms | larger

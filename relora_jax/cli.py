@@ -67,7 +67,7 @@ def parse_as(kind: type[K], argv: Sequence[str], defaults: dict[str, str | bool]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=list(argv), lock_config=False)
     _define(defaults, values)
-    _check_config_file(argv)
+    _check_config_file(argv, arms=ARMS if kind is Config else ())
     _check_keys(argv, kind)
     try:
         with warnings.catch_warnings():
@@ -179,7 +179,7 @@ def _expand_shorthands(argv: Sequence[str]) -> list[str]:
     return args + settings
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
+def _check_config_file(argv: Sequence[str], *, arms: Sequence[str]) -> None:
     paths = [a.lstrip("-").partition("=")[2] for a in argv if a.startswith(("--config=", "-config="))]
     paths += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
     if not paths:
@@ -191,8 +191,8 @@ def _check_config_file(argv: Sequence[str]) -> None:
         available = ", ".join(sorted(map(str, pathlib.Path("configs").glob("*.py"))))
         remedy = f"choose one of {available}" if available else "pass the path of an existing file"
         raise UserError(f"config file {path!r} not found: {remedy}")
-    if arm and arm not in ARMS:
-        raise UserError(f"unknown arm {arm!r}: write {path}:ARM with ARM one of {', '.join(ARMS)}")
+    if arm and arms and arm not in arms:
+        raise UserError(f"unknown arm {arm!r}: write {path}:ARM with ARM one of {', '.join(arms)}")
 
 
 def _check_keys(argv: Sequence[str], root: type[Any]) -> None:

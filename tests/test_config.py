@@ -59,12 +59,13 @@ def test_control_has_about_as_many_parameters_as_relora_trains(
     assert shapes.count(control).frozen == 0
 
 
+@pytest.mark.parametrize("choice", ("", ":ablation", ":controls", ":scale"))
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_arm_of_a_study_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_arm_of_a_study_is_valid(name: str, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(FOLDER.parent)
-    study, _ = cli.parse_as(grid.Study, ["study", f"--config=configs/{name}.py"], {})
+    study, _ = cli.parse_as(grid.Study, ["study", f"--config=configs/{name}.py{choice}"], {})
     grid.check(study)
-    assert study.name == name and len(study.arms) > 2
+    assert study.name == name + choice.replace(":", "_") and len(study.arms) > 2
     for arm in study.arms:
         of_arm = grid.config(study, grid.Run(arm, 1e-3, 0), pathlib.Path("runs"))
         validate(of_arm, devices=1)

@@ -27,7 +27,8 @@ class Arm:
 
     A rate is `relora.peak_lr` of the arms with a low-rank phase, `optimizer.peak_lr` of the others.
     `reference`, for an arm whose model has another size than `base`: the full-rank arm of that size, which it
-    is compared with, and which provides its warm start. Such arms are called METHOD@SIZE.
+    is compared with, and which provides its warm start. Such arms are called METHOD@SIZE,
+    and the arm METHOD, if there is one, is the same at the size of `base`.
     """
 
     arm: str

@@ -116,11 +116,11 @@ def _table(study: Study, arms: Mapping[str, ArmResult]) -> str:
 
 
 def _gaps(study: Study, arms: Mapping[str, ArmResult]) -> dict[str, dict[int, Difference]]:
-    """{method: {parameters of the full-rank model: difference}} of arms whose names are METHOD@SIZE."""
+    """{method: {parameters of the full-rank model: difference}} of the methods with arms METHOD@SIZE."""
     gaps: dict[str, dict[int, Difference]] = {}
     for name, arm in arms.items():
-        method, _, size = name.partition("@")
-        if size and arm.difference:
+        method = name.partition("@")[0]
+        if arm.difference and any(other.startswith(f"{method}@") for other in arms):
             gaps.setdefault(method, {})[_parameters(study, arm)] = arm.difference
     return gaps
 
