@@ -48,7 +48,7 @@ def spikes(run: Run) -> list[Spike]:
     resets = [row["update"] for row in run.of("restart") if row["reset"]]
     losses = run.points("train", "loss")
     window = max(1, round(BEFORE * run.config.relora.cycle_updates))
-    found = []
+    result = []
     for start, end in zip(resets, [*resets[1:], math.inf], strict=True):
         before = [loss for update, loss in losses if start - window < update <= start]
         after = _smoothed([point for point in losses if start < point[0] <= end])
@@ -58,8 +58,8 @@ def spikes(run: Run) -> list[Spike]:
         recovery = next((update - start for update, loss in after if loss <= level), None)
         highest = max(loss for update, loss in after if recovery is None or update <= start + recovery)
         noise = statistics.stdev(before) / math.sqrt(SMOOTHED)
-        found.append(Spike(start, highest - level, recovery, noise))
-    return found
+        result.append(Spike(start, highest - level, recovery, noise))
+    return result
 
 
 def section(run: Run, folder: AnyPath) -> list[str]:
