@@ -18,11 +18,11 @@ VOCAB_SIZE, RANK, UPDATES, WARM_START, CYCLE = 1024, 2, 1500, 75, 150
 
 
 COLD = {"relora.warm_start_updates": 0}
+BOTH = {"relora.factor_lr_ratio": 1.0}  # both factors trained: they bear the rate of the rest
 ONE_SIDED = {  # at twice the rank, about as many trained factors as relora's
     "relora.restart": "one_sided",
     "relora.rank": 2 * RANK,
     "relora.alpha": 2.0 * RANK,
-    "relora.factor_lr_ratio": 0.1,
 }
 
 
@@ -38,8 +38,8 @@ def get_config(choice: str = "main") -> Study:
 def base() -> Config:
     """The settings that all runs share.
 
-    Kernels and factors bear smaller rates than embeddings and the head: with one rate for all, an arm is only
-    as good as its compromise between the two.
+    Kernels, and factors trained alone, bear smaller rates than embeddings and the head: with one rate for all,
+    an arm is only as good as its compromise between the two.
     """
     return Config(
         name="study_small",
@@ -101,13 +101,13 @@ def main() -> dict[str, Arm]:
         "full": Arm(arm="full", rates=HIGH),
         "muon": Arm(arm="full", rates=LOW, settings=own | {"optimizer.name": "muon"}),
         "scale": Arm(arm="full", rates=LOW, settings={"optimizer.name": "scale"}),
-        "lora_warm": Arm(arm="lora_warm", rates=HIGH),
-        "relora": Arm(arm="relora", rates=HIGH),
-        "one_sided": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED),
+        "lora_warm": Arm(arm="lora_warm", rates=LOW, settings=BOTH),
+        "relora": Arm(arm="relora", rates=LOW, settings=BOTH),
+        "one_sided": Arm(arm="relora", rates=LOW, settings=ONE_SIDED),
         "galore": Arm(arm="full", rates=HIGH, settings=own | galore),
-        "lora": Arm(arm="lora", rates=HIGH, settings=COLD),
-        "relora_cold": Arm(arm="relora", rates=HIGH, settings=COLD),
-        "one_sided_cold": Arm(arm="relora", rates=HIGH, settings=COLD | ONE_SIDED),
+        "lora": Arm(arm="lora", rates=LOW, settings=COLD | BOTH),
+        "relora_cold": Arm(arm="relora", rates=LOW, settings=COLD | BOTH),
+        "one_sided_cold": Arm(arm="relora", rates=LOW, settings=COLD | ONE_SIDED),
     }
 
 
@@ -117,10 +117,10 @@ def ablation() -> dict[str, Arm]:
     late = {"relora.restart": "merge_and_reinit_late"}
     shared = ("full", "lora", "relora_cold", "lora_warm", "relora")
     return {name: main()[name] for name in shared} | {
-        "restarts": Arm(arm="relora", rates=HIGH, settings=COLD | keep | smooth),
-        "restarts_reset": Arm(arm="relora", rates=HIGH, settings=COLD | smooth),
-        "restarts_jagged": Arm(arm="relora", rates=HIGH, settings=COLD | keep),
-        "relora_late": Arm(arm="relora", rates=HIGH, settings=COLD | late),
+        "restarts": Arm(arm="relora", rates=LOW, settings=COLD | BOTH | keep | smooth),
+        "restarts_reset": Arm(arm="relora", rates=LOW, settings=COLD | BOTH | smooth),
+        "restarts_jagged": Arm(arm="relora", rates=LOW, settings=COLD | BOTH | keep),
+        "relora_late": Arm(arm="relora", rates=LOW, settings=COLD | BOTH | late),
     }
 
 
@@ -133,14 +133,14 @@ def controls() -> dict[str, Arm]:
 
     shared = ("full", "lora_warm", "relora", "one_sided")
     return {name: main()[name] for name in shared} | {
-        "one_sided_never": Arm(arm="lora_warm", rates=HIGH, settings=ONE_SIDED),
-        "one_sided_zero": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | {"relora.prune": zero()}),
-        "one_sided_b2": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | {"optimizer.b2": 0.95}),
-        "one_sided_15": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | cycle(15)),
-        "one_sided_50": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | cycle(50)),
-        "one_sided_300": Arm(arm="relora", rates=HIGH, settings=ONE_SIDED | cycle(300)),
-        "relora_50": Arm(arm="relora", rates=HIGH, settings=cycle(50)),
-        "relora_300": Arm(arm="relora", rates=HIGH, settings=cycle(300)),
+        "one_sided_never": Arm(arm="lora_warm", rates=LOW, settings=ONE_SIDED),
+        "one_sided_zero": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | {"relora.prune": zero()}),
+        "one_sided_b2": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | {"optimizer.b2": 0.95}),
+        "one_sided_15": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | cycle(15)),
+        "one_sided_50": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | cycle(50)),
+        "one_sided_300": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | cycle(300)),
+        "relora_50": Arm(arm="relora", rates=LOW, settings=BOTH | cycle(50)),
+        "relora_300": Arm(arm="relora", rates=LOW, settings=BOTH | cycle(300)),
     }
 
 
