@@ -38,8 +38,8 @@ def get_config(choice: str = "main") -> Study:
 def base() -> Config:
     """The settings that all runs share.
 
-    Kernels, and factors trained alone, bear smaller rates than embeddings and the head: with one rate for all,
-    an arm is only as good as its compromise between the two.
+    Kernels, and factors trained alone, bear smaller rates than embeddings and the head: with one rate for
+    all, an arm is only as good as its compromise between the two.
     """
     return Config(
         name="study_small",
