@@ -2,9 +2,9 @@
 
     python -m relora_jax.study --config=configs/study_small.py[:CHOICE] --extend --workdir=runs/study_small
 
-CHOICE of arms: `main`, what a user may pick; `ablation`, the eight rows of the paper's (arXiv 2307.05695);
-`controls`, what of one_sided and of a restart does what; `scale`, the gap to full rank at this size, at the
-paper's 9m shape and at a larger one. They share the runs of the arms that they share.
+CHOICE of arms: `main`, what a user may pick; `ablation`, the paper's eight rows (arXiv 2307.05695) and a
+published mistake; `controls`, what of one_sided and of a restart does what; `scale`, the gap to full rank at
+this size, at the paper's 9m shape and at a larger one. They share the runs of the arms that they share.
 """
 
 import dataclasses

@@ -93,8 +93,8 @@ def _line(workdir: Path, ended: str) -> str:
 def _with_arms(study: Study, names: Sequence[str]) -> Study:
     if unknown := set(names) - set(study.arms):
         raise UserError(f"--arms: the study has no arm {min(unknown)}: choose from {', '.join(study.arms)}")
-    needed = {*names, study.reference, study.warm_start, *(grid.reference_of(study, name) for name in names)}
-    names = [name for name in study.arms if name in needed]
+    needed = {of(study, name) for name in names for of in (grid.reference_of, grid.warm_start_of)}
+    names = [name for name in study.arms if name in {*names, *needed}]
     study.arms = {name: study.arms[name] for name in names}
     return study
 

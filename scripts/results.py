@@ -28,18 +28,15 @@ def taken(page: str, name: str, report: str) -> str:
 
 def main(reports: list[str]) -> None:
     """Takes each report."""
-    PICTURES.mkdir(exist_ok=True)
-    FIGURES.mkdir(exist_ok=True)
     for path in map(Path, reports):
-        pictures = [path.with_name(f"{path.stem}_{kind}.png") for kind in KINDS]
-        for folder, files in (
-            (PICTURES, filter(Path.exists, pictures)),
-            (FIGURES, [path.with_suffix(".json")]),
-        ):
+        page = taken(PAGE.read_text(), path.stem, path.read_text())
+        for folder in (PICTURES, FIGURES):
             folder.mkdir(exist_ok=True)
-            for file in files:
-                shutil.copy(file, folder)
-        PAGE.write_text(taken(PAGE.read_text(), path.stem, path.read_text()))
+        shutil.copy(path.with_suffix(".json"), FIGURES)
+        for picture in [path.with_name(f"{path.stem}_{kind}.png") for kind in KINDS]:
+            if picture.is_file():
+                shutil.copy(picture, PICTURES)
+        PAGE.write_text(page)
 
 
 if __name__ == "__main__":

@@ -318,9 +318,16 @@ MUTANTS = [
     Mutant(
         "a loss spike is measured from the loss after the restart",
         "reporting/restarts.py",
-        "if start - window < update <= start]",
-        "if start < update <= start + window]",
+        "if start - BEFORE * cycle < update <= start]",
+        "if start < update <= start + BEFORE * cycle]",
         "tests/reporting/test_restarts.py::test_spike_has_the_height_and_length_that_it_was_built_with",
+    ),
+    Mutant(
+        "activations are averaged in half precision",
+        "reporting/landscape.py",
+        "np.asarray(program.hidden_states(model, batch), np.float32)",
+        "np.asarray(program.hidden_states(model, batch))",
+        "tests/reporting/test_landscape.py::test_activations_in_half_precision_are_compared_in_single",
     ),
     Mutant(
         "the line between two models leads away from the second",

@@ -26,7 +26,7 @@ from relora_jax.training.state import TrainState
 
 BETWEEN = np.linspace(-0.25, 1.25, 13)  # t of (1 - t) * first + t * second
 AROUND = np.linspace(-0.5, 0.5, 11)  # s of weights + s * direction
-MOST_TOKENS = 2048  # whose activations are compared
+MOST_TOKENS = 8192  # whose activations are compared
 
 Line = list[tuple[float, float]]  # (t or s, nats per token)
 
@@ -37,7 +37,7 @@ def full_rank_program(config: Config, mesh: Any) -> Program:
 
 
 def merged(variables: Variables, program: Program) -> TrainState:
-    """The model of a checkpoint as a full-rank one, placed for the program."""
+    """The model of a checkpoint as a full-rank one, without the padding of a mesh."""
 
     def read(path: str, like: Any) -> Any:
         name = names.in_model(path)
@@ -47,7 +47,7 @@ def merged(variables: Variables, program: Program) -> TrainState:
 
     model = state.model_of(program.full_rank)
     arrays = {path: read(path, like) for path, like in state.flatten(model).items()}
-    return program.placed(state.unflatten(arrays, model))
+    return state.unflatten(arrays, model)
 
 
 def loss_between(
@@ -67,7 +67,7 @@ def loss_around(
 def barrier(line: Line) -> float:
     """How far the loss between two models is above the line between their losses, at most; in nats.
 
-    The barrier of linear mode connectivity (arXiv 1912.05671).
+    The barrier of arXiv 2110.06296.
     """
     t, loss = np.array(line).T
     ends = np.interp([0.0, 1.0], t, loss)
@@ -85,17 +85,23 @@ def direction(model: TrainState, key: jax.Array) -> TrainState:
     """A random direction in which each column of a matrix has the norm of that of the weights.
 
     In the embedding it is each row, the vector of a piece; norms and biases stay. This is the filter
-    normalization of arXiv 1712.09913. With one key, models of one shape get the same draws.
+    normalization of arXiv 1712.09913. With one key, models of one shape get the same draws, on any mesh.
     """
     return dataclasses.replace(model, trained=map_leaves(partial(_drawn, key), model.trained))
 
 
-def activations(program: Program, model: TrainState, batch: Batch) -> Float[np.ndarray, "layers tokens D"]:
-    """The residual stream after each block, of the first tokens of the batch (padding is left out)."""
-    hidden = np.asarray(program.hidden_states(model, batch))
-    positions = np.arange(hidden.shape[2])
-    tokens = hidden[:, positions < np.asarray(batch.lengths)[:, None]]
-    return tokens[:, :MOST_TOKENS]
+def activations(
+    program: Program, model: TrainState, held_out: Sequence[Batch]
+) -> Float[np.ndarray, "layers tokens D"]:
+    """The residual stream after each block, of the first tokens of the batches; padding is left out."""
+    parts, model = [], program.placed(model)
+    for batch in held_out:
+        hidden = np.asarray(program.hidden_states(model, batch), np.float32)
+        inside = np.arange(hidden.shape[2]) < np.asarray(batch.lengths)[:, None]
+        parts.append(hidden[:, inside])
+        if sum(part.shape[1] for part in parts) >= MOST_TOKENS:
+            break
+    return np.concatenate(parts, axis=1)[:, :MOST_TOKENS]
 
 
 def cka(
@@ -122,7 +128,7 @@ def _along(
 ) -> Iterator[tuple[float, float]]:
     for amount in amounts:
         moved = _combined(float(amount), model, step)
-        yield float(amount), evaluate(program, moved, held_out).loss
+        yield float(amount), evaluate(program, program.placed(moved), held_out).loss
 
 
 @jax.jit

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 
 from relora_jax import shapes
-from relora_jax.errors import UserError
 from relora_jax.reporting import html, pictures, restarts, samples, spectrum
 from relora_jax.run import goodput, metrics_file
 from relora_jax.run.format import duration, number
@@ -178,9 +177,8 @@ def _summed_update(run: Run, folder: AnyPath) -> str:
     relora, start = run.config.relora, run.low_rank_start
     merges, rounding = 0, dict[str, float]()
     try:
-        then, now, update = _checkpoints(run)
-        base = {"base_dtype": relora.base_dtype, "base_init": relora.base_init}
-        spectra = spectrum.spectra(now, then, scale=relora.alpha / relora.rank, **base)
+        now, then, update = spectrum.checkpoints(run)
+        spectra = spectrum.of_run(run, now, then)
         ranks = {kind: relora.rank if spectrum.is_low_rank(now, kind) else 0 for kind in spectra}
         merges = sum(row["merged"] and start < row["update"] < update for row in run.of("restart"))
         for kind, rank in ranks.items():
@@ -225,22 +223,6 @@ def _counts(spectra: dict[str, np.ndarray], ranks: dict[str, int], rounding: dic
     if largest > 0.1:
         note += " Here rounding alone can lift values above 0.1, so the counts below 0.1 are too low."
     return "\n".join(lines) + f"\n\n{note}\n"
-
-
-def _checkpoints(run: Run) -> tuple[spectrum.Model, spectrum.Model, int]:
-    """The model at the start of the low-rank phase, the newest one, and the newest one's update."""
-    from relora_jax.checkpoint.saved import updates_saved  # here: Orbax takes seconds to import, and
-    from relora_jax.checkpoint.variables import variables_of  # a workdir without a run is rejected first
-
-    start = run.low_rank_start
-    saved = updates_saved(run.workdir)
-    if start not in saved:
-        raise UserError(f"the checkpoint at update {start:,}, where the measurement starts, is missing")
-    if saved[-1] == start:
-        raise UserError(
-            f"no checkpoint after update {start:,}, where the measurement starts, has been saved yet"
-        )
-    return variables_of(run.workdir, start), variables_of(run.workdir, saved[-1]), saved[-1]
 
 
 def _section(title: str, picture: str, text: str) -> str:

@@ -3,7 +3,7 @@
 python -m relora_jax.report --compare --workdir A B [--output=pair.md]
 """
 
-import json
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from relora_jax.checkpoint.saved import DamagedError
 from relora_jax.checkpoint.variables import variables_of
 from relora_jax.config import Config
 from relora_jax.data import batches
@@ -20,7 +21,8 @@ from relora_jax.errors import UserError
 from relora_jax.reporting import html, landscape, pictures, spectrum
 from relora_jax.reporting.landscape import Line
 from relora_jax.reporting.samples import escape
-from relora_jax.run import record, restored
+from relora_jax.run import record, restored, warm_start
+from relora_jax.run.format import strict_json
 from relora_jax.storage import atomic
 from relora_jax.storage.location import AnyPath
 from relora_jax.training import ledger
@@ -28,27 +30,23 @@ from relora_jax.training.program import Program, enable_compilation_cache
 
 TOKENS = 16_384  # held-out ones, for each loss
 DIRECTIONS = 2
-SIZES = ("vocab_size", "hidden", "mlp", "layers", "heads", "kv_heads", "head_dim")
-SHAPE = ("family", *SIZES, "tied_embeddings")  # settings of a model
 Spectra = Mapping[str, Mapping[str, np.ndarray]]  # {run: {kind: singular values [layers, side]}}
 LOSS = """\
-Loss on the same held-out text, at most {tokens:,} tokens. Left: along the line between the two models; the
-barrier, by how much the loss exceeds the straight line between the losses of the two, is {barrier:.3f} nats.
-The weights differ by {distance:.2f} times their norm. Right: along two random directions, the same draws for
-both, in which each column of a matrix has the norm of that of the weights: the steeper, the sharper the
-minimum.
+Left: the loss along the line between the two models. The barrier, by how much it exceeds the straight line
+between the losses of the two, is {barrier:.3f} nats; the weights differ by {distance:.2f} times their norm.
+Right: the loss along two random directions, the same draws for both, in which each column of a matrix has the
+norm of that of the weights: the steeper, the sharper the minimum.
 """
 WEIGHTS = """\
 Singular values s of the kernels, factors merged: a thin line per layer, a bold one for their median. In the
-table, means over the layers: effective rank is exp of the entropy of s / sum(s), stable rank
-sum(s^2) / max(s)^2.
+table, the norm over all layers, and means over the layers of the effective rank, exp of the entropy of
+s / sum(s), and of the stable rank, sum(s^2) / max(s)^2.
 """
 UPDATES = "The same of what training added to the kernels since the start of the low-rank phase.\n"
-NO_UPDATES = (
-    "Not available for every run: a checkpoint of the start or the end of a low-rank phase is missing.\n"
-)
+NO_UPDATES = "Not available for {}: a checkpoint of the start or of the end of that phase is missing.\n"
 ACTIVATIONS = """\
-Linear CKA of the residual stream after each block, on held-out text: 1 is equal up to rotation and scale.
+Linear CKA of the residual stream after each block, on {tokens:,} tokens of held-out text: 1 is equal up to
+rotation and scale, and {chance:.2f} is about what unrelated activations have.
 """
 
 
@@ -61,38 +59,52 @@ def write(workdirs: Sequence[AnyPath], output: AnyPath) -> AnyPath:
         raise UserError(f"--compare takes two runs, not {len(workdirs)}: name two after --workdir")
     if output.suffix != ".md":
         raise UserError(f"--output {str(output)!r} is a Markdown page: its name must end in .md")
+    if output.resolve().parent in [workdir.resolve() for workdir in workdirs]:
+        raise UserError(f"--output {str(output)!r} is among the files of a run: choose another directory")
     runs = dict(zip(_labels(workdirs), workdirs, strict=True))
     facts, spectra = _measured(runs, _check(workdirs))
     output.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join(_parts(runs, facts, spectra, output))
     html.write(output.with_suffix(".html"), text)
-    atomic.write(output.with_suffix(".json"), f"{json.dumps(facts, indent=2)}\n".encode())
+    atomic.write(output.with_suffix(".json"), strict_json(facts).encode())
     atomic.write(output, text.encode())
     return output
 
 
 def _measured(runs: Mapping[str, AnyPath], config: Config) -> tuple[dict[str, Any], Mapping[str, Spectra]]:
     """(what the JSON has, the spectra of "weights" and "updates" by run)."""
-    checkpoints = {name: variables_of(run, restored.update_of(run, None)) for name, run in runs.items()}
+    at = {name: restored.update_of(run, None) for name, run in runs.items()}
     enable_compilation_cache()
     program = landscape.full_rank_program(config, restored.mesh_of(config))
     held_out = _held_out(next(iter(runs.values())), config, program)
-    models = {name: landscape.merged(variables, program) for name, variables in checkpoints.items()}
-    first, second = models.values()
-    between, around = _lines(program, models, held_out)
-    activations = [landscape.activations(program, model, held_out[0]) for model in (first, second)]
-    updates = {name: spectrum.of_run(run) for name, run in runs.items()}
-    spectra = {
-        "weights": {name: spectrum.weights(variables) for name, variables in checkpoints.items()},
-        "updates": {name: values for name, values in updates.items() if values},
-    }
+    spectra: dict[str, dict[str, Any]] = {"weights": {}, "updates": {}}
+    models = []
+    for name, run in runs.items():
+        try:
+            variables = variables_of(run, at[name])
+            models.append(landscape.merged(variables, program))
+            spectra["weights"][name] = spectrum.weights(variables)
+            with contextlib.suppress(UserError):
+                of = record.read(run)
+                spectra["updates"][name] = spectrum.of_run(of, *spectrum.checkpoints(of)[:2])
+        except DamagedError as error:
+            restored.check_not_deleted(run, at[name])
+            raise UserError(f"{error}: the two cannot be compared without it") from error
+    first, second = models
+    between, around = _lines(program, dict(zip(runs, models, strict=True)), held_out)
+    activations = [landscape.activations(program, model, held_out) for model in models]
+    _, tokens, width = activations[0].shape
+    losses = {float(t): loss for t, loss in between}
     facts = {
-        "runs": {name: str(run) for name, run in runs.items()},
+        "runs": {name: {"workdir": str(run), "update": at[name]} for name, run in runs.items()},
+        "losses": dict(zip(runs, (losses[0.0], losses[1.0]), strict=True)),
         "barrier": landscape.barrier(between),
         "distance": landscape.distance(first, second),
         "between": between,
         "around": around,
         "cka": landscape.cka(activations[0], activations[1]).tolist(),
+        "cka_by_chance": width / (tokens + width),
+        "cka_tokens": tokens,
     }
     for of, values in spectra.items():
         facts[of] = {name: _ranks(kinds) for name, kinds in values.items()}
@@ -115,18 +127,18 @@ def _parts(
     pictures.loss_lines(file("loss"), facts["between"], facts["around"], ends=(first, second))
     pictures.spectra_of_two(file("weights"), spectra["weights"])
     pictures.cka(file("cka"), similarity, names=(first, second))
-    updates = [NO_UPDATES]
+    updates = []
     if spectra["updates"]:
-        pictures.spectra_of_two(file("updates"), spectra["updates"])
-        updates = [UPDATES, image("updates", "Singular values of the updates")]
+        pictures.spectra_of_two(file("updates"), {name: spectra["updates"].get(name, {}) for name in runs})
+        updates += [UPDATES, image("updates", "Singular values of the updates")]
         updates += [_ranks_table(facts["updates"])]
-        updates += [NO_UPDATES] * (len(spectra["updates"]) < 2)
-    about = {"barrier": facts["barrier"], "distance": facts["distance"], "tokens": TOKENS}
+    if missing := [escape(name) for name in runs if name not in spectra["updates"]]:
+        updates.append(NO_UPDATES.format(" and ".join(missing)))
     return [
         f"# {escape(first)} and {escape(second)}\n",
-        _table(runs),
+        _table(runs, facts),
         "## Loss\n",
-        LOSS.format(**about),
+        LOSS.format(**facts),
         image("loss", "Loss between and around the two models"),
         "## Weights\n",
         WEIGHTS,
@@ -135,7 +147,7 @@ def _parts(
         "## Updates\n",
         *updates,
         "## Activations\n",
-        ACTIVATIONS,
+        ACTIVATIONS.format(tokens=facts["cka_tokens"], chance=facts["cka_by_chance"]),
         _similarities(similarity),
         image("cka", "Similarity of activations"),
     ]
@@ -148,24 +160,23 @@ def _labels(workdirs: Sequence[AnyPath]) -> list[str]:
 
 
 def _check(workdirs: Sequence[AnyPath]) -> Config:
-    """The first run's config. UserError if the models differ in shape, or the held-out text is another."""
-    configs = [restored.config_of(workdir) for workdir in workdirs]
+    """The first run's config. UserError if the models are different functions, or the text is another."""
     if workdirs[0].resolve() == workdirs[1].resolve():
         raise UserError(f"--compare takes two runs, and {workdirs[0]} is named twice: name another one")
-    for key in SHAPE:
-        ours, theirs = (getattr(config.model, key) for config in configs)
-        if ours != theirs:
-            raise UserError(
-                f"the models have different shapes (model.{key} {ours} and {theirs}): choose runs whose "
-                "models have the same"
-            )
+    first, second = map(restored.config_of, workdirs)
+    different = warm_start.differences(first, second)
+    if first.data.attend_across_documents != second.data.attend_across_documents:
+        different.append("data.attend_across_documents")
     rows = [record.read_facts(workdir).get("rows", {}).get("validation", {}) for workdir in workdirs]
-    if different := [key for key in rows[0] if rows[0][key] != rows[1].get(key)]:
+    keys = sorted(rows[0].keys() | rows[1].keys())
+    different += [f"held-out rows: {key}" for key in keys if rows[0].get(key) != rows[1].get(key)]
+    if different:
         raise UserError(
-            f"the runs have other held-out rows ({', '.join(different)} differ): choose runs of the same "
-            "text and tokenizer"
+            f"the runs cannot be compared ({'; '.join(different)}): choose two with one model and one text"
         )
-    return configs[0]
+    if not keys:
+        raise UserError(f"{workdirs[0]} has no held-out rows: choose runs that were trained here")
+    return first
 
 
 def _held_out(workdir: AnyPath, config: Config, program: Program) -> list[Batch]:
@@ -207,12 +218,11 @@ def _lines(
     return between, around
 
 
-def _table(runs: Mapping[str, AnyPath]) -> str:
-    lines = ["| run | arm | perplexity |", "|---|---|---:|"]
+def _table(runs: Mapping[str, AnyPath], facts: Mapping[str, Any]) -> str:
+    lines = [f"| run | arm | update | loss on {TOKENS:,} held-out tokens |", "|---|---|---:|---:|"]
     for name, workdir in runs.items():
-        run = record.read(workdir)
-        update, perplexity = run.perplexities()[-1] if run.perplexities() else (0, "-")
-        lines.append(f"| {escape(name)} | {run.config.arm} | {perplexity} (update {update:,}) |")
+        update, loss = facts["runs"][name]["update"], facts["losses"][name]
+        lines.append(f"| {escape(name)} | {record.read_config(workdir).arm} | {update:,} | {loss:.4f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -235,7 +245,7 @@ def _ranks_table(ranks: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     head = [f"{label}, {escape(name)}" for label in measures.values() for name in ranks]
     lines = [f"| kernel | {' | '.join(head)} |", f"|---|{'---:|' * len(head)}"]
     for kind in next(iter(ranks.values())):
-        cells = [f"{of[kind][key]:,.1f}" for key in measures for of in ranks.values()]
+        cells = [f"{of[kind][key]:,.3g}" for key in measures for of in ranks.values()]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

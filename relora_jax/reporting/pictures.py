@@ -222,7 +222,7 @@ def spectra_of_two(
             _style(axes)
             axes.set_yscale("log")
     top = max(float(values.max()) for kinds in spectra.values() for values in kinds.values())
-    grid[0, 0].set_ylim(top * 1e-5, top * 2)
+    grid[0, 0].set_ylim(max(top, 1e-12) * 1e-5, max(top, 1e-12) * 2)
     for axes in grid[:, 0]:
         axes.set_ylabel("singular value (log scale)", color=INK)
     for axes in (*grid[1, :3], grid[0, 3]):
@@ -320,7 +320,7 @@ def study_gaps(file: AnyPath, gaps: Mapping[str, Mapping[int, Any]]) -> None:
     for n, (method, by_size) in enumerate(gaps.items()):
         sizes = sorted(by_size)
         means = [by_size[size].mean for size in sizes]
-        widths = np.nan_to_num([by_size[size].half_width for size in sizes])
+        widths = [by_size[size].half_width for size in sizes]  # NaN, of a single pair, is not drawn
         axes.errorbar(sizes, means, yerr=widths, marker="o", capsize=3, label=method, **_line(n))
     axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--")
     axes.set_xscale("log")

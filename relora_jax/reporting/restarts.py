@@ -1,7 +1,8 @@
 """What restarts did, as a section of a run's report: from the rows `restart`, and the losses around them.
 
-A spike is how far the training loss, as a mean of `SMOOTHED` logged updates, rises above its mean of the last
-`BEFORE` of the cycle before the restart; it is over once the smoothed loss is back there.
+A spike's height is how far the training loss, as a mean of `SMOOTHED` logged updates, rises in the first half
+of a cycle above its mean in the last quarter of the cycle before. Even without one, the largest of several
+noisy means is above 0: a spike is clear from `CLEAR` times the noise on, and over once the loss is back.
 """
 
 import math
@@ -14,8 +15,9 @@ from relora_jax.reporting import pictures
 from relora_jax.run.record import Run
 from relora_jax.storage.location import AnyPath
 
-BEFORE = 0.25  # of a cycle
+BEFORE, AFTER = 0.25, 0.5  # of a cycle
 SMOOTHED = 3  # logged updates
+CLEAR = 4  # standard errors of their mean
 
 TEXT = """\
 What each restart did, measured on held-out rows.
@@ -29,8 +31,9 @@ What each restart did, measured on held-out rows.
 - Loss spike: {spikes}
 """
 SPIKES = """\
-the training loss rose after {higher} of {count} restarts; the median height is {height:+.3f} nats,
-  where noise is {noise:.3f}, and in the median it was back within {recovery}."""
+the training loss rose after {clear} of {count} restarts, by more than {times} times its noise of
+  {noise:.3f} nats{heights}."""
+HEIGHTS = " (in the median of these by {height:.3f} nats, and it was back after {recovery})"
 NO_SPIKES = "too few updates are logged to see one; lower train.log_every_updates."
 
 
@@ -39,26 +42,30 @@ class Spike(NamedTuple):
 
     update: int
     height: float  # nats above the loss before; below 0 if it never rose
-    recovery: int | None  # updates until it was back; None: not in this cycle
+    recovery: float  # updates until it was back from its highest; infinite: not in this cycle
     noise: float  # standard error of the smoothed loss
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether noise alone would hardly be so high."""
+        return self.height > CLEAR * self.noise
 
 
 def spikes(run: Run) -> list[Spike]:
     """One for each reset that has enough logged updates on both sides."""
     resets = [row["update"] for row in run.of("restart") if row["reset"]]
-    losses = run.points("train", "loss")
-    window = max(1, round(BEFORE * run.config.relora.cycle_updates))
+    losses, cycle = run.points("train", "loss"), run.config.relora.cycle_updates
     result = []
     for start, end in zip(resets, [*resets[1:], math.inf], strict=True):
-        before = [loss for update, loss in losses if start - window < update <= start]
+        before = [loss for update, loss in losses if start - BEFORE * cycle < update <= start]
         after = _smoothed([point for point in losses if start < point[0] <= end])
-        if len(before) < SMOOTHED or not after:
+        early = [(loss, update) for update, loss in after if update <= start + AFTER * cycle]
+        if len(before) < SMOOTHED or not early:
             continue
-        level = statistics.mean(before)
-        recovery = next((update - start for update, loss in after if loss <= level), None)
-        highest = max(loss for update, loss in after if recovery is None or update <= start + recovery)
+        level, (highest, at) = statistics.mean(before), max(early)
+        back = (update - start for update, loss in after if update >= at and loss <= level)
         noise = statistics.stdev(before) / math.sqrt(SMOOTHED)
-        result.append(Spike(start, highest - level, recovery, noise))
+        result.append(Spike(start, highest - level, next(back, math.inf), noise))
     return result
 
 
@@ -81,7 +88,7 @@ def section(run: Run, folder: AnyPath) -> list[str]:
         **values,
         base_dtype=config.relora.base_dtype,
         rank=config.relora.rank,
-        chance=" to ".join(f"{config.relora.rank / side:.2g}" for side in {sides[-1], sides[0]}),
+        chance=" to ".join(f"{config.relora.rank / side:.2g}" for side in sorted({sides[-1], sides[0]})),
         spikes=_about(seen),
     )
     return [f"## Restarts\n\n{text}\n![Restarts](report/restarts.png)\n"]
@@ -90,16 +97,14 @@ def section(run: Run, folder: AnyPath) -> list[str]:
 def _about(seen: Sequence[Spike]) -> str:
     if not seen:
         return NO_SPIKES
-    higher = [spike for spike in seen if spike.height > 0]
-    back = [spike.recovery for spike in seen if spike.recovery is not None]
-    median = f"{statistics.median(back):g} updates" if 2 * len(back) > len(seen) else "more than a cycle"
-    return SPIKES.format(
-        higher=len(higher),
-        count=len(seen),
-        height=statistics.median(spike.height for spike in seen),
-        noise=statistics.median(spike.noise for spike in seen),
-        recovery=median,
-    )
+    clear, heights = [spike for spike in seen if spike.is_clear], ""
+    if clear:
+        recovery = statistics.median_high([spike.recovery for spike in clear])
+        back = f"{recovery:g} updates" if math.isfinite(recovery) else "more than a cycle"
+        height = statistics.median([spike.height for spike in clear])
+        heights = HEIGHTS.format(height=height, recovery=back)
+    noise = statistics.median([spike.noise for spike in seen])
+    return SPIKES.format(clear=len(clear), count=len(seen), times=CLEAR, noise=noise, heights=heights)
 
 
 def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

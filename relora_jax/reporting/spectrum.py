@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from relora_jax.run import record
-from relora_jax.storage.location import AnyPath
+from relora_jax.errors import UserError
+from relora_jax.run.record import Run
 from relora_jax.training import names
 
 if TYPE_CHECKING:
@@ -60,16 +60,28 @@ def spectra(
     }
 
 
-def of_run(workdir: AnyPath) -> dict[str, Values] | None:
-    """{kind: singular values of the summed update} of a run; None if one of the checkpoints is missing."""
-    from relora_jax.checkpoint.saved import updates_saved  # here: Orbax takes seconds to import
-    from relora_jax.checkpoint.variables import variables_of
+def checkpoints(run: Run) -> tuple[Model, Model, int]:
+    """(the newest model, that at the start of the low-rank phase, the update of the newest).
 
-    run = record.read(workdir)
-    relora, start, saved = run.config.relora, run.low_rank_start, updates_saved(workdir)
-    if start not in saved or saved[-1] == start:
-        return None
-    now, then = (variables_of(workdir, update) for update in (saved[-1], start))
+    UserError if one of them is missing.
+    """
+    from relora_jax.checkpoint.saved import updates_saved  # here: Orbax takes seconds to import, and
+    from relora_jax.checkpoint.variables import variables_of  # a workdir without a run is rejected first
+
+    start = run.low_rank_start
+    saved = updates_saved(run.workdir)
+    if start not in saved:
+        raise UserError(f"the checkpoint at update {start:,}, where the measurement starts, is missing")
+    if saved[-1] == start:
+        raise UserError(
+            f"no checkpoint after update {start:,}, where the measurement starts, has been saved yet"
+        )
+    return variables_of(run.workdir, saved[-1]), variables_of(run.workdir, start), saved[-1]
+
+
+def of_run(run: Run, now: Model, then: Model) -> dict[str, Values]:
+    """{kind: singular values of the summed update} of a run, between its `checkpoints`."""
+    relora = run.config.relora
     base = {"base_dtype": relora.base_dtype, "base_init": relora.base_init}
     return spectra(now, then, scale=relora.alpha / relora.rank, **base)
 

@@ -1,5 +1,6 @@
-"""Formats numbers and durations for people."""
+"""Formats numbers and durations for people, and values as JSON."""
 
+import json
 import math
 from typing import Any
 
@@ -37,3 +38,16 @@ def duration(seconds: float | int) -> str:
     if hours >= 24:
         return f"{hours // 24} d {hours % 24} h"
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def strict_json(value: Any) -> str:
+    """The value as JSON in lines, with null for numbers that are not finite."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,7 +16,7 @@ from relora_jax.training import names
 from relora_jax.training.program import Program
 from relora_jax.training.state import TrainState, model_of
 
-MAY_DIFFER = ("init_std", "compute_dtype")  # model settings that the two runs need not share
+MAY_DIFFER = ("init_std", "compute_dtype")  # model settings that do not decide the function of the weights
 
 
 def find(config: Config) -> Checkpoint:
@@ -63,15 +63,19 @@ def check_tokenizer(config: Config, rows: dict[str, Any]) -> None:
 
 def _check_model(checkpoint: Checkpoint, config: Config) -> None:
     """UserError if the models compute different functions, even if their arrays have the same shapes."""
-    changed = [
-        f"model.{key}: {before} -> {getattr(config.model, key)}"
-        for key, before, field in flatten(checkpoint.config.model)
-        if field.metadata != RUN and key not in MAY_DIFFER and before != getattr(config.model, key)
-    ]
-    if changed:
+    if changed := differences(checkpoint.config, config):
         raise UserError(
             f"{checkpoint.path} is from another model ({'; '.join(changed)}): restore these settings"
         )
+
+
+def differences(before: Config, now: Config) -> list[str]:
+    """The settings of two models that make them different functions of their weights."""
+    return [
+        f"model.{key}: {value} -> {getattr(now.model, key)}"
+        for key, value, field in flatten(before.model)
+        if field.metadata != RUN and key not in MAY_DIFFER and value != getattr(now.model, key)
+    ]
 
 
 def load(checkpoint: Checkpoint, program: Program) -> TrainState:

@@ -12,10 +12,12 @@ import copy
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from relora_jax.config import LOW_RANK_ARMS, Config, flatten
 from relora_jax.errors import UserError
+from relora_jax.shapes import parameters
 from relora_jax.storage.location import AnyPath
 
 MOST_ADDED = 4  # rates at one edge of a grid
@@ -82,7 +84,7 @@ Losses = Mapping[Run, float]  # at the end of each run that has ended; infinite 
 
 
 def check(study: Study) -> None:
-    """UserError for arms or settings that do not exist, and grids of fewer than two rates."""
+    """UserError for arms or settings that do not exist, grids of fewer than two rates, and mixed sizes."""
     known = {key for key, _, _ in flatten(study.base)}
     warm_starts = {study.warm_start, *(warm_start_of(study, name) for name in study.arms)}
     for name in (study.reference, *warm_starts):
@@ -98,6 +100,14 @@ def check(study: Study) -> None:
         optimizer = warm.settings.get("optimizer.name", study.base.optimizer.name)
         if warm.arm in LOW_RANK_ARMS or optimizer != "adamw":
             raise UserError(f"warm_start {name} must be an arm that trains in full rank with adamw")
+    for name in study.arms:
+        for other in (reference_of(study, name), warm_start_of(study, name)):
+            own, its = (parameters(config(study, Run(of, 1.0, 0), Path()).model) for of in (name, other))
+            if own != its:
+                raise UserError(
+                    f"arm {name} has a model of {own:,} parameters, and {other} one of {its:,}: name a "
+                    "full-rank arm of its own size as its reference"
+                )
     if not 1 <= study.seeds <= study.close_seeds:
         raise UserError(f"seeds {study.seeds} must be from 1 to close_seeds {study.close_seeds}")
     if not 0 <= study.close < math.inf:
@@ -190,7 +200,7 @@ def chosen(study: Study, losses: Losses, *, extend: bool, seeds: int) -> list[Ru
 
 
 def close_arms(study: Study, losses: Losses, rates: Mapping[str, float]) -> list[str]:
-    """The arms whose mean loss over the first seeds is close to that of another arm."""
+    """The arms whose mean loss over the first seeds is close to that of another with the same reference."""
     means = {
         name: sum(losses.get(Run(name, rate, seed), math.nan) for seed in range(study.seeds)) / study.seeds
         for name, rate in rates.items()
@@ -199,7 +209,11 @@ def close_arms(study: Study, losses: Losses, rates: Mapping[str, float]) -> list
     return [
         name
         for name, mean in means.items()
-        if any(abs(mean - other) <= limit for key, other in means.items() if key != name)
+        if any(
+            abs(mean - other) <= limit
+            for key, other in means.items()
+            if key != name and reference_of(study, key) == reference_of(study, name)
+        )
     ]
 
 

@@ -1,6 +1,6 @@
 """Writes a study's report: NAME.md with pictures, the same as one HTML file, and NAME.json."""
 
-import json
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -10,10 +10,12 @@ from urllib.parse import quote
 import numpy as np
 
 from relora_jax import shapes
+from relora_jax.errors import UserError
 from relora_jax.planning.compiled import Memory
 from relora_jax.reporting import html, pictures, spectrum
+from relora_jax.run import record
 from relora_jax.run.directory import PACKAGES
-from relora_jax.run.format import number
+from relora_jax.run.format import number, strict_json
 from relora_jax.storage import atomic
 from relora_jax.studies import grid, results
 from relora_jax.studies.grid import Losses, Run, Study
@@ -75,15 +77,19 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
         pictures.study_rates(file("rates"), {name: arm.by_rate for name, arm in arms.items()})
         parts += ["\n" + image("rates", "Perplexity by learning rate"), "## Curves\n"]
         parts += [image("curves", "Perplexity over tokens, FLOPs and seconds")]
-    if study.reference in drawn:
+    if any(grid.reference_of(study, name) in drawn for name in drawn):
         parts += ["## Sooner or later\n", _sooner(study, drawn), SOONER]
     if gaps := _gaps(study, arms):
         pictures.study_gaps(file("gaps"), gaps)
         parts += ["## Gap by size\n", _gap_table(gaps), GAPS, image("gaps", "Gap to full rank by size")]
     kept = {name: memory(grid.config(study, _run(arm), folder)) for name, arm in arms.items()}
     parts += ["\n## Memory\n", _memory(study, arms, kept), MEMORY]
-    moved = {name: spectrum.of_run(folder / _run(arm).name) for name, arm in arms.items() if arm.best_rate}
-    if moved := {name: values for name, values in moved.items() if values}:
+    moved = {}
+    for name in [name for name, arm in arms.items() if arm.best_rate]:
+        run = record.read(folder / _run(arms[name]).name)
+        with contextlib.suppress(UserError):  # a checkpoint is missing, as of a run that diverged
+            moved[name] = spectrum.of_run(run, *spectrum.checkpoints(run)[:2])
+    if moved:
         pictures.study_spectra(file("spectra"), {name: values[KIND] for name, values in moved.items()})
         parts += ["## Summed update\n", _moved(moved), MOVED, image("spectra", "Singular values")]
     text = "\n".join(parts)
@@ -92,7 +98,7 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
     content |= {"bytes": {name: split._asdict() for name, split in kept.items()}}
     content |= {"versions": {name: version(name) for name in PACKAGES}}
     report = folder / f"{study.name}.md"
-    atomic.write(report.with_suffix(".json"), f"{json.dumps(content, indent=2)}\n".encode())
+    atomic.write(report.with_suffix(".json"), strict_json(content).encode())
     html.write(report.with_suffix(".html"), text)
     atomic.write(report, text.encode())
     return report

@@ -109,7 +109,8 @@ def curve_of(workdir: Path) -> list[Point]:
     run = record.read(workdir)
     points, start, offset_s = list[Point](), 0, 0.0
     if run.config.train.init_from and run.low_rank_start:
-        start, source = run.low_rank_start, workdir.with_name(Path(run.config.train.init_from).name)
+        start, source = run.low_rank_start, Path(run.config.train.init_from)
+        source = source if source.is_dir() else workdir.with_name(source.name)  # the study was moved
         limit = start * tokens(run.config)
         points = [point for point in curve_of(source) if point.tokens <= limit]
         offset_s = elapsed_s(record.read(source), start)
@@ -156,21 +157,13 @@ def reached(curve: Sequence[Point], loss: float, key: str) -> float | None:
 
 
 def as_json(results: dict[str, ArmResult]) -> dict[str, Any]:
-    """The results as JSON has them: null for what is not finite."""
+    """The results as JSON has them."""
     table = {}
     for name, arm in results.items():
         values = dataclasses.asdict(arm) | {"perplexity": arm.perplexity, "spread": arm.spread}
         values["by_rate"] = {f"{rate:g}": perplexity for rate, perplexity in arm.by_rate.items()}
-        table[name] = _finite(values)
+        table[name] = values
     return table
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by_seed(name: str, rate: float, losses: Losses) -> dict[int, float]:

@@ -119,12 +119,15 @@ def start(workdir: Path, config: Config, slot: Slot) -> "subprocess.Popen[bytes]
 
 
 def check(workdir: Path, config: Config) -> None:
-    """UserError if the directory has a run with other settings; the study's directory may have moved."""
+    """UserError if the directory has a run with other settings.
+
+    Its source may have been elsewhere: the directory of a study that has ended can be moved.
+    """
     if not (workdir / record.CONFIG).is_file():
         return
     saved = record.read_config(workdir)
-    if source := saved.train.init_from:
-        saved.train.init_from = str(workdir.with_name(Path(source).name))
+    if Path(saved.train.init_from).name == Path(config.train.init_from).name:
+        saved.train.init_from = config.train.init_from
     if changed := changed_results(saved, config):
         raise UserError(
             f"{workdir} is of a study with other settings ({'; '.join(changed)}): use another --workdir"

@@ -65,6 +65,7 @@ class Program:
         self._eval: dict[bool, Any] = {}
         self._facts: dict[bool, Any] = {}
         self._sample: dict[bool, Any] = {}
+        self._hidden: dict[bool, Any] = {}
 
     def state_at(self, u: int) -> TrainState:
         """Shapes, dtypes and shardings of the state in a checkpoint at u updates."""
@@ -136,10 +137,10 @@ class Program:
     def hidden_states(self, state: TrainState, batch: Batch) -> jax.Array:
         """The residual stream after each block [layers, B, L, D] of a batch's inputs, on every device."""
         low = is_low_rank(state)
-        replicated = NamedSharding(self.mesh, PartitionSpec())
-        return self._of_model(steps.hidden_states, low=low, out_shardings=replicated)(
-            state.trained, state.frozen, batch
-        )
+        if low not in self._hidden:
+            replicated = NamedSharding(self.mesh, PartitionSpec())
+            self._hidden[low] = self._of_model(steps.hidden_states, low=low, out_shardings=replicated)
+        return self._hidden[low](state.trained, state.frozen, batch)
 
     def sample(self, state: TrainState, request: sampling.Request) -> tuple[jax.Array, jax.Array]:
         """`sampling.sample` for the phase of the state; the result is replicated on every device."""

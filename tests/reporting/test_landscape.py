@@ -62,7 +62,11 @@ def test_line_begins_at_the_first_model_and_ends_at_the_second(two: Any) -> None
 
 def test_direction_has_the_norm_of_the_weights_column_by_column(two: Any) -> None:
     _, (first, second), _, _ = two
-    drawn = [dict(leaves(landscape.direction(m, jax.random.key(3)).trained)) for m in (first, second)]
+
+    def drawn_for(model: Any, seed: int) -> dict[Any, Any]:
+        return dict(leaves(landscape.direction(model, jax.random.key(seed)).trained))
+
+    drawn = [drawn_for(model, 3) for model in (first, second)]
     for path, leaf in leaves(first.trained):
         step, weights = np.asarray(drawn[0][path][...]), np.asarray(leaf[...])
         if "norm" in leaf.axes:
@@ -75,7 +79,7 @@ def test_direction_has_the_norm_of_the_weights_column_by_column(two: Any) -> Non
         units = [np.asarray(of[path][...]) for of in drawn]
         units = [unit / np.linalg.norm(unit, axis=axis, keepdims=True) for unit in units]
         np.testing.assert_allclose(*units, atol=1e-5)  # the same draws for both
-    other = dict(leaves(landscape.direction(first, jax.random.key(4)).trained))
+    other = drawn_for(first, 4)
     assert all(np.any(other[path][...] != leaf[...]) for path, leaf in drawn[0].items() if leaf[...].any())
 
 
@@ -114,10 +118,33 @@ def test_cka_is_that_of_the_definition_and_ignores_rotations() -> None:
 
 def test_activations_are_those_that_the_head_sees(two: Any) -> None:
     program, (first, _), _, (rows,) = two
-    activations = landscape.activations(program, first, rows)
+    activations = landscape.activations(program, first, [rows])
     model = program.phase.model(first.trained, first.frozen)
     ids, lengths = np.asarray(rows.ids)[:, :-1], np.asarray(rows.lengths)
     logits = np.asarray(model(jnp.asarray(ids)))[np.arange(ids.shape[1]) < lengths[:, None]]
     head = np.asarray(model.norm(jnp.asarray(activations[-1]))) @ np.asarray(model.head.kernel[...])
     assert len(activations) == 2 and len(head) == np.minimum(lengths, ids.shape[1]).sum()
     np.testing.assert_allclose(head, logits, atol=1e-5)
+
+
+def test_activations_in_half_precision_are_compared_in_single(two: Any) -> None:
+    _, (first, _), _, (rows,) = two
+    config = small.config(model__compute_dtype="bfloat16")
+    program = landscape.full_rank_program(config, small.mesh())
+    activations = landscape.activations(program, first, [rows, rows])
+    assert activations.dtype == np.float32
+    assert activations.shape[1] == 2 * landscape.activations(program, first, [rows]).shape[1]
+
+
+def test_losses_are_the_same_on_a_mesh_that_pads(tmp_path: pathlib.Path) -> None:
+    config, lines = small.config("full", model__mlp=23), []
+    own = Program(config, small.mesh())
+    with Checkpoints(tmp_path, config) as checkpoints:
+        checkpoints.save(0, own.init())
+        checkpoints.wait()
+    for mesh in (small.mesh(), small.mesh(tensor=2)):
+        program = landscape.full_rank_program(config, mesh)
+        model = landscape.merged(variables_of(tmp_path, 0), program)
+        rows = jax.tree.map(lambda part: part[0], small.batch(config, program, 9))
+        lines.append(list(landscape.loss_around(program, model, jax.random.key(3), [rows])))
+    np.testing.assert_allclose(*lines, rtol=1e-5)

@@ -14,8 +14,10 @@ from matplotlib.image import imread
 
 from relora_jax import cli, report
 from relora_jax.checkpoint.manager import Checkpoints
+from relora_jax.checkpoint.saved import DamagedError
 from relora_jax.checkpoint.variables import variables_of
 from relora_jax.config import to_json
+from relora_jax.errors import UserError
 from relora_jax.reporting import pair, spectrum
 from relora_jax.training.program import Program
 from tests.support import small
@@ -84,6 +86,7 @@ def test_page_has_a_section_and_a_picture_for_each_subject(
     ranks = {arm: facts["updates"][arm]["q"]["effective_rank"] for arm in ARMS}
     assert ranks["relora"] < 3.01 < 6 < ranks["full"]  # r = 3; both are 16 x 16
     assert np.shape(facts["cka"]) == (2, 2)
+    assert f"| full | full | 6 | {facts['losses']['full']:.4f} |" in text
     assert f"{facts['distance']:.2f} times" in text and len(facts["around"]["full"]) == pair.DIRECTIONS
 
 
@@ -100,14 +103,35 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path: pathlib.Path, capsys
     one = str(make(tmp_path / "one", "relora"))
     assert "two runs, not 1" in fails(capsys, one)
     wide = str(make(tmp_path / "wide", "full", model__mlp=32))
-    assert "model.mlp 24 and 32" in fails(capsys, one, wide)
+    assert "model.mlp: 24 -> 32" in fails(capsys, one, wide)
     other = ROWS | {"validation": ROWS["validation"] | {"tokenizer": "b" * 64}}
     other_text = str(make(tmp_path / "other", "full", rows=other))
-    assert "held-out rows (tokenizer differ" in fails(capsys, one, other_text)
+    assert "held-out rows: tokenizer" in fails(capsys, one, other_text)
+    turned = str(make(tmp_path / "turned", "full", model__rope_theta=5e5))
+    assert "model.rope_theta: 10000.0 -> 500000.0" in fails(capsys, one, turned)
+    alone = str(make(tmp_path / "alone", "full", data__attend_across_documents=False))
+    assert "data.attend_across_documents" in fails(capsys, one, alone)
+    begun = ROWS | {"validation": ROWS["validation"] | {"bos": 1}}
+    assert "held-out rows: bos" in fails(capsys, one, str(make(tmp_path / "begun", "full", rows=begun)))
     unsaved = str(make(tmp_path / "unsaved", "full"))
     assert "no checkpoint yet" in fails(capsys, one, unsaved)
     assert "must end in .md" in fails(capsys, one, unsaved, "--output=pair.txt")
-    assert not list(tmp_path.glob("pair*"))
+    for name in ("report.md", "run.md"):
+        assert "is among the files of a run" in fails(capsys, one, unsaved, f"--output={unsaved}/{name}")
+    assert not list(tmp_path.glob("**/pair*")) and not list(tmp_path.glob("*/*.md"))
+
+
+def test_damaged_checkpoint_is_one_line(
+    runs: list[pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: Any) -> Any:
+        raise DamagedError("the checkpoint at update 6 is damaged")
+
+    monkeypatch.setattr(pair, "_held_out", lambda *_: [])
+    monkeypatch.setattr(pair, "enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(pair.landscape, "merged", damaged)
+    with pytest.raises(UserError, match="is damaged: the two cannot be compared"):
+        pair.write(runs, tmp_path / "pair.md")
 
 
 @pytest.mark.slow

@@ -148,3 +148,10 @@ def test_mistake_in_a_study_is_named_in_one_line(change: dict[str, Any], message
     with pytest.raises(UserError) as error:
         grid.check(dataclasses.replace(study(), **change))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_arm_of_another_size_needs_a_reference_of_its_own() -> None:
+    of = study()
+    of.arms["wide"] = Arm(arm="relora", rates=RATES, settings={"model.mlp": 32})
+    with pytest.raises(UserError, match=r"arm wide has a model of .* full-rank arm of its own size"):
+        grid.check(of)
