@@ -29,6 +29,9 @@ over seeds, with its standard deviation. The difference is between runs of one s
 weights and read the same batches, in nats per token with a 95% interval (Student's t): below 0 is better,
 and bold if the interval excludes 0.
 """
+PAIRS = """\
+The row's loss minus the column's, in nats per token, over the seeds that both have: below 0, the row is better.
+"""
 SOONER = """\
 What the arm needed to reach the final loss of the worse of the two, itself or its reference, relative to what
 the reference needed: below 1 is sooner. FLOPs are those of the model's matrix products. Runs side by side
@@ -68,6 +71,7 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
         "## Arms\n",
         _table(study, arms),
         NOTES,
+        *_pairs(arms),
         "## Learning rates\n",
         _rates(study, arms, extend=extend, losses=losses),
     ]
@@ -119,6 +123,18 @@ def _table(study: Study, arms: Mapping[str, ArmResult]) -> str:
         perplexity = f"{arm.perplexity:,.1f}{spread}" if arm.losses else "-"
         rows.append((name, rate, str(len(arm.losses)), perplexity, _nats(arm.difference)))
     return markdown(rows)
+
+
+def _pairs(arms: Mapping[str, ArmResult]) -> list[str]:
+    """The section with the difference of each two arms that have two seeds in common."""
+    several = {name: dict(enumerate(arm.losses)) for name, arm in arms.items() if len(arm.losses) > 1}
+    if len(several) < 3:
+        return []
+    rows = [("arm", *list(several)[:-1])]
+    for n, (name, losses) in enumerate(several.items()):
+        cells = [_nats(results.paired(losses, other)) for other in list(several.values())[:n]]
+        rows.append((name, *cells, *[""] * (len(several) - 1 - n)))
+    return ["## Pairs\n", markdown([rows[0], *rows[2:]]), PAIRS]
 
 
 def _gaps(study: Study, arms: Mapping[str, ArmResult]) -> dict[str, dict[int, Difference]]:

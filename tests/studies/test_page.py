@@ -97,6 +97,9 @@ def test_arms_of_another_size_are_compared_with_the_full_rank_arm_of_that_size(
     assert large_size - small_size == 2 * 3 * 16 * (32 - 24) and sizes["full@2"] == large_size
     assert f"| method | {small_size / 1e6:.2f}M | {large_size / 1e6:.2f}M |" in text
     assert "| low | **+0.500 ± 0.000** | **+0.250 ± 0.000** |" in text
+    pairs = text.split("## Pairs")[1].split("##")[0]
+    assert "| arm | full@1 | low@1 | full@2 |" in pairs and "| low@1 | **+0.500 ± 0.000** |  |  |" in pairs
+    assert "| low@2 | **-0.750 ± 0.000** | **-1.250 ± 0.000** | **+0.250 ± 0.000** |" in pairs
     source = grid.config(study, Run("low@2", 0.2, 1), tmp_path).train.init_from
     assert source == str(tmp_path / "full@2-0.2-1") and (tmp_path / "s_gaps.png").is_file()
 
