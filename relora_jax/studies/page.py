@@ -30,7 +30,8 @@ weights and read the same batches, in nats per token with a 95% interval (Studen
 and bold if the interval excludes 0.
 """
 PAIRS = """\
-The row's loss minus the column's, in nats per token, over the seeds that both have: below 0, the row is better.
+The row's loss minus the column's, in nats per token, over the seeds that both have: below 0, the row is
+better.
 """
 SOONER = """\
 What the arm needed to reach the final loss of the worse of the two, itself or its reference, relative to what
