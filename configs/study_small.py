@@ -10,12 +10,11 @@ this size, at the paper's 9m shape and at a larger one. They share the runs of t
 import dataclasses
 from typing import Any
 
-from relora_jax import magnitude, none, zero
-from relora_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, ReloraConfig, TrainConfig
+from configs import quickstart
+from configs.quickstart import RANK
+from relora_jax import none, zero
+from relora_jax.config import Config
 from relora_jax.studies.grid import Arm, Study
-
-VOCAB_SIZE, RANK, UPDATES, WARM_START, CYCLE = 1024, 2, 1500, 75, 150
-
 
 COLD = {"relora.warm_start_updates": 0}
 BOTH = {"relora.factor_lr_ratio": 0.5}  # of two factors
@@ -36,55 +35,14 @@ def get_config(choice: str = "main") -> Study:
 
 
 def base() -> Config:
-    """The settings that all runs share.
+    """The quickstart's settings, which all runs share.
 
     Kernels and factors bear smaller rates than embeddings and the head, which pilots looked for: with one for
     all, an arm is only as good as its compromise between the two.
     """
-    return Config(
-        name="study_small",
-        arm="relora",
-        model=ModelConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden=96,
-            mlp=256,
-            layers=3,
-            heads=3,
-            kv_heads=3,
-            head_dim=32,
-            compute_dtype="float32",
-        ),
-        relora=ReloraConfig(
-            rank=RANK,
-            alpha=float(RANK),
-            product="fused",
-            base_dtype="float32",
-            warm_start_updates=WARM_START,
-            cycle_updates=CYCLE,
-            warm_up_updates=20,
-            restart_warm_up_updates=10,
-            peak_lr=1.6e-2,
-            factor_lr_ratio=0.25,
-            prune=magnitude(0.9),
-        ),
-        optimizer=OptimizerConfig(peak_lr=1.6e-2, warm_up_updates=20, kernel_lr_ratio=0.1),
-        data=DataConfig(
-            dataset="sotu",
-            train_split="train",
-            validation_split="validation",
-            tokenizer=f"bpe({VOCAB_SIZE})",
-            sequence_length=64,
-        ),
-        train=TrainConfig(
-            updates=UPDATES,
-            batch=16,
-            microbatch=16,
-            log_every_updates=5,
-            evaluate_every_updates=150,
-            save_every_updates=WARM_START,
-            eval_tokens=32_768,
-        ),
-    )
+    config = quickstart.get_config()
+    config.relora.factor_lr_ratio = 0.25
+    return config
 
 
 LOW, HIGH = (4e-3, 8e-3, 1.6e-2, 3.2e-2), (8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
@@ -96,7 +54,7 @@ def main() -> dict[str, Arm]:
     Updates of kernels by muon and galore have about 0.2 of the rate as their RMS, without a further ratio.
     """
     own: dict[str, Any] = {"optimizer.kernel_lr_ratio": 1.0}
-    galore = {"optimizer.name": f"galore({RANK * 8}, {CYCLE})"}
+    galore = {"optimizer.name": f"galore({RANK * 8}, {quickstart.get_config().relora.cycle_updates})"}
     return {
         "full": Arm(arm="full", rates=HIGH),
         "muon": Arm(arm="full", rates=LOW, settings=own | {"optimizer.name": "muon"}),
@@ -129,7 +87,7 @@ def controls() -> dict[str, Arm]:
     short: dict[str, Any] = {"relora.warm_up_updates": 5, "relora.restart_warm_up_updates": 5}
 
     def cycle(updates: int) -> dict[str, Any]:
-        return {"relora.cycle_updates": updates} | (short if updates < CYCLE else {})
+        return {"relora.cycle_updates": updates} | (short if updates < base().relora.cycle_updates else {})
 
     shared = ("full", "lora_warm", "relora", "one_sided")
     return {name: main()[name] for name in shared} | {

@@ -38,7 +38,7 @@ SHAPES = {
     "7b": (4096, 11008, 32, 32),
 }
 # The paper's "control" (7b's is ours): the full-rank model with about as many parameters as the low-rank run
-# of a size trains. The quickstart's vocabulary is small, so its own is narrower (configs/quickstart.py).
+# of a size trains. quickstart and 2m have small vocabularies, and controls of their own in configs/
 CONTROL = {"60m": "40m", "130m": "71m", "250m": "100m", "350m": "130m", "1b": "250m", "7b": "590m"}
 KERNELS = {"attention": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 
@@ -53,7 +53,8 @@ def llama(name: str, **settings: Any) -> ModelConfig:
 def control(name: str) -> str:
     """The size of the control of size `name`; UserError if the paper has none."""
     if name not in CONTROL:
-        raise UserError(f"size {name} has no control: the arm exists for {', '.join(CONTROL)} and quickstart")
+        sizes = ", ".join((*CONTROL, "2m"))
+        raise UserError(f"size {name} has no control: the arm exists for {sizes} and quickstart")
     return CONTROL[name]
 
 
@@ -88,7 +89,7 @@ def paper_config(
             alpha=32.0,
             dropout=0.1,
             product="separate",  # fused has no branch to apply dropout to
-            base_dtype="bfloat16",  # docs/performance.md: the quickstart is as good as in float32
+            base_dtype="bfloat16",  # docs/performance.md: 2m is as good as in float32
             warm_start_updates=0 if arm == "lora" else warm_start_updates,
             cycle_updates=cycle_updates,
             warm_up_updates=500,

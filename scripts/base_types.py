@@ -1,4 +1,4 @@
-"""python scripts/base_types.py --config=configs/quickstart.py --workdir=DIR [--seeds=3] [--json=FILE]
+"""python scripts/base_types.py --config=configs/2m.py --workdir=DIR [--seeds=3] [--json=FILE]
     [--config.GROUP.FIELD=VALUE ...]
 
 What the storage of the base kernels costs: trains once per seed with each base type, with and without a

@@ -1,6 +1,6 @@
 """python scripts/faults.py --n=20 [--seed=0] [--directory=DIR] [--workers=1] [--table=FILE.md]
 
-Runs the quickstart's model n times in separate processes. Each run is hit by one fault, drawn from (seed,
+Runs the model of 2m n times in separate processes. Each run is hit by one fault, drawn from (seed,
 number), is resumed to its end, and must equal the uninterrupted run bit for bit: every array of the last
 checkpoint and every row of metrics.jsonl except its times. Exit codes are checked too. Prints one row per
 fault, then `20/20 ended bitwise equal`; exits with 0 only if all are equal. An interrupted command resumes.

@@ -1,4 +1,4 @@
-"""One run of the quickstart's model in child processes, for scripts/faults.py."""
+"""One run of the model of 2m in child processes, for scripts/faults.py."""
 
 import functools
 import os
@@ -21,7 +21,7 @@ from relora_jax.checkpoint.saved import Checkpoint, checkpoints_dir, updates_sav
 from relora_jax.run import metrics_file
 
 ROOT = Path(__file__).parent.parent
-CONFIG = ROOT / "configs" / "quickstart.py"
+CONFIG = ROOT / "configs" / "2m.py"
 UPDATES, W, CYCLE = 48, 12, 9  # restarts at 21, 30 and 39
 SETTINGS = f"""
     data.sequence_length=32 train.batch=4 train.microbatch=2 train.updates={UPDATES}

@@ -1,6 +1,6 @@
 """python scripts/process_faults.py --n=20 [--seed=0] [--directory=DIR]
 
-Three processes train the quickstart's model. At a random moment after they have joined, a random one is
+Three processes train the model of 2m. At a random moment after they have joined, a random one is
 killed, terminated, or stopped (SIGSTOP) for longer than the heartbeat of 10 s. All must end with a documented
 exit code. They are started again to the end of the run, which must equal the uninterrupted one bit for bit:
 every array of the last checkpoint and every row of metrics.jsonl except its times. Exits with 0 only then.

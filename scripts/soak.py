@@ -1,4 +1,4 @@
-"""python scripts/soak.py --config=configs/quickstart.py [--config.GROUP.FIELD=VALUE ...] --workdir=DIR
+"""python scripts/soak.py --config=configs/2m.py [--config.GROUP.FIELD=VALUE ...] --workdir=DIR
 
 Trains like relora_jax.train, but waits for each update, and measures the memory of the process over the
 updates, the updates at which something compiles, and the time of an update after a save against the others.

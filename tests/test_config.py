@@ -82,7 +82,7 @@ def test_tensor_must_divide_key_value_heads_too() -> None:
 
 
 def test_size_without_a_control_is_refused_with_the_sizes_that_have_one() -> None:
-    with pytest.raises(ValueError, match="60m, 130m, 250m, 350m, 1b, 7b and quickstart"):
+    with pytest.raises(ValueError, match="60m, 130m, 250m, 350m, 1b, 7b, 2m and quickstart"):
         shapes.control("9m")
 
 

@@ -13,11 +13,11 @@ from relora_jax.run import goodput, metrics_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHORT = {
-    "train": "updates=20 evaluate_every_updates=10 save_every_updates=10 eval_tokens=4096",
+    "train": "updates=20 evaluate_every_updates=10 save_every_updates=10 log_every_updates=1"
+    " eval_tokens=4096",
     "relora": "warm_start_updates=6 cycle_updates=5 warm_up_updates=2 restart_warm_up_updates=2 rank=4",
     "optimizer": "warm_up_updates=2",
-    "model": "hidden=32 head_dim=8 mlp=64 layers=2 vocab_size=1024",
-    "data": "tokenizer=bpe(1024)",
+    "model": "hidden=32 head_dim=8 mlp=64 layers=2",
 }
 
 
@@ -44,7 +44,7 @@ def test_quickstart_goes_from_text_to_report(tmp_path: pathlib.Path) -> None:
     assert [r["update"] for r in rows if r["kind"] == "train"] == list(range(1, 21))
     *_, last, evaluated, _, _, sample = rows
     assert evaluated["perplexity"] < rows[0]["perplexity"]
-    assert last["tokens_seen"] == 20 * 16 * 128 and last["restarts"] == 2
+    assert last["tokens_seen"] == 20 * 16 * 64 and last["restarts"] == 2
     assert [r["update"] for r in rows if r["kind"] == "sample"] == [u for u in (0, 10, 20) for _ in range(3)]
     assert len({r["prompt"] for r in rows if r["kind"] == "sample"}) == 3
     times = goodput.read(tmp_path / "run")

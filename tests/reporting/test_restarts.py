@@ -49,18 +49,18 @@ def spikes(folder: Path, **built: Any) -> list[restarts.Spike]:
 
 
 def test_spike_has_the_height_and_length_that_it_was_built_with(tmp_path: Path) -> None:
-    found = spikes(tmp_path, high=0.4, length=20)
-    assert [spike.update for spike in found] == list(RESTARTS)
-    for spike in found:
+    seen = spikes(tmp_path, high=0.4, length=20)
+    assert [spike.update for spike in seen] == list(RESTARTS)
+    for spike in seen:
         np.testing.assert_allclose(spike.height, 0.4 - 0.01, rtol=1e-9)
         assert spike.recovery == 20 + 2 * restarts.SMOOTHED  # the smoothed loss leaves it so much later
-    assert max(spike.noise for spike in found) < 1e-9
+    assert max(spike.noise for spike in seen) < 1e-9
 
 
 def test_loss_that_goes_on_falling_has_no_spike(tmp_path: Path) -> None:
-    found = spikes(tmp_path, high=0.0, length=0)
-    assert len(found) == len(RESTARTS) and not any(spike.is_clear for spike in found)
-    assert max(spike.height for spike in found) < 0
+    seen = spikes(tmp_path, high=0.0, length=0)
+    assert len(seen) == len(RESTARTS) and not any(spike.is_clear for spike in seen)
+    assert max(spike.height for spike in seen) < 0
 
 
 def test_spike_that_lasts_is_not_over(tmp_path: Path) -> None:
@@ -75,8 +75,8 @@ def test_spike_may_come_some_updates_after_the_restart(tmp_path: Path) -> None:
 
 
 def test_noise_is_hardly_taken_for_spikes(tmp_path: Path) -> None:
-    found = [spikes(tmp_path / str(seed), high=0.0, length=0, noise=0.3, seed=seed) for seed in range(40)]
-    clear = [spike.is_clear for of_run in found for spike in of_run]
+    seen = [spikes(tmp_path / str(seed), high=0.0, length=0, noise=0.3, seed=seed) for seed in range(40)]
+    clear = [spike.is_clear for of_run in seen for spike in of_run]
     assert len(clear) == 40 * len(RESTARTS) and np.mean(clear) < 0.1
 
 
