@@ -88,7 +88,9 @@ def section(run: Run, folder: AnyPath) -> list[str]:
         **values,
         base_dtype=config.relora.base_dtype,
         rank=config.relora.rank,
-        chance=" to ".join(f"{config.relora.rank / side:.2g}" for side in sorted({sides[-1], sides[0]})),
+        chance=" to ".join(
+            f"{config.relora.rank / side:.2g}" for side in sorted({sides[-1], sides[0]}, reverse=True)
+        ),
         spikes=_about(seen),
     )
     return [f"## Restarts\n\n{text}\n![Restarts](report/restarts.png)\n"]
