@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import signal
+import subprocess
 import time
 from typing import Any
 
@@ -146,20 +147,26 @@ def test_cores_are_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [slot.cores for slot in runner.slots(0)] == [{0}, {1}, {2}, {3}, {4}]
 
 
+def ended(process: "subprocess.Popen[str]") -> int:
+    """The exit code of a process, whose output is read and closed."""
+    process.communicate(timeout=900)
+    return process.returncode
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_study_is_resumed_and_says_the_same(tmp_path: pathlib.Path, number: signal.Signals) -> None:
     sandbox, config = Sandbox(tmp_path), config_file(tmp_path)
     whole = sandbox.start(config, "--extend", workdir="whole", command="study")
-    assert whole.wait(timeout=900) in (0, 1)
+    assert ended(whole) in (0, 1)
     killed = sandbox.start(config, "--extend", workdir="killed", command="study")
     while not list((tmp_path / "killed").glob("*.outcome.json")):
         assert killed.poll() is None
         time.sleep(0.2)
     killed.send_signal(number)
-    assert killed.wait(timeout=60) == (75 if number == signal.SIGTERM else -9)
+    assert ended(killed) == (75 if number == signal.SIGTERM else -9)
     again = sandbox.start(config, "--extend", workdir="killed", command="study")
-    assert again.wait(timeout=900) == whole.returncode
+    assert ended(again) == whole.returncode
     first, second = (json.loads((tmp_path / name / "toy.json").read_text()) for name in ("whole", "killed"))
     for name, arm in first["arms"].items():
         assert second["arms"][name]["losses"] == arm["losses"] and arm["losses"]
