@@ -14,8 +14,8 @@ from relora_jax import cli, study
 from relora_jax.config import to_json
 from relora_jax.errors import UserError
 from relora_jax.run import record
-from relora_jax.studies import page, runner
-from relora_jax.studies.grid import Run
+from relora_jax.studies import grid, page, runner
+from relora_jax.studies.grid import Arm, Run, Study
 from tests.support import small
 from tests.support.commands import Sandbox
 
@@ -139,6 +139,22 @@ def test_results_of_other_settings_are_not_mixed_in(
 def test_report_trains_nothing(tmp_path: pathlib.Path, pretended: Any) -> None:
     assert exit_code(config_file(tmp_path), f"--workdir={tmp_path / 'study'}", "--report") == 0
     assert not pretended["trained"]
+
+
+def test_choice_of_arms_includes_the_full_rank_arm_of_their_size() -> None:
+    of = Study(
+        name="s",
+        base=small.config("relora"),
+        arms={
+            "full": Arm(arm="full", rates=(1e-3, 2e-3)),
+            "low": Arm(arm="relora", rates=(1e-3, 2e-3)),
+            "full@2": Arm(arm="full", rates=(1e-3, 2e-3), reference="full@2"),
+            "low@2": Arm(arm="relora", rates=(1e-3, 2e-3), reference="full@2"),
+        },
+    )
+    chosen = study._with_arms(of, ["low@2"])
+    grid.check(chosen)
+    assert list(chosen.arms) == ["full@2", "low@2"]
 
 
 def test_cores_are_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ def check(study: Study) -> None:
     """UserError for arms or settings that do not exist, grids of fewer than two rates, and mixed sizes."""
     known = {key for key, _, _ in flatten(study.base)}
     warm_starts = {study.warm_start, *(warm_start_of(study, name) for name in study.arms)}
-    for name in (study.reference, *warm_starts):
+    for name in warm_starts | {reference_of(study, name) for name in study.arms}:
         if name not in study.arms:
             raise UserError(f"the study has no arm {name}: add it, or choose one of {', '.join(study.arms)}")
     for name, arm in study.arms.items():

@@ -155,3 +155,25 @@ def test_arm_of_another_size_needs_a_reference_of_its_own() -> None:
     of.arms["wide"] = Arm(arm="relora", rates=RATES, settings={"model.mlp": 32})
     with pytest.raises(UserError, match=r"arm wide has a model of .* full-rank arm of its own size"):
         grid.check(of)
+
+
+def sized() -> Study:
+    """Two sizes, each with a full-rank arm of its own."""
+    of, wide = study(close=0.06), {"model.mlp": 32}
+    of.arms = {
+        "full": Arm(arm="full", rates=RATES),
+        "low": Arm(arm="relora", rates=RATES),
+        "full@2": Arm(arm="full", rates=RATES, settings=wide, reference="full@2"),
+        "low@2": Arm(arm="relora", rates=RATES, settings=wide, reference="full@2"),
+    }
+    grid.check(of)
+    return of
+
+
+def test_arms_of_two_sizes_are_not_close_to_each_other() -> None:
+    level = {"full": 3.0, "low": 3.5, "full@2": 2.5, "low@2": 3.01}
+    _, losses = ended(sized(), lambda run: level[run.arm] + abs(math.log(run.rate / 0.2)))
+    assert max(run.seed for run in losses) == 2
+    level["low@2"] = 2.51  # close to the full-rank arm of its own size
+    _, losses = ended(sized(), lambda run: level[run.arm] + abs(math.log(run.rate / 0.2)))
+    assert {run.arm for run in losses if run.seed == 4} == {"full@2", "low@2"}
