@@ -86,7 +86,7 @@ Losses = Mapping[Run, float]  # at the end of each run that has ended; infinite 
 def check(study: Study) -> None:
     """UserError for arms or settings that do not exist, grids of fewer than two rates, and mixed sizes."""
     known = {key for key, _, _ in flatten(study.base)}
-    warm_starts = {study.warm_start, *(warm_start_of(study, name) for name in study.arms)}
+    warm_starts = {warm_start_of(study, name) for name in study.arms}
     for name in warm_starts | {reference_of(study, name) for name in study.arms}:
         if name not in study.arms:
             raise UserError(f"the study has no arm {name}: add it, or choose one of {', '.join(study.arms)}")
