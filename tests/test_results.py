@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from relora_jax.errors import UserError
 from relora_jax.studies.results import paired
 from scripts import results
 
@@ -21,7 +22,7 @@ def test_report_takes_the_place_of_an_earlier_one() -> None:
     both = results.taken(once, "b", REPORT.replace("2", "7"))
     again = results.taken(both, "a", REPORT.replace("2", "3"))
     assert again == both.replace("| full | 2 |", "| full | 3 |")
-    with pytest.raises(ValueError, match="study c"):
+    with pytest.raises(UserError, match="study c"):
         results.taken(PAGE, "c", REPORT)
 
 

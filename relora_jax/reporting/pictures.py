@@ -7,22 +7,25 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, NullLocator
 
+from relora_jax.reporting import drawing
+from relora_jax.reporting.drawing import (
+    BLUE,
+    COLORS,
+    DASHES,
+    FAINT,
+    GREEN,
+    GREY,
+    INK,
+    MARKERS,
+    ORANGE,
+    Points,
+)
 from relora_jax.storage.location import AnyPath
 
-INK, GREY, FAINT = "#24313d", "#7b8794", "#dfe4e9"
-BLUE, ORANGE, GREEN = "#2b6cb0", "#d9702c", "#2f8f6b"
 MAX_THICK_LINES = 40  # more restarts are drawn as thin lines, which do not hide the curve
-
-# For comparisons: colors for readers with color blindness (Okabe and Ito), then dashes
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-DASHES = ("-", "--", ":", "-.")
-MARKERS = "osD^vP*"
-
-Points = Sequence[tuple[float, float]]  # (updates or tokens, value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Curves:
 def loss(file: AnyPath, train: Points, evaluations: Points, timeline: Timeline) -> None:
     """Draws the training loss, raw and smoothed, and the validation loss, in nats per token."""
     figure, axes = _curve("loss (nats per token)")
-    updates, raw = _arrays(train)
+    updates, raw = drawing.arrays(train)
     smooth = smoothed(raw)
     if smooth is raw:
         axes.plot(updates, raw, color=BLUE, linewidth=1.8, label="training", marker=_marker(updates))
@@ -53,7 +56,7 @@ def loss(file: AnyPath, train: Points, evaluations: Points, timeline: Timeline) 
         axes.plot(updates, raw, color=BLUE, linewidth=0.8, alpha=0.3)
         axes.plot(updates, smooth, color=BLUE, linewidth=1.8, label="training (faint: unsmoothed)")
     if evaluations:
-        updates, values = _arrays(evaluations)
+        updates, values = drawing.arrays(evaluations)
         axes.plot(updates, values, "o", color=ORANGE, markersize=6, label="validation", **_MARKER_EDGE)
     _finish(figure, axes, file, timeline)
 
@@ -72,11 +75,11 @@ def learning_rate(file: AnyPath, rates: Sequence[float], timeline: Timeline) -> 
 def perplexity(file: AnyPath, evaluations: Points, unigram: float | None, timeline: Timeline) -> None:
     """Draws the validation perplexity and that of the unigram distribution, on a log scale."""
     figure, axes = _curve("validation perplexity (log scale)", height=3.4)
-    updates, values = _arrays(evaluations)
+    updates, values = drawing.arrays(evaluations)
     axes.plot(
         updates, values, "o-", color=ORANGE, markersize=6, linewidth=1.5, label="this run", **_MARKER_EDGE
     )
-    _log_scale(axes)
+    drawing.log_scale(axes)
     if unigram is not None:
         axes.axhline(unigram, color=GREY, linestyle="--", linewidth=1.2, label=f"unigram: {unigram:,.0f}")
     low, high = min(*values, unigram or np.inf), max(*values, unigram or 0)
@@ -111,7 +114,7 @@ def spectrum(
     for axes in (*grid[1, :3], grid[0, 3]):
         axes.set_xlabel("index, largest first", color=INK)
     _shared_legend(grid[1, 3], list(grid.flat[: len(spectra)]))
-    _save(figure, file)
+    drawing.save(figure, file)
 
 
 def runs(file: AnyPath, curves: Sequence[Curves], starts: Mapping[str, float]) -> None:
@@ -122,10 +125,10 @@ def runs(file: AnyPath, curves: Sequence[Curves], starts: Mapping[str, float]) -
     figure = Figure(figsize=(10, 8), dpi=120, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for n, run in enumerate(curves):
-        line = {"label": run.name, **_line(n)}
-        tokens, values = _arrays(run.perplexity)
+        line = {"label": run.name, **drawing.line(n)}
+        tokens, values = drawing.arrays(run.perplexity)
         upper.plot(tokens, values, marker=MARKERS[n % 7], markersize=6, **line, **_MARKER_EDGE)
-        tokens, values = _arrays(run.loss)
+        tokens, values = drawing.arrays(run.loss)
         lower.plot(tokens, smoothed(values), marker=_marker(tokens), **line)
     for n, (label, tokens) in enumerate(starts.items()):
         for axes in (upper, lower):
@@ -133,16 +136,16 @@ def runs(file: AnyPath, curves: Sequence[Curves], starts: Mapping[str, float]) -
         side = -1 if tokens > np.mean(upper.get_xlim()) else 1
         offset = {"xytext": (4 * side, -10 - 12 * n), "ha": "left" if side > 0 else "right"}
         upper.annotate(label, (tokens, 1), xycoords=upper.get_xaxis_transform(), **offset, **_LABEL)
-    _style(upper)
-    _style(lower)
-    _log_scale(upper)
+    drawing.style(upper)
+    drawing.style(lower)
+    drawing.log_scale(upper)
     upper.set_ylabel("validation perplexity (log scale)", color=INK)
     lower.set_ylabel("training loss (nats per token, smoothed)", color=INK)
     lower.set_xlabel("tokens seen", color=INK)
     lower.xaxis.set_major_formatter(EngFormatter(sep=""))
     legend = {"handles": upper.get_legend_handles_labels()[0], "labelcolor": INK, "fontsize": 9}
     figure.legend(loc="outside upper left", ncols=3, frameon=False, **legend)
-    _save(figure, file)
+    drawing.save(figure, file)
 
 
 def restarts(file: AnyPath, rows: Sequence[Mapping[str, Any]], spikes: Mapping[int, float]) -> None:
@@ -150,7 +153,7 @@ def restarts(file: AnyPath, rows: Sequence[Mapping[str, Any]], spikes: Mapping[i
     figure = Figure(figsize=(11, 5.2), dpi=120, layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
 
-    def draw(axes: Axes, label: str, **lines: Sequence[float | None]) -> None:
+    def panel(axes: Axes, label: str, **lines: Sequence[float | None]) -> None:
         for (name, values), color in zip(lines.items(), (BLUE, ORANGE), strict=False):
             updates = [row["update"] for row in rows]
             axes.plot(
@@ -162,7 +165,7 @@ def restarts(file: AnyPath, rows: Sequence[Mapping[str, Any]], spikes: Mapping[i
                 linewidth=1.4,
                 label=name.replace("_", " "),
             )
-        _style(axes)
+        drawing.style(axes)
         axes.set_ylabel(label, color=INK)
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
 
@@ -170,16 +173,16 @@ def restarts(file: AnyPath, rows: Sequence[Mapping[str, Any]], spikes: Mapping[i
         return [row[key] for row in rows]
 
     changes = [row["logits_change"] / row["logits_rms"] for row in rows]
-    draw(panels[0, 0], "relative to the RMS", change_of_logits=changes, base_rounding=of("base_rounding"))
-    draw(panels[0, 1], "merged update", norm=of("delta_norm"), effective_rank=of("effective_rank"))
-    draw(panels[1, 0], "overlap with the one before", inputs=of("overlap_in"), outputs=of("overlap_out"))
-    draw(panels[1, 1], "loss spike (nats)", height=[spikes.get(row["update"]) for row in rows])
+    panel(panels[0, 0], "relative to the RMS", change_of_logits=changes, base_rounding=of("base_rounding"))
+    panel(panels[0, 1], "merged update", norm=of("delta_norm"), effective_rank=of("effective_rank"))
+    panel(panels[1, 0], "overlap with the one before", inputs=of("overlap_in"), outputs=of("overlap_out"))
+    panel(panels[1, 1], "loss spike (nats)", height=[spikes.get(row["update"]) for row in rows])
     for axes in panels[1]:
         axes.set_xlabel("updates", color=INK)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     for axes in panels.flat:
         axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
-    _save(figure, file)
+    drawing.save(figure, file)
 
 
 def loss_lines(
@@ -188,22 +191,22 @@ def loss_lines(
     """Draws the loss along the line between two models, and along each model's random directions."""
     figure = Figure(figsize=(11, 4.2), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
-    t, losses = _arrays(between)
+    t, losses = drawing.arrays(between)
     left.plot(t, losses, color=INK, linewidth=1.6)
     for at, name, color in zip((0, 1), ends, COLORS, strict=False):
         left.axvline(at, color=color, linewidth=1.4, linestyle="--", label=name)
     left.set_xlabel("t of (1 - t) first + t second", color=INK)
     for name, color in zip(ends, COLORS, strict=False):
         for n, points in enumerate(around[name]):
-            s, losses = _arrays(points)
+            s, losses = drawing.arrays(points)
             style = {"color": color, "linestyle": DASHES[n % 4], "linewidth": 1.6}
             right.plot(s, losses, label=f"{name}, direction {n + 1}", **style)
     right.set_xlabel("s of weights + s direction", color=INK)
     for axes in (left, right):
-        _style(axes)
+        drawing.style(axes)
         axes.set_ylabel("loss (nats per token)", color=INK)
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
-    _save(figure, file)
+    drawing.save(figure, file)
 
 
 def spectra_of_two(
@@ -219,7 +222,7 @@ def spectra_of_two(
                 axes.plot(index, layer, color=color, linewidth=0.8, alpha=0.35)
             axes.plot(index, np.median(values, axis=0), color=color, linewidth=1.8, label=run)
             axes.set_title(kind, loc="left", fontsize=11, fontweight="bold", color=INK)
-            _style(axes)
+            drawing.style(axes)
             axes.set_yscale("log")
     top = max(float(values.max()) for kinds in spectra.values() for values in kinds.values())
     grid[0, 0].set_ylim(max(top, 1e-12) * 1e-5, max(top, 1e-12) * 2)
@@ -228,7 +231,7 @@ def spectra_of_two(
     for axes in (*grid[1, :3], grid[0, 3]):
         axes.set_xlabel("index, largest first", color=INK)
     _shared_legend(grid[1, 3], list(grid.flat[:7]))
-    _save(figure, file)
+    drawing.save(figure, file)
 
 
 def cka(file: AnyPath, values: Float[np.ndarray, "layers layers"], *, names: tuple[str, str]) -> None:
@@ -243,7 +246,7 @@ def cka(file: AnyPath, values: Float[np.ndarray, "layers layers"], *, names: tup
     for axis, name in ((axes.yaxis, names[0]), (axes.xaxis, names[1])):
         axis.set_major_locator(MaxNLocator(8, integer=True))
         axis.set_label_text(f"layer of {name}", color=INK)
-    _save(figure, file)
+    drawing.save(figure, file)
 
 
 def memory(file: AnyPath, parts: Mapping[str, Mapping[str, float]], *, limit: float) -> None:
@@ -255,7 +258,7 @@ def memory(file: AnyPath, parts: Mapping[str, Mapping[str, float]], *, limit: fl
     axes.invert_yaxis()
     axes.set_xlabel("GB per device", color=INK)
     figure.legend(loc="outside upper left", ncols=5, frameon=False, labelcolor=INK, fontsize=9)
-    _save(figure, file)
+    drawing.save(figure, file)
 
 
 def causes(
@@ -274,7 +277,7 @@ def causes(
         style = {"ncols": ncols, "frameon": False, "labelcolor": INK, "fontsize": 8}
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), **style)
     panels[0].invert_yaxis()
-    _save(figure, file)
+    drawing.save(figure, file)
 
 
 def history(
@@ -283,88 +286,13 @@ def history(
     """Draws what each change made of each row's value, from the first to the last."""
     figure = Figure(figsize=(9, 4.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    _style(axes)
+    drawing.style(axes)
     for (name, steps), color in zip(values.items(), COLORS, strict=False):
         axes.plot(list(changes), list(steps), color=color, marker="o", label=name)
     axes.set_ylim(bottom=0)
     axes.set_ylabel(label, color=INK)
     axes.legend(frameon=False, labelcolor=INK)
-    _save(figure, file)
-
-
-def study_curves(file: AnyPath, curves: Mapping[str, Mapping[str, Points]]) -> None:
-    """Draws each arm's perplexity over what it used, {arm: {what: points}}, each what in a panel."""
-    labels = list(next(iter(curves.values())))
-    figure = Figure(figsize=(12, 4.6), dpi=120, layout="constrained")
-    panels = figure.subplots(1, len(labels), sharey=True)
-    for axes, label in zip(panels, labels, strict=True):
-        for n, (name, points) in enumerate(curves.items()):
-            used, values = _arrays(points[label])
-            axes.plot(used, values, label=name, **_line(n))
-        _style(axes)
-        axes.set_xlabel(label, color=INK)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    _log_scale(panels[0])
-    panels[0].set_ylabel("validation perplexity (log scale)", color=INK)
-    handles = panels[0].get_legend_handles_labels()[0]
-    style = {"ncols": 5, "frameon": False, "labelcolor": INK, "fontsize": 9}
-    figure.legend(handles=handles, loc="outside upper left", **style)
-    _save(figure, file)
-
-
-def study_gaps(file: AnyPath, gaps: Mapping[str, Mapping[int, Any]]) -> None:
-    """Draws each method's difference to full rank by the parameters of the model, with its interval."""
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    _style(axes)
-    for n, (method, by_size) in enumerate(gaps.items()):
-        sizes = sorted(by_size)
-        means = [by_size[size].mean for size in sizes]
-        widths = [by_size[size].half_width for size in sizes]  # NaN, of a single pair, is not drawn
-        axes.errorbar(sizes, means, yerr=widths, marker="o", capsize=3, label=method, **_line(n))
-    axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("parameters of the full-rank model (log scale)", color=INK)
-    axes.set_ylabel("loss above full rank (nats)", color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    _save(figure, file)
-
-
-def study_rates(file: AnyPath, by_rate: Mapping[str, Mapping[float, float]]) -> None:
-    """Draws each arm's final perplexity by peak learning rate; those that diverged are left out."""
-    figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    _style(axes)
-    for n, (name, values) in enumerate(by_rate.items()):
-        rates, perplexities = _arrays([(r, p) for r, p in values.items() if np.isfinite(p)])
-        axes.plot(rates, perplexities, marker="o", markersize=5, label=name, **_line(n))
-    axes.set_xscale("log")
-    _log_scale(axes)
-    axes.set_xlabel("peak learning rate (log scale)", color=INK)
-    axes.set_ylabel("validation perplexity (log scale)", color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    _save(figure, file)
-
-
-def study_spectra(file: AnyPath, spectra: Mapping[str, Float[np.ndarray, "layers side"]]) -> None:
-    """Draws the median over the layers of each arm's singular values, by index."""
-    figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    _style(axes)
-    for n, (name, values) in enumerate(spectra.items()):
-        axes.plot(np.arange(1, values.shape[1] + 1), np.median(values, axis=0), label=name, **_line(n))
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=1e-3)
-    axes.set_xlabel("index, largest first", color=INK)
-    axes.set_ylabel("singular value (log scale)", color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    _save(figure, file)
-
-
-def _line(n: int) -> dict[str, Any]:
-    """The style of the nth curve."""
-    return {"color": COLORS[n % 7], "linestyle": DASHES[n // 7 % 4], "linewidth": 1.6}
+    drawing.save(figure, file)
 
 
 def bench(
@@ -383,17 +311,17 @@ def bench(
     memory_bars = memory.barh(list(steps), sizes, height=0.6, color=ORANGE)
     memory.set_xlabel("GB per device, compiled", color=INK)
     for axes, values, patches in ((time, medians, bars), (memory, sizes, memory_bars)):
-        _style(axes)
+        drawing.style(axes)
         axes.margins(x=0.15)
         labels = ["" if np.isnan(value) else f"{value:,.3g}" for value in values]
         axes.bar_label(patches, labels, label_type="center", color="white", fontsize=9)
     time.invert_yaxis()
-    _save(figure, file)
+    drawing.save(figure, file)
 
 
 def _stacked(axes: Axes, parts: Mapping[str, Mapping[str, float]], *, unit: float) -> None:
     """One bar of each row's parts in this unit, one after the other, with their sum; without empty parts."""
-    _style(axes)
+    drawing.style(axes)
     starts = np.zeros(len(parts))
     for index, part in enumerate(next(iter(parts.values()))):
         sizes = np.array([split[part] for split in parts.values()]) / unit
@@ -424,7 +352,7 @@ _MARKER_EDGE = {"markeredgecolor": "white", "markeredgewidth": 1.0}
 
 
 def _panel(axes: Axes, kind: str, values: np.ndarray, *, rank: int, merges: int) -> None:
-    _style(axes)
+    drawing.style(axes)
     index = np.arange(1, values.shape[1] + 1)
     for layer in np.where(values > 0, values, np.nan):
         axes.plot(index, layer, color=BLUE, linewidth=0.8, alpha=0.35, label="one layer")
@@ -459,30 +387,13 @@ def _shared_legend(axes: Axes, panels: Sequence[Axes]) -> None:
 def _curve(label: str, *, height: float = 4.2) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(9, height), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    _style(axes)
+    drawing.style(axes)
     axes.set_ylabel(label, color=INK)
     axes.set_xlabel("updates", color=INK)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.margins(x=0.02)
     return figure, axes
-
-
-def _style(axes: Axes) -> None:
-    axes.grid(color=FAINT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=GREY, labelcolor=INK, labelsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(GREY)
-
-
-def _log_scale(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _finish(figure: Figure, axes: Axes, file: AnyPath, timeline: Timeline) -> None:
@@ -498,17 +409,7 @@ def _finish(figure: Figure, axes: Axes, file: AnyPath, timeline: Timeline) -> No
         loc="lower left", bbox_to_anchor=(0, 1.0), ncols=5, frameon=False, fontsize=9, labelcolor=INK,
         borderaxespad=0.2, handlelength=1.6, columnspacing=1.6,
     )  # fmt: skip
-    _save(figure, file)
-
-
-def _save(figure: Figure, file: AnyPath) -> None:
-    with file.open("wb") as stream:
-        FigureCanvasAgg(figure).print_png(stream)
-
-
-def _arrays(points: Points) -> tuple[np.ndarray, np.ndarray]:
-    pairs = np.asarray(points, np.float64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
+    drawing.save(figure, file)
 
 
 def _marker(values: np.ndarray) -> str:

@@ -12,12 +12,12 @@ import numpy as np
 from relora_jax import shapes
 from relora_jax.errors import UserError
 from relora_jax.planning.compiled import Memory
-from relora_jax.reporting import html, pictures, spectrum
+from relora_jax.reporting import html, spectrum
 from relora_jax.run import record
 from relora_jax.run.directory import PACKAGES
 from relora_jax.run.format import number, strict_json
 from relora_jax.storage import atomic
-from relora_jax.studies import grid, results
+from relora_jax.studies import grid, pictures, results
 from relora_jax.studies.grid import Losses, Run, Study
 from relora_jax.studies.memory import memory
 from relora_jax.studies.results import ArmResult, Difference
@@ -78,14 +78,14 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
     ]
     drawn = {name: arm for name, arm in arms.items() if len(arm.curve) > 1}
     if drawn:
-        pictures.study_curves(file("curves"), {n: _points(arm) for n, arm in drawn.items()})
-        pictures.study_rates(file("rates"), {name: arm.by_rate for name, arm in arms.items()})
+        pictures.curves(file("curves"), {n: _points(arm) for n, arm in drawn.items()})
+        pictures.rates(file("rates"), {name: arm.by_rate for name, arm in arms.items()})
         parts += ["\n" + image("rates", "Perplexity by learning rate"), "## Curves\n"]
         parts += [image("curves", "Perplexity over tokens, FLOPs and seconds")]
     if any(grid.reference_of(study, name) in drawn for name in drawn):
         parts += ["## Sooner or later\n", _sooner(study, drawn), SOONER]
     if gaps := _gaps(study, arms):
-        pictures.study_gaps(file("gaps"), gaps)
+        pictures.gaps(file("gaps"), gaps)
         parts += ["## Gap by size\n", _gap_table(gaps), GAPS, image("gaps", "Gap to full rank by size")]
     kept = {name: memory(grid.config(study, _run(arm), folder)) for name, arm in arms.items()}
     parts += ["\n## Memory\n", _memory(study, arms, kept), MEMORY]
@@ -95,7 +95,7 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
         with contextlib.suppress(UserError):  # a checkpoint is missing, as of a run that diverged
             moved[name] = spectrum.of_run(run, *spectrum.checkpoints(run)[:2])
     if moved:
-        pictures.study_spectra(file("spectra"), {name: values[KIND] for name, values in moved.items()})
+        pictures.spectra(file("spectra"), {name: values[KIND] for name, values in moved.items()})
         parts += ["## Summed update\n", _moved(moved), MOVED, image("spectra", "Singular values")]
     text = "\n".join(parts)
     content = {"study": study.name, "runs": len(losses), "updates": updates, "arms": results.as_json(arms)}

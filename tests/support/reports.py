@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from relora_jax.config import Config
-from relora_jax.reporting import page, pictures
+from relora_jax.reporting import drawing, page
 from tests.support import small
 
 LAYERS, SIDE, MLP, RANK, UPDATES, START, CYCLE = 2, 24, 40, 3, 400, 100, 60
@@ -101,7 +101,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
         drawn[file.name] = figure
         file.touch()
 
-    monkeypatch.setattr(pictures, "_save", save)
+    monkeypatch.setattr(drawing, "save", save)
     return drawn
 
 
