@@ -45,8 +45,9 @@ def main(argv: Sequence[str]) -> int:
     if code:
         return code  # what stopped this may not wait for a report
     results = losses(study, folder, extend=extend)
-    if results:
-        print(page.write(study, folder, results, extend=extend))
+    if not results:
+        raise UserError(f"no run of the study has ended in {folder}: leave out --report to train them")
+    print(page.write(study, folder, results, extend=extend))
     edges = grid.edges(study, results, extend=extend)
     for name, rate in edges.items():
         problem = "every rate diverged: add lower ones to its rates"

@@ -136,9 +136,15 @@ def test_results_of_other_settings_are_not_mixed_in(
         assert "train.updates: 24 -> 16): use another --workdir" in capsys.readouterr().err
 
 
-def test_report_trains_nothing(tmp_path: pathlib.Path, pretended: Any) -> None:
-    assert exit_code(config_file(tmp_path), f"--workdir={tmp_path / 'study'}", "--report") == 0
-    assert not pretended["trained"]
+def test_report_trains_nothing(
+    tmp_path: pathlib.Path, pretended: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = (config_file(tmp_path, seeds=1), f"--workdir={tmp_path / 'study'}")
+    assert exit_code(*args, "--report") == 2
+    assert "no run of the study has ended" in capsys.readouterr().err and not pretended["trained"]
+    assert exit_code(*args) == 0
+    trained = list(pretended["trained"])
+    assert exit_code(*args, "--report") == 0 and pretended["trained"] == trained
 
 
 def test_choice_of_arms_includes_the_full_rank_arm_of_their_size() -> None:
