@@ -2,9 +2,9 @@
 
     python -m relora_jax.study --config=configs/study_small.py[:CHOICE] --extend --workdir=runs/study_small
 
-CHOICE of arms: `main`, what a user may pick; `ablation`, the paper's eight rows (arXiv 2307.05695) and a
-published mistake; `controls`, what of one_sided and of a restart does what; `scale`, the gap to full rank at
-this size, at the paper's 9m shape and at a larger one. They share the runs of the arms that they share.
+CHOICE of arms: `main`, what a user may pick; `controls`, what of one_sided and of a restart does what;
+`scale`, the gap to full rank at this size, at the paper's 9m shape and at a larger one. They share the runs
+of the arms that they share.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import Any
 
 from configs import quickstart
 from configs.quickstart import RANK
-from relora_jax import none, zero
+from relora_jax import zero
 from relora_jax.config import Config
 from relora_jax.studies.grid import Arm, Study
 
@@ -27,7 +27,7 @@ ONE_SIDED = {  # at twice the rank, about as many trained factors as relora's
 
 def get_config(choice: str = "main") -> Study:
     """The study of one choice of arms."""
-    arms = {"main": main, "ablation": ablation, "controls": controls, "scale": scale}
+    arms = {"main": main, "controls": controls, "scale": scale}
     if choice not in arms:
         raise ValueError(f"the arms {choice!r} must be one of {', '.join(arms)}")
     name = "study_small" if choice == "main" else f"study_small_{choice}"
@@ -35,13 +35,17 @@ def get_config(choice: str = "main") -> Study:
 
 
 def base() -> Config:
-    """The quickstart's settings, which all runs share.
+    """The quickstart's settings, which all runs share, with fewer updates.
 
     Kernels and factors bear smaller rates than embeddings and the head, which pilots looked for: with one for
     all, an arm is only as good as its compromise between the two.
     """
     config = quickstart.get_config()
     config.relora.factor_lr_ratio = 0.25
+    config.relora.warm_start_updates, config.relora.cycle_updates = 75, 150
+    config.relora.peak_lr = config.optimizer.peak_lr = 1.6e-2
+    config.train.updates, config.train.log_every_updates = 1500, 5
+    config.train.evaluate_every_updates, config.train.save_every_updates = 150, 75
     return config
 
 
@@ -54,7 +58,7 @@ def main() -> dict[str, Arm]:
     Updates of kernels by muon and galore have about 0.2 of the rate as their RMS, without a further ratio.
     """
     own: dict[str, Any] = {"optimizer.kernel_lr_ratio": 1.0}
-    galore = {"optimizer.name": f"galore({RANK * 8}, {quickstart.get_config().relora.cycle_updates})"}
+    galore = {"optimizer.name": f"galore({RANK * 8}, {base().relora.cycle_updates})"}
     return {
         "full": Arm(arm="full", rates=HIGH),
         "muon": Arm(arm="full", rates=LOW, settings=own | {"optimizer.name": "muon"}),
@@ -66,19 +70,6 @@ def main() -> dict[str, Arm]:
         "lora": Arm(arm="lora", rates=LOW, settings=COLD | BOTH),
         "relora_cold": Arm(arm="relora", rates=LOW, settings=COLD | BOTH),
         "one_sided_cold": Arm(arm="relora", rates=LOW, settings=COLD | ONE_SIDED),
-    }
-
-
-def ablation() -> dict[str, Arm]:
-    """The paper's rows: restarts, resets, the jagged rate, the warm start; and code whose A starts at 0."""
-    keep, smooth = {"relora.prune": none()}, {"relora.jagged": False}
-    late = {"relora.restart": "merge_and_reinit_late"}
-    shared = ("full", "lora", "relora_cold", "lora_warm", "relora")
-    return {name: main()[name] for name in shared} | {
-        "restarts": Arm(arm="relora", rates=LOW, settings=COLD | BOTH | keep | smooth),
-        "restarts_reset": Arm(arm="relora", rates=LOW, settings=COLD | BOTH | smooth),
-        "restarts_jagged": Arm(arm="relora", rates=LOW, settings=COLD | BOTH | keep),
-        "relora_late": Arm(arm="relora", rates=LOW, settings=COLD | BOTH | late),
     }
 
 

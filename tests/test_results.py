@@ -1,12 +1,17 @@
 """The results page and the README have the figures of the studies that are committed."""
 
 import json
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from configs import quickstart, study_quickstart
+from relora_jax.config import flatten
 from relora_jax.errors import UserError
+from relora_jax.studies import grid
 from relora_jax.studies.results import paired
 from scripts import results
 
@@ -26,8 +31,8 @@ def test_report_takes_the_place_of_an_earlier_one() -> None:
         results.taken(PAGE, "c", REPORT)
 
 
-def study() -> dict[str, Any]:
-    return json.loads((results.FIGURES / "study_small.json").read_text())["arms"]
+def study(name: str) -> dict[str, Any]:
+    return json.loads((results.FIGURES / f"{name}.json").read_text())["arms"]
 
 
 @pytest.mark.parametrize("file", sorted(results.FIGURES.glob("*.json")), ids=lambda file: file.stem)
@@ -41,26 +46,61 @@ def test_page_has_the_perplexity_and_difference_of_every_arm(file: Path) -> None
         assert difference is None or f"{difference['mean']:+.3f}" in line
 
 
-def test_readme_has_the_perplexities_of_the_study() -> None:
-    columns = ["full", "muon", "scale", "galore", "lora", "lora_warm", "relora", "relora_cold", "one_sided"]
-    row = " | ".join(f"{study()[name]['perplexity']:.1f}" for name in columns)
-    assert f"| perplexity | {row} |" in README.read_text()
+@pytest.mark.parametrize(
+    ("name", "updates", "row"),
+    [
+        (
+            "study_small",
+            "1,500",
+            ["full", "muon", "scale", "galore", "lora", "lora_warm", "relora", "relora_cold", "one_sided"],
+        ),
+        ("study_quickstart", "3,400", ["full", "", "", "", "lora", "lora_warm", "relora", "relora_cold", ""]),
+    ],
+)
+def test_readme_has_the_perplexities_of_the_study(name: str, updates: str, row: list[str]) -> None:
+    arms = study(name)
+    cells = " | ".join(f"{arms[arm]['perplexity']:.1f}" if arm else "" for arm in row)
+    assert f"| {updates} | {cells} |" in README.read_text()
+
+
+@pytest.mark.parametrize("arm", ["full", "lora", "lora_warm", "relora"])
+def test_quickstart_trains_what_its_study_found_best(arm: str) -> None:
+    run = grid.Run(arm, study("study_quickstart")[arm]["best_rate"], 0)
+    best = {key: value for key, value, _ in flatten(grid.config(study_quickstart.get_config(), run, Path()))}
+    own = {key: value for key, value, _ in flatten(quickstart.get_config(arm))}
+    differing = {key for key in own if own[key] != best[key]}
+    assert differing <= {"name", "train.keep_last", "train.init_from"}
+
+
+@pytest.mark.parametrize("other", ["lora", "lora_warm"])
+def test_quickstart_is_below_lora_by_more_than_the_spread_of_seeds(other: str) -> None:
+    arms = study("study_quickstart")
+    theirs, ours = arms[other]["losses"], arms["relora"]["losses"]
+    differences = [a - b for a, b in zip(theirs, ours, strict=True)]
+    spread = max(statistics.stdev(theirs), statistics.stdev(ours))
+    assert statistics.mean(differences) > spread
+    page, readme = (" ".join(file.read_text().split()) for file in (results.PAGE, README))
+    assert f"{statistics.mean(differences[1:]):.3f} below `{other}`" in page
+    assert f"at most {spread:.3f}" in page and f"differ by {spread:.3f}" in readme
 
 
 @pytest.mark.parametrize(
-    ("arm", "other"),
+    ("name", "arm", "other"),
     [
-        ("lora_warm", "relora"),
-        ("lora", "relora_cold"),
-        ("one_sided", "relora"),
-        ("one_sided_cold", "relora_cold"),
+        ("study_quickstart", "lora", "relora"),
+        ("study_quickstart", "lora_warm", "relora"),
+        ("study_quickstart", "lora", "relora_cold"),
+        ("study_small", "lora_warm", "relora"),
+        ("study_small", "lora", "relora_cold"),
+        ("study_small", "one_sided", "relora"),
+        ("study_small", "one_sided_cold", "relora_cold"),
     ],
 )
-def test_differences_that_the_text_quotes_are_those_of_the_study(arm: str, other: str) -> None:
-    ours, theirs = (dict(enumerate(study()[name]["losses"])) for name in (arm, other))
+def test_differences_that_the_text_quotes_are_those_of_the_study(name: str, arm: str, other: str) -> None:
+    ours, theirs = (dict(enumerate(study(name)[of]["losses"])) for of in (arm, other))
     difference = paired(ours, theirs)
     assert difference is not None and difference.mean > 0
     quoted = f"{difference.mean:.3f} ± {difference.half_width:.3f}"
-    before, _, after = results.PAGE.read_text().partition("<!-- study study_small -->")
-    assert quoted in before + after.split(results.END)[1]
-    assert not difference.is_clear or quoted in README.read_text()
+    text = re.sub(f"<!-- study .*?{results.END}", "", results.PAGE.read_text(), flags=re.DOTALL)
+    assert quoted in text
+    assert (name, other) != ("study_quickstart", "relora") or quoted in README.read_text()
