@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from configs import quickstart, study_quickstart
-from relora_jax.config import flatten
+from configs import quickstart, study_quickstart, study_small
+from relora_jax.config import flatten, to_json
 from relora_jax.errors import UserError
 from relora_jax.studies import grid
 from relora_jax.studies.results import paired
@@ -61,6 +61,15 @@ def test_readme_has_the_perplexities_of_the_study(name: str, updates: str, row: 
     arms = study(name)
     cells = " | ".join(f"{arms[arm]['perplexity']:.1f}" if arm else "" for arm in row)
     assert f"| {updates} | {cells} |" in README.read_text()
+
+
+@pytest.mark.parametrize("config", [study_quickstart, study_small], ids=lambda config: config.__name__)
+def test_studies_had_the_settings_of_their_configs(config: Any) -> None:
+    study = config.get_config()
+    base = json.loads((results.FIGURES / f"{study.name}.json").read_text())["base"]
+    own = json.loads(to_json(study.base))
+    assert base.pop("relora") | {"peak_lr": 0} == own.pop("relora") | {"peak_lr": 0}  # each arm has its own
+    assert base == own
 
 
 @pytest.mark.parametrize("arm", ["full", "lora", "lora_warm", "relora"])

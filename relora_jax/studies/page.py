@@ -1,6 +1,7 @@
 """Writes a study's report: NAME.md with pictures, the same as one HTML file, and NAME.json."""
 
 import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 
 from relora_jax import shapes
+from relora_jax.config import to_json
 from relora_jax.errors import UserError
 from relora_jax.planning.compiled import Memory
 from relora_jax.reporting import html, spectrum
@@ -99,6 +101,7 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
         parts += ["## Summed update\n", _moved(moved), MOVED, image("spectra", "Singular values")]
     text = "\n".join(parts)
     content = {"study": study.name, "runs": len(losses), "updates": updates, "arms": results.as_json(arms)}
+    content |= {"base": json.loads(to_json(study.base))}
     content |= {"parameters": {name: _parameters(study, arm) for name, arm in arms.items()}}
     content |= {"bytes": {name: split._asdict() for name, split in kept.items()}}
     content |= {"versions": {name: version(name) for name in PACKAGES}}

@@ -1,10 +1,12 @@
 """The pictures of a study's report."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -35,49 +37,46 @@ def curves(file: AnyPath, curves: Mapping[str, Mapping[str, Points]]) -> None:
 
 def gaps(file: AnyPath, gaps: Mapping[str, Mapping[int, Any]]) -> None:
     """Draws each method's difference to full rank by the parameters of the model, with its interval."""
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    drawing.style(axes)
-    for n, (method, by_size) in enumerate(gaps.items()):
-        sizes = sorted(by_size)
-        means = [by_size[size].mean for size in sizes]
-        widths = [by_size[size].half_width for size in sizes]  # NaN, of a single pair, is not drawn
-        axes.errorbar(sizes, means, yerr=widths, marker="o", capsize=3, label=method, **drawing.line(n))
-    axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_xlabel("parameters of the full-rank model (log scale)", color=INK)
-    axes.set_ylabel("loss above full rank (nats)", color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    drawing.save(figure, file)
+    with _panel(file, "parameters of the full-rank model (log scale)", "loss above full rank (nats)") as axes:
+        for n, (method, by_size) in enumerate(gaps.items()):
+            sizes = sorted(by_size)
+            means = [by_size[size].mean for size in sizes]
+            widths = [by_size[size].half_width for size in sizes]  # NaN, of a single pair, is not drawn
+            axes.errorbar(sizes, means, yerr=widths, marker="o", capsize=3, label=method, **drawing.line(n))
+        axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def rates(file: AnyPath, by_rate: Mapping[str, Mapping[float, float]]) -> None:
     """Draws each arm's final perplexity by peak learning rate; those that diverged are left out."""
-    figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    drawing.style(axes)
-    for n, (name, values) in enumerate(by_rate.items()):
-        rates, perplexities = drawing.arrays([(r, p) for r, p in values.items() if np.isfinite(p)])
-        axes.plot(rates, perplexities, marker="o", markersize=5, label=name, **drawing.line(n))
-    axes.set_xscale("log")
-    drawing.log_scale(axes)
-    axes.set_xlabel("peak learning rate (log scale)", color=INK)
-    axes.set_ylabel("validation perplexity (log scale)", color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
-    drawing.save(figure, file)
+    with _panel(file, "peak learning rate (log scale)", "validation perplexity (log scale)") as axes:
+        for n, (name, values) in enumerate(by_rate.items()):
+            rates, perplexities = drawing.arrays([(r, p) for r, p in values.items() if np.isfinite(p)])
+            axes.plot(rates, perplexities, marker="o", markersize=5, label=name, **drawing.line(n))
+        axes.set_xscale("log")
+        drawing.log_scale(axes)
 
 
 def spectra(file: AnyPath, spectra: Mapping[str, Float[np.ndarray, "layers side"]]) -> None:
     """Draws the median over the layers of each arm's singular values, by index."""
+    with _panel(file, "index, largest first", "singular value (log scale)") as axes:
+        for n, (name, values) in enumerate(spectra.items()):
+            axes.plot(
+                np.arange(1, values.shape[1] + 1), np.median(values, axis=0), label=name, **drawing.line(n)
+            )
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=1e-3)
+
+
+@contextlib.contextmanager
+def _panel(file: AnyPath, x: str, y: str) -> Iterator[Axes]:
+    """Axes of a picture of one panel, which is saved afterwards with its labels and its legend."""
     figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     drawing.style(axes)
-    for n, (name, values) in enumerate(spectra.items()):
-        axes.plot(np.arange(1, values.shape[1] + 1), np.median(values, axis=0), label=name, **drawing.line(n))
-    axes.set_yscale("log")
-    axes.set_ylim(bottom=1e-3)
-    axes.set_xlabel("index, largest first", color=INK)
-    axes.set_ylabel("singular value (log scale)", color=INK)
+    yield axes
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
     drawing.save(figure, file)
