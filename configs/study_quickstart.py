@@ -34,12 +34,15 @@ def main() -> dict[str, Arm]:
 
 
 def ablation() -> dict[str, Arm]:
-    """The paper's rows: restarts, resets, the jagged rate, the warm start; and code whose A starts at 0."""
+    """The paper's rows: restarts, resets, the jagged rate, the warm start; and code whose A starts at 0.
+
+    Its own arms have three rates around relora_cold's best.
+    """
     keep, smooth = {"relora.prune": none()}, {"relora.jagged": False}
     late = {"relora.restart": "merge_and_reinit_late"}
     return main() | {
-        "restarts": Arm(arm="relora", rates=LOW, settings=COLD | keep | smooth),
-        "restarts_reset": Arm(arm="relora", rates=LOW, settings=COLD | smooth),
-        "restarts_jagged": Arm(arm="relora", rates=LOW, settings=COLD | keep),
-        "relora_late": Arm(arm="relora", rates=LOW, settings=COLD | late),
+        "restarts": Arm(arm="relora", rates=LOW[:3], settings=COLD | keep | smooth),
+        "restarts_reset": Arm(arm="relora", rates=LOW[:3], settings=COLD | smooth),
+        "restarts_jagged": Arm(arm="relora", rates=LOW[:3], settings=COLD | keep),
+        "relora_late": Arm(arm="relora", rates=LOW[:3], settings=COLD | late),
     }

@@ -74,7 +74,10 @@ def main() -> dict[str, Arm]:
 
 
 def controls() -> dict[str, Arm]:
-    """One-sided factors without restarts, cycles of other lengths, other resets and another b2."""
+    """One-sided factors without restarts, cycles of other lengths, other resets and another b2.
+
+    Their own arms, and those of `scale`, have three rates, around the best of the main arms.
+    """
     short: dict[str, Any] = {"relora.warm_up_updates": 5, "relora.restart_warm_up_updates": 5}
 
     def cycle(updates: int) -> dict[str, Any]:
@@ -82,14 +85,14 @@ def controls() -> dict[str, Arm]:
 
     shared = ("full", "lora_warm", "relora", "one_sided")
     return {name: main()[name] for name in shared} | {
-        "one_sided_never": Arm(arm="lora_warm", rates=LOW, settings=ONE_SIDED),
-        "one_sided_zero": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | {"relora.prune": zero()}),
-        "one_sided_b2": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | {"optimizer.b2": 0.95}),
-        "one_sided_15": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | cycle(15)),
-        "one_sided_50": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | cycle(50)),
-        "one_sided_300": Arm(arm="relora", rates=LOW, settings=ONE_SIDED | cycle(300)),
-        "relora_50": Arm(arm="relora", rates=LOW, settings=BOTH | cycle(50)),
-        "relora_300": Arm(arm="relora", rates=LOW, settings=BOTH | cycle(300)),
+        "one_sided_never": Arm(arm="lora_warm", rates=LOW[1:], settings=ONE_SIDED),
+        "one_sided_zero": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | {"relora.prune": zero()}),
+        "one_sided_b2": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | {"optimizer.b2": 0.95}),
+        "one_sided_15": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | cycle(15)),
+        "one_sided_50": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | cycle(50)),
+        "one_sided_300": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | cycle(300)),
+        "relora_50": Arm(arm="relora", rates=LOW[1:], settings=BOTH | cycle(50)),
+        "relora_300": Arm(arm="relora", rates=LOW[1:], settings=BOTH | cycle(300)),
     }
 
 
@@ -103,6 +106,9 @@ def scale() -> dict[str, Arm]:
         settings = {f"model.{field}": value for field, value in shape.items()}
         for name, arm in arms.items():
             larger[f"{name}@{size}"] = dataclasses.replace(
-                arm, settings={**arm.settings, **settings}, reference=f"full@{size}"
+                arm,
+                rates=arm.rates[:3] if name == "full" else LOW[1:],
+                settings={**arm.settings, **settings},
+                reference=f"full@{size}",
             )
     return arms | larger
