@@ -74,14 +74,14 @@ def main() -> dict[str, Arm]:
 
 
 def controls() -> dict[str, Arm]:
-    """One-sided factors without restarts, cycles of other lengths, other resets and another b2.
+    """One-sided factors without restarts, shorter cycles, other resets and another b2.
 
     Their own arms, and those of `scale`, have three rates, around the best of the main arms.
     """
-    short: dict[str, Any] = {"relora.warm_up_updates": 5, "relora.restart_warm_up_updates": 5}
 
     def cycle(updates: int) -> dict[str, Any]:
-        return {"relora.cycle_updates": updates} | (short if updates < base().relora.cycle_updates else {})
+        warm_up = {"relora.warm_up_updates": 5, "relora.restart_warm_up_updates": 5}
+        return {"relora.cycle_updates": updates} | warm_up
 
     shared = ("full", "lora_warm", "relora", "one_sided")
     return {name: main()[name] for name in shared} | {
@@ -90,9 +90,8 @@ def controls() -> dict[str, Arm]:
         "one_sided_b2": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | {"optimizer.b2": 0.95}),
         "one_sided_15": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | cycle(15)),
         "one_sided_50": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | cycle(50)),
-        "one_sided_300": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | cycle(300)),
+        "relora_15": Arm(arm="relora", rates=LOW[1:], settings=BOTH | cycle(15)),
         "relora_50": Arm(arm="relora", rates=LOW[1:], settings=BOTH | cycle(50)),
-        "relora_300": Arm(arm="relora", rates=LOW[1:], settings=BOTH | cycle(300)),
     }
 
 
