@@ -63,6 +63,12 @@ def test_readme_has_the_perplexities_of_the_study(name: str, updates: str, row: 
     assert f"| {updates} | {cells} |" in README.read_text()
 
 
+def test_ablation_has_the_perplexities_of_the_study() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|(?:[ x]*\|){4} ([\d.]+) \|", results.PAGE.read_text(), re.MULTILINE)
+    assert len(rows) == 8
+    assert dict(rows) == {arm: f"{study('study_quickstart')[arm]['perplexity']:.1f}" for arm, _ in rows}
+
+
 @pytest.mark.parametrize("config", [study_quickstart, study_small], ids=lambda config: config.__name__)
 def test_studies_had_the_settings_of_their_configs(config: Any) -> None:
     study = config.get_config()
@@ -99,6 +105,10 @@ def test_quickstart_is_below_lora_by_more_than_the_spread_of_seeds(other: str) -
         ("study_quickstart", "lora", "relora"),
         ("study_quickstart", "lora_warm", "relora"),
         ("study_quickstart", "lora", "relora_cold"),
+        ("study_quickstart", "lora", "restarts"),
+        ("study_quickstart", "restarts", "restarts_reset"),
+        ("study_quickstart", "relora_cold", "restarts_reset"),
+        ("study_quickstart", "relora_late", "relora_cold"),
         ("study_small", "lora_warm", "relora"),
         ("study_small", "lora", "relora_cold"),
         ("study_small", "one_sided", "relora"),
