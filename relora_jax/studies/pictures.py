@@ -1,14 +1,14 @@
 """The pictures of a study's report."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, Formatter, NullLocator, StrMethodFormatter
 
 from relora_jax.reporting import drawing
 from relora_jax.reporting.drawing import GREY, INK, Points
@@ -44,8 +44,9 @@ def gaps(file: AnyPath, gaps: Mapping[str, Mapping[int, Any]]) -> None:
             widths = [by_size[size].half_width for size in sizes]  # NaN, of a single pair, is not drawn
             axes.errorbar(sizes, means, yerr=widths, marker="o", capsize=3, label=method, **drawing.line(n))
         axes.axhline(0, color=GREY, linewidth=1.2, linestyle="--")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        _log_ticks(
+            axes, {size for by_size in gaps.values() for size in by_size}, EngFormatter(places=1, sep="")
+        )
 
 
 def rates(file: AnyPath, by_rate: Mapping[str, Mapping[float, float]]) -> None:
@@ -54,7 +55,9 @@ def rates(file: AnyPath, by_rate: Mapping[str, Mapping[float, float]]) -> None:
         for n, (name, values) in enumerate(by_rate.items()):
             rates, perplexities = drawing.arrays([(r, p) for r, p in values.items() if np.isfinite(p)])
             axes.plot(rates, perplexities, marker="o", markersize=5, label=name, **drawing.line(n))
-        axes.set_xscale("log")
+        _log_ticks(
+            axes, {rate for values in by_rate.values() for rate in values}, StrMethodFormatter("{x:g}")
+        )
         drawing.log_scale(axes)
 
 
@@ -67,6 +70,14 @@ def spectra(file: AnyPath, spectra: Mapping[str, Float[np.ndarray, "layers side"
             )
         axes.set_yscale("log")
         axes.set_ylim(bottom=1e-3)
+
+
+def _log_ticks(axes: Axes, values: Collection[float], formatter: Formatter) -> None:
+    """A logarithmic x axis with a tick at each value."""
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(values))
+    axes.xaxis.set_major_formatter(formatter)
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 @contextlib.contextmanager
