@@ -3,7 +3,7 @@
     python -m relora_jax.study --config=configs/study_small.py[:CHOICE] --extend --workdir=runs/study_small
 
 CHOICE of arms: `main`, what a user may pick; `controls`, what of one_sided and of a restart does what;
-`scale`, the gap to full rank at this size, at the paper's 9m shape and at a larger one. They share the runs
+`scale`, the gap to full rank at this size, at the published code's 9m shape and at a larger one. They share the runs
 of the arms that they share.
 """
 

@@ -69,9 +69,12 @@ def test_ablation_has_the_perplexities_of_the_study() -> None:
     assert dict(rows) == {arm: f"{study('study_quickstart')[arm]['perplexity']:.1f}" for arm, _ in rows}
 
 
-@pytest.mark.parametrize("config", [study_quickstart, study_small], ids=lambda config: config.__name__)
-def test_studies_had_the_settings_of_their_configs(config: Any) -> None:
-    study = config.get_config()
+@pytest.mark.parametrize(
+    "study",
+    [study_quickstart.get_config(), study_small.get_config(), study_small.get_config("scale")],
+    ids=lambda study: study.name,
+)
+def test_studies_had_the_settings_of_their_configs(study: grid.Study) -> None:
     base = json.loads((results.FIGURES / f"{study.name}.json").read_text())["base"]
     own = json.loads(to_json(study.base))
     assert base.pop("relora") | {"peak_lr": 0} == own.pop("relora") | {"peak_lr": 0}  # each arm has its own
@@ -113,6 +116,9 @@ def test_quickstart_is_below_lora_by_more_than_the_spread_of_seeds(other: str) -
         ("study_small", "lora", "relora_cold"),
         ("study_small", "one_sided", "relora"),
         ("study_small", "one_sided_cold", "relora_cold"),
+        ("study_small_scale", "relora@9m", "full@9m"),
+        ("study_small_scale", "lora_warm@9m", "relora@9m"),
+        ("study_small_scale", "one_sided@9m", "relora@9m"),
     ],
 )
 def test_differences_that_the_text_quotes_are_those_of_the_study(name: str, arm: str, other: str) -> None:
