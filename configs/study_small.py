@@ -3,8 +3,8 @@
     python -m relora_jax.study --config=configs/study_small.py[:CHOICE] --extend --workdir=runs/study_small
 
 CHOICE of arms: `main`, what a user may pick; `controls`, what of one_sided and of a restart does what;
-`scale`, the gap to full rank at this size, at the published code's 9m shape and at a larger one. They share the runs
-of the arms that they share.
+`scale`, the gap to full rank at this size, at the published code's 9m shape and at a larger one. They share
+the runs of the arms that they share.
 """
 
 import dataclasses
@@ -74,30 +74,43 @@ def main() -> dict[str, Arm]:
 
 
 def controls() -> dict[str, Arm]:
-    """One-sided factors without restarts, shorter cycles, other resets and another b2.
+    """What one_sided and relora owe to their restarts, cycles, resets, ranks, factor rates and b2.
 
-    Their own arms, and those of `scale`, have three rates, around the best of the main arms.
+    Shorter cycles warm up for 5 updates, not 10, after a restart. Three rates, around the best of `relora`.
     """
+
+    def of(settings: dict[str, Any], arm: str = "relora") -> Arm:
+        return Arm(arm=arm, rates=LOW[1:], settings=settings)
 
     def cycle(updates: int) -> dict[str, Any]:
         warm_up = {"relora.warm_up_updates": 5, "relora.restart_warm_up_updates": 5}
         return {"relora.cycle_updates": updates} | warm_up
 
+    def rank(rank: int) -> dict[str, Any]:
+        return {"relora.rank": rank, "relora.alpha": float(rank)}
+
+    b2 = {"optimizer.b2": 0.95}
     shared = ("full", "lora_warm", "relora", "one_sided")
     return {name: main()[name] for name in shared} | {
-        "one_sided_never": Arm(arm="lora_warm", rates=LOW[1:], settings=ONE_SIDED),
-        "one_sided_zero": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | {"relora.prune": zero()}),
-        "one_sided_b2": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | {"optimizer.b2": 0.95}),
-        "one_sided_15": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | cycle(15)),
-        "one_sided_50": Arm(arm="relora", rates=LOW[1:], settings=ONE_SIDED | cycle(50)),
-        "relora_15": Arm(arm="relora", rates=LOW[1:], settings=BOTH | cycle(15)),
-        "relora_50": Arm(arm="relora", rates=LOW[1:], settings=BOTH | cycle(50)),
+        "one_sided_never": of(ONE_SIDED, "lora_warm"),
+        "one_sided_zero": of(ONE_SIDED | {"relora.prune": zero()}),
+        "one_sided_b2": of(ONE_SIDED | b2),
+        "one_sided_15": of(ONE_SIDED | cycle(15)),
+        "one_sided_50": of(ONE_SIDED | cycle(50)),
+        "one_sided_rank2": of(ONE_SIDED | rank(RANK)),
+        "one_sided_ratio": of(ONE_SIDED | BOTH),
+        "one_sided_orthonormal": of(ONE_SIDED | {"relora.restart": "one_sided_orthonormal"}),
+        "relora_b2": of(BOTH | b2),
+        "relora_15": of(BOTH | cycle(15)),
+        "relora_50": of(BOTH | cycle(50)),
+        "relora_rank4": of(BOTH | rank(2 * RANK)),
     }
 
 
 def scale() -> dict[str, Arm]:
-    """The main low-rank arms beside full rank, at two more sizes."""
-    arms = {name: main()[name] for name in ("full", "lora_warm", "relora", "one_sided")}
+    """Full rank, SCALE and the warm-started low-rank arms at two more sizes, at three rates."""
+    arms = {name: main()[name] for name in ("full", "scale", "lora_warm", "relora", "one_sided")}
+    rates = {"full": HIGH[:3]}  # a larger model bears no larger ones
     sizes = {"9m": (128, 352, 4), "larger": (160, 432, 5)}
     larger = {}
     for size, (hidden, mlp, layers) in sizes.items():
@@ -106,7 +119,7 @@ def scale() -> dict[str, Arm]:
         for name, arm in arms.items():
             larger[f"{name}@{size}"] = dataclasses.replace(
                 arm,
-                rates=arm.rates[:3] if name == "full" else LOW[1:],
+                rates=rates.get(name, LOW[1:]),
                 settings={**arm.settings, **settings},
                 reference=f"full@{size}",
             )
