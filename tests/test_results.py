@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from configs import quickstart, study_quickstart, study_small
-from relora_jax.config import flatten, to_json
+from relora_jax.config import LOW_RANK_ARMS, flatten, to_json
 from relora_jax.errors import UserError
-from relora_jax.studies import grid
-from relora_jax.studies.results import paired
+from relora_jax.studies import grid, page
+from relora_jax.studies.results import Difference, paired
 from scripts import results
 
 README = results.ROOT / "README.md"
@@ -52,7 +52,17 @@ def test_page_has_the_perplexity_and_difference_of_every_arm(file: Path) -> None
         (
             "study_small",
             "1,500",
-            ["full", "muon", "scale", "galore", "lora", "lora_warm", "relora", "relora_cold", "one_sided"],
+            [
+                "full",
+                "muon",
+                "scale",
+                "galore",
+                "lora",
+                "lora_warm",
+                "relora",
+                "relora_cold",
+                "one_sided_cold",
+            ],
         ),
         ("study_quickstart", "3,400", ["full", "", "", "", "lora", "lora_warm", "relora", "relora_cold", ""]),
     ],
@@ -63,10 +73,18 @@ def test_readme_has_the_perplexities_of_the_study(name: str, updates: str, row: 
     assert f"| {updates} | {cells} |" in README.read_text()
 
 
-def test_ablation_has_the_perplexities_of_the_study() -> None:
-    rows = re.findall(r"^\| `(\w+)` \|(?:[ x]*\|){4} ([\d.]+) \|", results.PAGE.read_text(), re.MULTILINE)
+def test_ablation_has_what_its_arms_do_and_the_figures_of_the_study() -> None:
+    of = study_quickstart.get_config()
+    rows = re.findall(r"^\| `(\w+)` \|((?:[ x]*\|){4}) ([\d.]+) \| ([\d.]+) \|", prose(), re.MULTILINE)
     assert len(rows) == 8
-    assert dict(rows) == {arm: f"{study('study_quickstart')[arm]['perplexity']:.1f}" for arm, _ in rows}
+    for name, marks, rate, perplexity in rows:
+        arm = study("study_quickstart")[name]
+        config = grid.config(of, grid.Run(name, arm["best_rate"], 0), Path())
+        restarts, relora = config.arm == "relora", config.relora
+        done = (restarts, restarts and relora.prune.clears, restarts and relora.jagged)
+        done += (config.arm in LOW_RANK_ARMS and relora.warm_start_updates > 0,)
+        assert [mark.strip() == "x" for mark in marks.split("|")[:-1]] == [*done]
+        assert (rate, perplexity) == (f"{arm['best_rate']:g}", f"{arm['perplexity']:.1f}")
 
 
 @pytest.mark.parametrize(
@@ -75,8 +93,10 @@ def test_ablation_has_the_perplexities_of_the_study() -> None:
     ids=lambda study: study.name,
 )
 def test_studies_had_the_settings_of_their_configs(study: grid.Study) -> None:
-    base = json.loads((results.FIGURES / f"{study.name}.json").read_text())["base"]
-    own = json.loads(to_json(study.base))
+    saved = json.loads((results.FIGURES / f"{study.name}.json").read_text())
+    settings = json.loads(json.dumps({name: page.settings(study.arms[name]) for name in saved["arms"]}))
+    assert saved["settings"] == settings
+    base, own = saved["base"], json.loads(to_json(study.base))
     assert base.pop("relora") | {"peak_lr": 0} == own.pop("relora") | {"peak_lr": 0}  # each arm has its own
     assert base == own
 
@@ -93,39 +113,71 @@ def test_quickstart_trains_what_its_study_found_best(arm: str) -> None:
 @pytest.mark.parametrize("other", ["lora", "lora_warm"])
 def test_quickstart_is_below_lora_by_more_than_the_spread_of_seeds(other: str) -> None:
     arms = study("study_quickstart")
-    theirs, ours = arms[other]["losses"], arms["relora"]["losses"]
-    differences = [a - b for a, b in zip(theirs, ours, strict=True)]
-    spread = max(statistics.stdev(theirs), statistics.stdev(ours))
-    assert statistics.mean(differences) > spread
-    page, readme = (" ".join(file.read_text().split()) for file in (results.PAGE, README))
-    assert f"{statistics.mean(differences[1:]):.3f} below `{other}`" in page
-    assert f"at most {spread:.3f}" in page and f"differ by {spread:.3f}" in readme
+    difference, others = difference_of(arms, other, "relora"), difference_of(arms, other, "relora", first=1)
+    spread = max(statistics.stdev(arm["losses"]) for arm in arms.values())
+    assert difference.mean > spread
+    assert f"{quoted(others)} below `{other}`" in prose()
+    assert f"at most {spread:.3f}." in prose() and f"at most {spread:.3f}" in one_line(README.read_text())
 
 
-@pytest.mark.parametrize(
-    ("name", "arm", "other"),
-    [
-        ("study_quickstart", "lora", "relora"),
-        ("study_quickstart", "lora_warm", "relora"),
-        ("study_quickstart", "lora", "relora_cold"),
-        ("study_quickstart", "lora", "restarts"),
-        ("study_quickstart", "restarts", "restarts_reset"),
-        ("study_quickstart", "relora_cold", "restarts_reset"),
-        ("study_quickstart", "relora_late", "relora_cold"),
-        ("study_small", "lora_warm", "relora"),
-        ("study_small", "lora", "relora_cold"),
-        ("study_small", "one_sided", "relora"),
-        ("study_small", "one_sided_cold", "relora_cold"),
-        ("study_small_scale", "relora@9m", "full@9m"),
-        ("study_small_scale", "lora_warm@9m", "relora@9m"),
-        ("study_small_scale", "one_sided@9m", "relora@9m"),
-    ],
+QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
+    ("study_quickstart", "lora_warm", "relora"),
+    ("study_quickstart", "lora", "relora"),
+    ("study_quickstart", "lora", "relora_cold"),
+    ("study_quickstart", "relora", "full"),
+    ("study_quickstart", "lora", "restarts"),
+    ("study_quickstart", "restarts", "restarts_reset"),
+    ("study_quickstart", "relora_cold", "restarts_reset"),
+    ("study_quickstart", "relora_cold", "relora"),
+    ("study_quickstart", "relora_late", "relora_cold"),
+    ("study_small", "relora_cold", "full"),
+    ("study_small", "full", "muon"),
+    ("study_small", "scale", "full"),
+    ("study_small", "relora", "scale"),
+    ("study_small", "lora_warm", "relora"),
+    ("study_small", "lora", "relora_cold"),
+    ("study_small", "one_sided", "relora"),
+    ("study_small", "one_sided_cold", "relora_cold"),
+    ("study_small", "one_sided", "one_sided_cold"),
+    ("study_small_scale", "relora@9m", "full@9m"),
+    ("study_small_scale", "lora_warm@9m", "relora@9m"),
+    ("study_small_scale", "one_sided@9m", "relora@9m"),
 )
-def test_differences_that_the_text_quotes_are_those_of_the_study(name: str, arm: str, other: str) -> None:
-    ours, theirs = (dict(enumerate(study(name)[of]["losses"])) for of in (arm, other))
-    difference = paired(ours, theirs)
-    assert difference is not None and difference.mean > 0
-    quoted = f"{difference.mean:.3f} ± {difference.half_width:.3f}"
+
+
+def test_text_quotes_the_differences_of_the_studies_and_no_others() -> None:
+    text, readme = prose(), one_line(README.read_text())
+    given = {
+        quoted(difference_of(study("study_quickstart"), of, "relora", first=1))
+        for of in ("lora", "lora_warm")
+    }
+    for name, behind, ahead in QUOTED:
+        difference = difference_of(study(name), behind, ahead)
+        assert difference.mean > 0
+        given.add(quoted(difference))
+        places = [part for part in re.split(r"(?<=[a-z`)])[.:;] ", text) if quoted(difference) in part]
+        assert any(f"`{behind}`" in part and f"`{ahead}`" in part for part in places), (behind, ahead)
+    figure = re.compile(r"\d\.\d{3} ± \d\.\d{3}")
+    assert set(figure.findall(text)) == given >= set(figure.findall(readme))
+
+
+def difference_of(arms: dict[str, Any], behind: str, ahead: str, first: int = 0) -> Difference:
+    """How much the loss of one arm is above that of another, over the seeds from `first` on."""
+    one, other = (dict(list(enumerate(arms[of]["losses"]))[first:]) for of in (behind, ahead))
+    difference = paired(one, other)
+    assert difference is not None
+    return difference
+
+
+def quoted(difference: Difference) -> str:
+    return f"{difference.mean:.3f} ± {difference.half_width:.3f}"
+
+
+def prose() -> str:
+    """The results page, one line for each paragraph, point or row, without the reports of studies."""
     text = re.sub(f"<!-- study .*?{results.END}", "", results.PAGE.read_text(), flags=re.DOTALL)
-    assert quoted in text
-    assert (name, other) != ("study_quickstart", "relora") or quoted in README.read_text()
+    return re.sub(r"\n(?=[^\n|-])(?<!\n\n) *", " ", text)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
 from relora_jax import shapes
 from relora_jax.config import to_json
+from relora_jax.core.grammar import Choice
 from relora_jax.errors import UserError
 from relora_jax.planning.compiled import Memory
 from relora_jax.reporting import html, spectrum
@@ -20,7 +22,7 @@ from relora_jax.run.directory import PACKAGES
 from relora_jax.run.format import number, strict_json
 from relora_jax.storage import atomic
 from relora_jax.studies import grid, pictures, results
-from relora_jax.studies.grid import Losses, Run, Study
+from relora_jax.studies.grid import Arm, Losses, Run, Study
 from relora_jax.studies.memory import memory
 from relora_jax.studies.results import ArmResult, Difference
 from relora_jax.training import ledger
@@ -102,6 +104,7 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
     text = "\n".join(parts)
     content = {"study": study.name, "runs": len(losses), "updates": updates, "arms": results.as_json(arms)}
     content |= {"base": json.loads(to_json(study.base))}
+    content |= {"settings": {name: settings(study.arms[name]) for name in arms}}
     content |= {"parameters": {name: _parameters(study, arm) for name, arm in arms.items()}}
     content |= {"bytes": {name: split._asdict() for name, split in kept.items()}}
     content |= {"versions": {name: version(name) for name in PACKAGES}}
@@ -110,6 +113,12 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
     html.write(report.with_suffix(".html"), text)
     atomic.write(report, text.encode())
     return report
+
+
+def settings(arm: Arm) -> dict[str, Any]:
+    """What an arm has of its own, as JSON has it."""
+    own = {key: str(value) if isinstance(value, Choice) else value for key, value in arm.settings.items()}
+    return {"arm": arm.arm, "rates": list(arm.rates), **own}
 
 
 def markdown(rows: Sequence[Sequence[str]], *, names: int = 1) -> str:
