@@ -89,7 +89,7 @@ def test_ablation_has_what_its_arms_do_and_the_figures_of_the_study() -> None:
 
 @pytest.mark.parametrize(
     "study",
-    [study_quickstart.get_config(), study_small.get_config(), study_small.get_config("scale")],
+    [study_quickstart.get_config(), *map(study_small.get_config, ("main", "controls", "scale"))],
     ids=lambda study: study.name,
 )
 def test_studies_had_the_settings_of_their_configs(study: grid.Study) -> None:
@@ -139,6 +139,14 @@ QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_small", "one_sided", "relora"),
     ("study_small", "one_sided_cold", "relora_cold"),
     ("study_small", "one_sided", "one_sided_cold"),
+    ("study_small_controls", "one_sided_never", "one_sided"),
+    ("study_small_controls", "one_sided_zero", "one_sided"),
+    ("study_small_controls", "one_sided_15", "one_sided"),
+    ("study_small_controls", "relora_15", "relora"),
+    ("study_small_controls", "one_sided_50", "one_sided"),
+    ("study_small_controls", "relora_50", "relora"),
+    ("study_small_controls", "one_sided", "one_sided_b2"),
+    ("study_small_controls", "one_sided_b2", "relora"),
     ("study_small_scale", "relora@9m", "full@9m"),
     ("study_small_scale", "lora_warm@9m", "relora@9m"),
     ("study_small_scale", "one_sided@9m", "relora@9m"),
