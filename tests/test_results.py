@@ -127,7 +127,7 @@ QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_quickstart", "relora", "full"),
     ("study_quickstart", "lora", "restarts"),
     ("study_quickstart", "restarts", "restarts_reset"),
-    ("study_quickstart", "relora_cold", "restarts_reset"),
+    ("study_quickstart", "restarts_reset", "relora_cold"),
     ("study_quickstart", "relora_cold", "relora"),
     ("study_quickstart", "relora_late", "relora_cold"),
     ("study_small", "relora_cold", "full"),
