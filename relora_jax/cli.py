@@ -77,7 +77,10 @@ def parse_as(kind: type[K], argv: Sequence[str], defaults: dict[str, str | bool]
     except flags.UnrecognizedFlagError as error:
         raise UserError(f"{_one_line(error)}; write settings as --config.group.field=value") from None
     except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(_one_line(error)) from None
+        text = _one_line(error)
+        if "get_config() takes 0 positional arguments" in text:
+            text = "the config file offers no choice: leave out the colon and what follows it"
+        raise UserError(text) from None
     except Exception as error:
         raise UserError(f"cannot read the config: {type(error).__name__}: {_one_line(error)}") from None
     if rest:

@@ -147,7 +147,7 @@ COMMAND_LINES = {
     "--config=toy.py:full --config.relora.warm_start_updates=-1": "relora.warm_start_updates -1",
     "--config=wrong.py": "get_config",
     "--config=broken.py": "SyntaxError",
-    "--config=bare.py:full": "Error whilst parsing config file: TypeError: get_config() takes 0 positional",
+    "--config=bare.py:full": "the config file offers no choice: leave out the colon",
     "--config=toy.py --workdir=s3://bucket/run": "use a local path, or gs://bucket/run",
     "--config=toy.py --config.train.init_from=s3://b/run": "use a local path, or gs://bucket/run",
     "--config=odd.py": "model.layers = 2.5 must be of type int",
