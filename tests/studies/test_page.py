@@ -9,7 +9,7 @@ import pytest
 from relora_jax.config import to_json
 from relora_jax.errors import UserError
 from relora_jax.run import record
-from relora_jax.studies import grid, page, results, runner
+from relora_jax.studies import grid, page, pictures, results, runner
 from relora_jax.studies.grid import Arm, Run, Study
 from tests.support import small
 
@@ -113,3 +113,14 @@ def test_study_that_was_moved_is_taken(study: Study, tmp_path: Path) -> None:
     assert len(results.curve_of(workdir)) == 5
     with pytest.raises(UserError, match="is of a study with other settings"):
         runner.check(workdir, grid.config(study, Run("low", 0.4, 0), tmp_path / "there"))
+
+
+def test_rates_have_a_tick_at_each_that_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(pictures.drawing, "save", lambda figure, file: figures.append(figure))
+    pictures.rates(
+        tmp_path / "rates.png", {"a": {0.008: 3.0, 0.016: 2.0}, "b": {0.032: 2.0, 0.016: math.inf}}
+    )
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.008", "0.016", "0.032"]
+    assert not axes.get_xticks(minor=True).size
