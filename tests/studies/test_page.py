@@ -12,6 +12,7 @@ from relora_jax.run import record
 from relora_jax.studies import grid, page, pictures, results, runner
 from relora_jax.studies.grid import Arm, Run, Study
 from tests.support import small
+from tests.support.reports import figures  # noqa: F401  (a fixture)
 
 RATES = (0.1, 0.2, 0.4)
 
@@ -115,12 +116,10 @@ def test_study_that_was_moved_is_taken(study: Study, tmp_path: Path) -> None:
         runner.check(workdir, grid.config(study, Run("low", 0.4, 0), tmp_path / "there"))
 
 
-def test_rates_have_a_tick_at_each_that_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures = []
-    monkeypatch.setattr(pictures.drawing, "save", lambda figure, file: figures.append(figure))
+def test_rates_have_a_tick_at_each_that_was_tried(tmp_path: Path, figures) -> None:  # noqa: F811
     pictures.rates(
         tmp_path / "rates.png", {"a": {0.008: 3.0, 0.016: 2.0}, "b": {0.032: 2.0, 0.016: math.inf}}
     )
-    axes = figures[0].axes[0]
+    axes = figures["rates.png"].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.008", "0.016", "0.032"]
     assert not axes.get_xticks(minor=True).size
