@@ -16,13 +16,18 @@ from relora_jax import zero
 from relora_jax.config import Config
 from relora_jax.studies.grid import Arm, Study
 
+
+def rank(rank: int) -> dict[str, Any]:
+    """The settings of a rank, with alpha as large."""
+    return {"relora.rank": rank, "relora.alpha": float(rank)}
+
+
 COLD = {"relora.warm_start_updates": 0}
 BOTH = {"relora.factor_lr_ratio": 0.5}  # of two factors
-ONE_SIDED = {  # at twice the rank, about as many trained factors as relora's
-    "relora.restart": "one_sided",
-    "relora.rank": 2 * RANK,
-    "relora.alpha": 2.0 * RANK,
-}
+# At twice the rank, about as many trained factors as relora's; at rank 32, still fewer bytes in all, as the
+# backward pass keeps the input's product with A and not the input.
+ONE_SIDED = {"relora.restart": "one_sided"} | rank(2 * RANK)
+WIDE = ONE_SIDED | rank(32)
 
 
 def get_config(choice: str = "main") -> Study:
@@ -86,9 +91,6 @@ def controls() -> dict[str, Arm]:
         warm_up = {"relora.warm_up_updates": 5, "relora.restart_warm_up_updates": 5}
         return {"relora.cycle_updates": updates} | warm_up
 
-    def rank(rank: int) -> dict[str, Any]:
-        return {"relora.rank": rank, "relora.alpha": float(rank)}
-
     b2 = {"optimizer.b2": 0.95}
     shared = ("full", "lora_warm", "relora", "one_sided")
     return {name: main()[name] for name in shared} | {
@@ -98,18 +100,21 @@ def controls() -> dict[str, Arm]:
         "one_sided_15": of(ONE_SIDED | cycle(15)),
         "one_sided_50": of(ONE_SIDED | cycle(50)),
         "one_sided_rank2": of(ONE_SIDED | rank(RANK)),
+        "one_sided_rank32": of(WIDE),
         "one_sided_ratio": of(ONE_SIDED | BOTH),
         "one_sided_orthonormal": of(ONE_SIDED | {"relora.restart": "one_sided_orthonormal"}),
         "relora_b2": of(BOTH | b2),
         "relora_15": of(BOTH | cycle(15)),
         "relora_50": of(BOTH | cycle(50)),
         "relora_rank4": of(BOTH | rank(2 * RANK)),
+        "relora_rank16": of(BOTH | rank(16)),
     }
 
 
 def scale() -> dict[str, Arm]:
     """Full rank, SCALE and the warm-started low-rank arms at two more sizes, at three rates."""
     arms = {name: main()[name] for name in ("full", "scale", "lora_warm", "relora", "one_sided")}
+    arms["one_sided_rank32"] = Arm(arm="relora", rates=LOW[1:], settings=WIDE)
     rates = {"full": HIGH[:3]}  # a larger model bears no larger ones
     sizes = {"9m": (128, 352, 4), "larger": (160, 432, 5)}
     larger = {}
