@@ -24,8 +24,8 @@ def rank(rank: int) -> dict[str, Any]:
 
 COLD = {"relora.warm_start_updates": 0}
 BOTH = {"relora.factor_lr_ratio": 0.5}  # of two factors
-# At twice the rank, about as many trained factors as relora's; at rank 32, still fewer bytes in all, as the
-# backward pass keeps the input's product with A and not the input.
+# At twice the rank, as many bytes of weights, moments and gradients as relora; at rank 32, still fewer bytes
+# in all, as the backward pass keeps the input's product with A and not the input.
 ONE_SIDED = {"relora.restart": "one_sided"} | rank(2 * RANK)
 WIDE = ONE_SIDED | rank(32)
 
@@ -71,10 +71,12 @@ def main() -> dict[str, Arm]:
         "lora_warm": Arm(arm="lora_warm", rates=LOW, settings=BOTH),
         "relora": Arm(arm="relora", rates=LOW, settings=BOTH),
         "one_sided": Arm(arm="relora", rates=LOW, settings=ONE_SIDED),
+        "one_sided_rank32": Arm(arm="relora", rates=LOW, settings=WIDE),
         "galore": Arm(arm="full", rates=HIGH, settings=own | galore),
         "lora": Arm(arm="lora", rates=LOW, settings=COLD | BOTH),
         "relora_cold": Arm(arm="relora", rates=LOW, settings=COLD | BOTH),
         "one_sided_cold": Arm(arm="relora", rates=LOW, settings=COLD | ONE_SIDED),
+        "one_sided_rank32_cold": Arm(arm="relora", rates=LOW, settings=COLD | WIDE),
     }
 
 
@@ -92,7 +94,7 @@ def controls() -> dict[str, Arm]:
         return {"relora.cycle_updates": updates} | warm_up
 
     b2 = {"optimizer.b2": 0.95}
-    shared = ("full", "lora_warm", "relora", "one_sided")
+    shared = ("full", "lora_warm", "relora", "one_sided", "one_sided_rank32")
     return {name: main()[name] for name in shared} | {
         "one_sided_never": of(ONE_SIDED, "lora_warm"),
         "one_sided_zero": of(ONE_SIDED | {"relora.prune": zero()}),
@@ -100,7 +102,7 @@ def controls() -> dict[str, Arm]:
         "one_sided_15": of(ONE_SIDED | cycle(15)),
         "one_sided_50": of(ONE_SIDED | cycle(50)),
         "one_sided_rank2": of(ONE_SIDED | rank(RANK)),
-        "one_sided_rank32": of(WIDE),
+        "one_sided_rank8": of(ONE_SIDED | rank(8)),
         "one_sided_ratio": of(ONE_SIDED | BOTH),
         "one_sided_orthonormal": of(ONE_SIDED | {"relora.restart": "one_sided_orthonormal"}),
         "relora_b2": of(BOTH | b2),
@@ -112,20 +114,19 @@ def controls() -> dict[str, Arm]:
 
 
 def scale() -> dict[str, Arm]:
-    """Full rank, SCALE and the warm-started low-rank arms at two more sizes, at three rates."""
-    arms = {name: main()[name] for name in ("full", "scale", "lora_warm", "relora", "one_sided")}
-    arms["one_sided_rank32"] = Arm(arm="relora", rates=LOW[1:], settings=WIDE)
-    rates = {"full": HIGH[:3]}  # a larger model bears no larger ones
+    """Full rank and warm-started low-rank arms at two more sizes, at three rates; the larger has fewer."""
+    names = ("full", "lora_warm", "relora", "one_sided_rank32", "scale", "one_sided")
     sizes = {"9m": (128, 352, 4), "larger": (160, 432, 5)}
+    arms = {name: main()[name] for name in names}
     larger = {}
     for size, (hidden, mlp, layers) in sizes.items():
         shape = {"hidden": hidden, "mlp": mlp, "layers": layers, "heads": layers, "kv_heads": layers}
         settings = {f"model.{field}": value for field, value in shape.items()}
-        for name, arm in arms.items():
+        for name in names if size == "9m" else names[:4]:
             larger[f"{name}@{size}"] = dataclasses.replace(
-                arm,
-                rates=rates.get(name, LOW[1:]),
-                settings={**arm.settings, **settings},
+                arms[name],
+                rates=HIGH[:3] if name == "full" else LOW[1:],  # a larger model bears no larger ones
+                settings={**arms[name].settings, **settings},
                 reference=f"full@{size}",
             )
     return arms | larger
