@@ -97,6 +97,7 @@ def controls() -> dict[str, Arm]:
     shared = ("full", "lora_warm", "relora", "one_sided", "one_sided_rank32")
     return {name: main()[name] for name in shared} | {
         "one_sided_never": of(ONE_SIDED, "lora_warm"),
+        "one_sided_rank32_never": of(WIDE, "lora_warm"),
         "one_sided_zero": of(ONE_SIDED | {"relora.prune": zero()}),
         "one_sided_b2": of(ONE_SIDED | b2),
         "one_sided_15": of(ONE_SIDED | cycle(15)),

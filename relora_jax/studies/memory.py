@@ -1,5 +1,7 @@
 """What the last phase of an arm needs of one device's memory, by purpose."""
 
+import dataclasses
+
 import jax
 
 from relora_jax.config import LOW_RANK_ARMS, Config
@@ -9,8 +11,13 @@ from relora_jax.training.remat import used_bytes
 from relora_jax.training.sharding import make_mesh
 
 
-def memory(config: Config) -> Memory:
-    """Bytes of weights, moments and gradients from shapes, and of temporaries from the compiled update."""
+def memory(config: Config, *, remat: str = "") -> Memory:
+    """Bytes of weights, moments and gradients from shapes, and of temporaries from the compiled update.
+
+    `remat`: in place of the config's own policy of rematerialization.
+    """
+    if remat:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
     program = Program(config, make_mesh(data=1, fsdp=1, tensor=1, devices=jax.devices()[:1]))
     low_rank = config.arm in LOW_RANK_ARMS
     state = program.low_rank_on_devices if low_rank else program.full_rank_on_devices

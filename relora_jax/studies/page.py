@@ -48,8 +48,8 @@ Mean loss above that of the full-rank arm of the same size, in nats, with a 95% 
 """
 MEMORY = """\
 MB that the updates of an arm's last phase need on one device: weights, moments and gradients from shapes, and
-what its program needs besides, as compiled for this machine; relative to the full-rank arm. The warm start is
-in full rank.
+what its program needs besides, as compiled for this machine; relative to the full-rank arm. Recomputed: in
+all, if the backward pass computes the blocks again (model.remat=full). The warm start is in full rank.
 """
 MOVED = """\
 Of what training added to the kernels since the start of the low-rank phase, one seed: the norm over all
@@ -91,8 +91,10 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
     if gaps := _gaps(study, arms):
         pictures.gaps(file("gaps"), gaps)
         parts += ["## Gap by size\n", _gap_table(gaps), GAPS, image("gaps", "Gap to full rank by size")]
-    kept = {name: memory(grid.config(study, _run(arm), folder)) for name, arm in arms.items()}
-    parts += ["\n## Memory\n", _memory(study, arms, kept), MEMORY]
+    configs = {name: grid.config(study, _run(arm), folder) for name, arm in arms.items()}
+    kept = {name: memory(config) for name, config in configs.items()}
+    recomputed = {name: memory(config, remat="full") for name, config in configs.items()}
+    parts += ["\n## Memory\n", _memory(study, arms, kept, recomputed), MEMORY]
     moved = {}
     for name in [name for name, arm in arms.items() if arm.best_rate]:
         run = record.read(folder / _run(arms[name]).name)
@@ -106,7 +108,8 @@ def write(study: Study, folder: Path, losses: Losses, *, extend: bool) -> Path:
     content |= {"base": json.loads(to_json(study.base))}
     content |= {"settings": {name: settings(study.arms[name]) for name in arms}}
     content |= {"parameters": {name: _parameters(study, arm) for name, arm in arms.items()}}
-    content |= {"bytes": {name: split._asdict() for name, split in kept.items()}}
+    for key, splits in (("bytes", kept), ("bytes_recomputed", recomputed)):
+        content[key] = {name: split._asdict() for name, split in splits.items()}
     content |= {"versions": {name: version(name) for name in PACKAGES}}
     report = folder / f"{study.name}.md"
     atomic.write(report.with_suffix(".json"), strict_json(content).encode())
@@ -178,14 +181,19 @@ def _run(arm: ArmResult) -> Run:
     return Run(arm.name, arm.best_rate or next(iter(arm.by_rate)), 0)
 
 
-def _memory(study: Study, arms: Mapping[str, ArmResult], kept: Mapping[str, Memory]) -> str:
-    rows: list[Sequence[str]] = [("arm", "perplexity", *Memory._fields, "total", "relative")]
+def _memory(
+    study: Study, arms: Mapping[str, ArmResult], kept: Mapping[str, Memory], recomputed: Mapping[str, Memory]
+) -> str:
+    head = ("arm", "perplexity", *Memory._fields, "total", "relative", "recomputed", "relative")
+    rows: list[Sequence[str]] = [head]
     for name, split in kept.items():
-        perplexity = f"{arms[name].perplexity:,.1f}" if arms[name].losses else "-"
-        sizes = [f"{size / 1e6:,.2f}" for size in (*split, split.total)]
-        reference = kept.get(grid.reference_of(study, name))
-        whole = reference.total if reference else math.nan
-        rows.append((name, perplexity, *sizes, f"{split.total / whole:.2f}"))
+        row = [name, f"{arms[name].perplexity:,.1f}" if arms[name].losses else "-"]
+        row += [f"{size / 1e6:,.2f}" for size in split]
+        for totals in (kept, recomputed):
+            reference = totals.get(grid.reference_of(study, name))
+            whole = reference.total if reference else math.nan
+            row += [f"{totals[name].total / 1e6:,.2f}", f"{totals[name].total / whole:.2f}"]
+        rows.append(row)
     return markdown(rows)
 
 

@@ -55,7 +55,14 @@ def test_report_of_a_study_in_which_a_seed_diverged(study: Study, tmp_path: Path
     assert "**0.2: 7.4**" in text and "14.8" in text
     saved = json.loads((tmp_path / "s.json").read_text())
     assert saved["arms"]["low"]["losses"] == [2.0, None] and saved["arms"]["low"]["perplexity"] is None
-    assert saved["bytes"]["full"]["moments"] > saved["bytes"]["low"]["moments"] > 0
+    kept, recomputed = saved["bytes"], saved["bytes_recomputed"]
+    assert kept["full"]["moments"] == recomputed["full"]["moments"] > kept["low"]["moments"] > 0
+    assert kept["full"]["temporaries"] > recomputed["full"]["temporaries"] > 0
+    totals = [sum(splits["low"].values()) / 1e6 for splits in (kept, recomputed)]
+    row = next(
+        line for line in text.splitlines() if line.startswith("| low | inf |") and f"{totals[0]:.2f}" in line
+    )
+    assert f" {totals[1]:.2f} " in row
     assert {"s_curves.png", "s_rates.png", "s.html"} <= {file.name for file in tmp_path.iterdir()}
 
 
