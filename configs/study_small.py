@@ -17,17 +17,17 @@ from relora_jax.config import Config
 from relora_jax.studies.grid import Arm, Study
 
 
-def rank(rank: int) -> dict[str, Any]:
+def of_rank(rank: int) -> dict[str, Any]:
     """The settings of a rank, with alpha as large."""
     return {"relora.rank": rank, "relora.alpha": float(rank)}
 
 
 COLD = {"relora.warm_start_updates": 0}
 BOTH = {"relora.factor_lr_ratio": 0.5}  # of two factors
-# At twice the rank, as many bytes of weights, moments and gradients as relora; at rank 32, still fewer bytes
-# in all, as the backward pass keeps the input's product with A and not the input.
-ONE_SIDED = {"relora.restart": "one_sided"} | rank(2 * RANK)
-WIDE = ONE_SIDED | rank(32)
+# At twice the rank, as many bytes of weights, moments and gradients as relora. At rank 32, still fewer bytes
+# in all: the backward pass keeps the input's product with A, not the input, unless it recomputes the blocks.
+ONE_SIDED = {"relora.restart": "one_sided"} | of_rank(2 * RANK)
+ONE_SIDED_WIDE = ONE_SIDED | of_rank(32)
 
 
 def get_config(choice: str = "main") -> Study:
@@ -71,12 +71,12 @@ def main() -> dict[str, Arm]:
         "lora_warm": Arm(arm="lora_warm", rates=LOW, settings=BOTH),
         "relora": Arm(arm="relora", rates=LOW, settings=BOTH),
         "one_sided": Arm(arm="relora", rates=LOW, settings=ONE_SIDED),
-        "one_sided_rank32": Arm(arm="relora", rates=LOW, settings=WIDE),
+        "one_sided_rank32": Arm(arm="relora", rates=LOW, settings=ONE_SIDED_WIDE),
         "galore": Arm(arm="full", rates=HIGH, settings=own | galore),
         "lora": Arm(arm="lora", rates=LOW, settings=COLD | BOTH),
         "relora_cold": Arm(arm="relora", rates=LOW, settings=COLD | BOTH),
         "one_sided_cold": Arm(arm="relora", rates=LOW, settings=COLD | ONE_SIDED),
-        "one_sided_rank32_cold": Arm(arm="relora", rates=LOW, settings=COLD | WIDE),
+        "one_sided_rank32_cold": Arm(arm="relora", rates=LOW, settings=COLD | ONE_SIDED_WIDE),
     }
 
 
@@ -97,37 +97,37 @@ def controls() -> dict[str, Arm]:
     shared = ("full", "lora_warm", "relora", "one_sided", "one_sided_rank32")
     return {name: main()[name] for name in shared} | {
         "one_sided_never": of(ONE_SIDED, "lora_warm"),
-        "one_sided_rank32_never": of(WIDE, "lora_warm"),
         "one_sided_zero": of(ONE_SIDED | {"relora.prune": zero()}),
         "one_sided_b2": of(ONE_SIDED | b2),
         "one_sided_15": of(ONE_SIDED | cycle(15)),
         "one_sided_50": of(ONE_SIDED | cycle(50)),
-        "one_sided_rank2": of(ONE_SIDED | rank(RANK)),
-        "one_sided_rank8": of(ONE_SIDED | rank(8)),
+        "one_sided_rank2": of(ONE_SIDED | of_rank(RANK)),
+        "one_sided_rank8": of(ONE_SIDED | of_rank(8)),
         "one_sided_ratio": of(ONE_SIDED | BOTH),
         "one_sided_orthonormal": of(ONE_SIDED | {"relora.restart": "one_sided_orthonormal"}),
         "relora_b2": of(BOTH | b2),
         "relora_15": of(BOTH | cycle(15)),
         "relora_50": of(BOTH | cycle(50)),
-        "relora_rank4": of(BOTH | rank(2 * RANK)),
-        "relora_rank16": of(BOTH | rank(16)),
+        "relora_rank4": of(BOTH | of_rank(2 * RANK)),
+        "relora_rank16": of(BOTH | of_rank(16)),
     }
 
 
 def scale() -> dict[str, Arm]:
-    """Full rank and warm-started low-rank arms at two more sizes, at three rates; the larger has fewer."""
-    names = ("full", "lora_warm", "relora", "one_sided_rank32", "scale", "one_sided")
+    """Full rank and the warm-started low-rank arms at two more sizes, with three rates."""
+    names = ("full", "lora_warm", "relora", "one_sided_rank32", "one_sided")
     sizes = {"9m": (128, 352, 4), "larger": (160, 432, 5)}
     arms = {name: main()[name] for name in names}
     larger = {}
     for size, (hidden, mlp, layers) in sizes.items():
         shape = {"hidden": hidden, "mlp": mlp, "layers": layers, "heads": layers, "kv_heads": layers}
         settings = {f"model.{field}": value for field, value in shape.items()}
-        for name in names if size == "9m" else names[:4]:
+        for name, arm in arms.items():
             larger[f"{name}@{size}"] = dataclasses.replace(
-                arms[name],
+                arm,
                 rates=HIGH[:3] if name == "full" else LOW[1:],  # a larger model bears no larger ones
-                settings={**arms[name].settings, **settings},
+                settings={**arm.settings, **settings},
                 reference=f"full@{size}",
             )
+    del larger["one_sided@larger"]  # of rank 4: behind relora at two sizes
     return arms | larger

@@ -2,20 +2,24 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import pathlib
 
 import pytest
 
+from configs import study_small
 from relora_jax import cli, config, shapes
 from relora_jax.core import prune
+from relora_jax.errors import UserError
 from relora_jax.studies import grid
 from relora_jax.validate import validate
 from tests.support import small
 
 FOLDER = pathlib.Path(__file__).parent.parent / "configs"
 STUDIES = {"study_quickstart": ("",), "study_small": ("", ":controls", ":scale")}
-CONFIGS = sorted({path.stem for path in FOLDER.glob("*.py")} - {*STUDIES})
+ONE_SIDED = "quickstart_one_sided"  # has no arms
+CONFIGS = sorted({path.stem for path in FOLDER.glob("*.py")} - {*STUDIES, ONE_SIDED})
 RUN = {
     *(
         "name",
@@ -31,19 +35,40 @@ RUN = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("arm", config.ARMS)
+@pytest.mark.parametrize(
+    ("name", "arm"), [*itertools.product(CONFIGS, config.ARMS), (ONE_SIDED, "")], ids="-".join
+)
 def test_every_config_and_arm_is_valid_and_round_trips(
     name: str, arm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(pathlib.Path(__file__).parent.parent)
-    parsed, _ = cli.parse(["train", f"--config=configs/{name}.py:{arm}"])
+    parsed, _ = cli.parse(["train", f"--config=configs/{name}.py:{arm}".rstrip(":")])
     validate(parsed, devices=8)
-    assert (parsed.name, parsed.arm) == (name, arm)
+    assert (parsed.name, parsed.arm) == (name, arm or "relora")
     assert config.from_json(config.to_json(parsed)) == parsed
     assert parsed.relora.dropout == 0 or parsed.relora.product == "separate"
     module = importlib.import_module(f"configs.{name}")
     assert module.__doc__ and f"--config=configs/{name}.py" in module.__doc__
+
+
+def test_one_sided_quickstart_has_the_factors_and_the_rate_of_the_small_study(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(FOLDER.parent)
+    own, of_quickstart = (
+        {
+            key: value
+            for key, value, _ in config.flatten(cli.parse(["train", f"--config=configs/{name}.py"])[0])
+        }
+        for name in (ONE_SIDED, "quickstart")
+    )
+    changed = {key: value for key, value in own.items() if of_quickstart[key] != value}
+    ratio = study_small.base().relora.factor_lr_ratio
+    assert changed == {**study_small.ONE_SIDED_WIDE, "relora.factor_lr_ratio": ratio, "name": ONE_SIDED}
+    figures = json.loads((FOLDER.parent / "benchmarks/studies/study_small.json").read_text())
+    assert own["relora.peak_lr"] == figures["arms"]["one_sided_rank32"]["best_rate"]
+    with pytest.raises(UserError, match="offers no choice"):
+        cli.parse(["train", f"--config=configs/{ONE_SIDED}.py:full"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from configs import quickstart, study_quickstart, study_small
+from relora_jax import cli, shapes
 from relora_jax.config import LOW_RANK_ARMS, flatten, to_json
 from relora_jax.errors import UserError
 from relora_jax.studies import grid, page
@@ -61,10 +62,14 @@ def test_page_has_the_perplexity_and_difference_of_every_arm(file: Path) -> None
                 "lora_warm",
                 "relora",
                 "relora_cold",
-                "one_sided_cold",
+                "one_sided_rank32",
             ],
         ),
-        ("study_quickstart", "3,400", ["full", "", "", "", "lora", "lora_warm", "relora", "relora_cold", ""]),
+        (
+            "study_quickstart",
+            "3,400",
+            ["full", "", "", "", "lora", "lora_warm", "relora", "relora_cold", ""],
+        ),
     ],
 )
 def test_readme_has_the_perplexities_of_the_study(name: str, updates: str, row: list[str]) -> None:
@@ -95,7 +100,7 @@ def test_ablation_has_what_its_arms_do_and_the_figures_of_the_study() -> None:
 def test_studies_had_the_settings_of_their_configs(study: grid.Study) -> None:
     saved = json.loads((results.FIGURES / f"{study.name}.json").read_text())
     settings = json.loads(json.dumps({name: page.settings(study.arms[name]) for name in saved["arms"]}))
-    assert saved["settings"] == settings
+    assert saved["settings"] == settings and saved["arms"].keys() == study.arms.keys()
     base, own = saved["base"], json.loads(to_json(study.base))
     assert base.pop("relora") | {"peak_lr": 0} == own.pop("relora") | {"peak_lr": 0}  # each arm has its own
     assert base == own
@@ -120,6 +125,7 @@ def test_quickstart_is_below_lora_by_more_than_the_spread_of_seeds(other: str) -
     assert f"at most {spread:.3f}." in prose() and f"at most {spread:.3f}" in one_line(README.read_text())
 
 
+PLANNED = [f"--config.relora.{setting}" for setting in ("restart=one_sided", "rank=256", "alpha=64")]
 QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_quickstart", "lora_warm", "relora"),
     ("study_quickstart", "lora", "relora"),
@@ -139,6 +145,11 @@ QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_small", "one_sided", "relora"),
     ("study_small", "one_sided_cold", "relora_cold"),
     ("study_small", "one_sided", "one_sided_cold"),
+    ("study_small", "relora_cold", "one_sided_rank32_cold"),
+    ("study_small", "one_sided_rank32_cold", "full"),
+    ("study_small", "one_sided_rank32_cold", "scale"),
+    ("study_small", "one_sided_rank32", "scale"),
+    ("study_small", "one_sided_rank32", "one_sided_rank32_cold"),
     ("study_small_controls", "one_sided_never", "one_sided"),
     ("study_small_controls", "one_sided_zero", "one_sided"),
     ("study_small_controls", "one_sided_15", "one_sided"),
@@ -148,6 +159,7 @@ QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_small_controls", "one_sided", "one_sided_b2"),
     ("study_small_controls", "relora_b2", "relora"),
     ("study_small_controls", "one_sided_rank2", "relora"),
+    ("study_small_controls", "one_sided", "relora"),
     ("study_small_controls", "one_sided_rank8", "relora_rank4"),
     ("study_small_controls", "relora_rank16", "one_sided_rank32"),
     ("study_small_controls", "relora", "relora_rank4"),
@@ -158,6 +170,11 @@ QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_small_scale", "relora@9m", "full@9m"),
     ("study_small_scale", "lora_warm@9m", "relora@9m"),
     ("study_small_scale", "one_sided@9m", "relora@9m"),
+    ("study_small_scale", "relora", "one_sided_rank32"),
+    ("study_small_scale", "relora@9m", "one_sided_rank32@9m"),
+    ("study_small_scale", "relora@larger", "full@larger"),
+    ("study_small_scale", "lora_warm@larger", "relora@larger"),
+    ("study_small_scale", "relora@larger", "one_sided_rank32@larger"),
 )
 
 
@@ -175,6 +192,51 @@ def test_text_quotes_the_differences_of_the_studies_and_no_others() -> None:
         assert any(f"`{behind}`" in part and f"`{ahead}`" in part for part in places), (behind, ahead)
     figure = re.compile(r"\d\.\d{3} ± \d\.\d{3}")
     assert set(figure.findall(text)) == given >= set(figure.findall(readme))
+
+
+@pytest.mark.parametrize("size", ["", "@9m", "@larger"])
+def test_one_sided_closes_that_share_of_the_gap_with_fewer_bytes_unless_recomputed(size: str) -> None:
+    saved = json.loads((results.FIGURES / "study_small_scale.json").read_text())
+    full, relora, one_sided = (f"{arm}{size}" for arm in ("full", "relora", "one_sided_rank32"))
+    gap = difference_of(saved["arms"], relora, full).mean
+    closed = difference_of(saved["arms"], relora, one_sided)
+    assert closed.mean - closed.half_width > gap / 4
+    assert (
+        f"`{one_sided}`, {closed.mean / gap:.0%}" in prose()
+        and f"{closed.mean / gap:.0%}" in README.read_text()
+    )
+    kept, recomputed = totals(saved, "bytes"), totals(saved, "bytes_recomputed")
+    assert kept[one_sided] < kept[relora] and recomputed[one_sided] > recomputed[relora]
+
+
+def test_rank_8_is_the_largest_tried_that_relora_s_bytes_afford_if_recomputed() -> None:
+    saved = json.loads((results.FIGURES / "study_small_controls.json").read_text())
+    recomputed = totals(saved, "bytes_recomputed")
+    ranks = {
+        settings["relora.rank"]: recomputed[arm]
+        for arm, settings in saved["settings"].items()
+        if settings.get("relora.restart") == "one_sided"
+    }
+    assert max(rank for rank, total in ranks.items() if total < recomputed["relora"]) == 8
+    assert recomputed["relora_rank16"] == pytest.approx(recomputed["one_sided_rank32"], rel=0.01)
+
+
+def totals(saved: dict[str, Any], key: str) -> dict[str, float]:
+    return {arm: sum(split.values()) for arm, split in saved[key].items()}
+
+
+def test_plans_at_350m_are_those_that_the_page_quotes() -> None:
+    plans = json.loads((results.ROOT / "benchmarks/scale/350m-h100-1-one_sided.json").read_text())["plans"]
+    configs = [
+        cli.parse(["plan", f"--config={results.ROOT}/configs/350m.py", *rank])[0] for rank in ([], PLANNED)
+    ]
+    for plan, config in zip(plans, configs, strict=True):
+        count = shapes.count(config)
+        assert plan["parameters"] == {"trained": count.trained, "frozen": count.frozen}
+        assert (plan["microbatch"], plan["programs"]["low_rank_update"]["remat"]) == (16, "dots")
+    relora, one_sided = (plan["programs"]["low_rank_update"]["bytes"]["total"] / 1e9 for plan in plans)
+    assert f"{one_sided:.1f} GB at rank 256, beside {relora:.1f} GB" in one_line(prose())
+    assert f"--json {' '.join(PLANNED)}\n" in results.PAGE.read_text()
 
 
 def difference_of(arms: dict[str, Any], behind: str, ahead: str, first: int = 0) -> Difference:

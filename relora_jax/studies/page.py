@@ -48,8 +48,8 @@ Mean loss above that of the full-rank arm of the same size, in nats, with a 95% 
 """
 MEMORY = """\
 MB that the updates of an arm's last phase need on one device: weights, moments and gradients from shapes, and
-what its program needs besides, as compiled for this machine; relative to the full-rank arm. Recomputed: in
-all, if the backward pass computes the blocks again (model.remat=full). The warm start is in full rank.
+what its program needs besides, as compiled for this machine; relative to the full-rank arm. Recomputed:
+the total if the backward pass computes the blocks again (model.remat=full). The warm start is in full rank.
 """
 MOVED = """\
 Of what training added to the kernels since the start of the low-rank phase, one seed: the norm over all
