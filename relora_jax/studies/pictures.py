@@ -29,9 +29,7 @@ def curves(file: AnyPath, curves: Mapping[str, Mapping[str, Points]]) -> None:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     drawing.log_scale(panels[0])
     panels[0].set_ylabel("validation perplexity (log scale)", color=INK)
-    handles = panels[0].get_legend_handles_labels()[0]
-    style = {"ncols": 5, "frameon": False, "labelcolor": INK, "fontsize": 9}
-    figure.legend(handles=handles, loc="outside upper left", **style)
+    _legend(figure, panels[0], columns=5)
     drawing.save(figure, file)
 
 
@@ -89,5 +87,12 @@ def _panel(file: AnyPath, x: str, y: str) -> Iterator[Axes]:
     yield axes
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
+    _legend(figure, axes, columns=4)
     drawing.save(figure, file)
+
+
+def _legend(figure: Figure, axes: Axes, *, columns: int) -> None:
+    """A legend above the picture: a study may have more arms than fit beside its lines."""
+    style = {"ncols": columns, "frameon": False, "labelcolor": INK, "fontsize": 9}
+    handles = axes.get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside upper left", **style)

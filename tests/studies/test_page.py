@@ -130,3 +130,4 @@ def test_rates_have_a_tick_at_each_that_was_tried(tmp_path: Path, figures) -> No
     axes = figures["rates.png"].axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0.008", "0.016", "0.032"]
     assert not axes.get_xticks(minor=True).size
+    assert axes.get_legend() is None and len(figures["rates.png"].legends) == 1  # above, not over the lines
