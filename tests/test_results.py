@@ -194,6 +194,21 @@ def test_text_quotes_the_differences_of_the_studies_and_no_others() -> None:
     assert set(figure.findall(text)) == given >= set(figure.findall(readme))
 
 
+@pytest.mark.parametrize(
+    ("name", "behind", "ahead", "words"),
+    [
+        ("study_quickstart", "lora_warm", "relora", "{} nats below LoRA with a warm start"),
+        ("study_quickstart", "lora", "relora", "{} below LoRA ("),
+        ("study_quickstart", "relora", "full", "{} above full rank"),
+        ("study_small", "relora", "one_sided_rank32", "({} at this one)"),
+        ("study_small", "relora", "scale", "SCALE, as lean here, is {} ahead"),
+    ],
+)
+def test_readme_says_what_each_of_its_differences_is(name: str, behind: str, ahead: str, words: str) -> None:
+    difference = quoted(difference_of(study(name), behind, ahead))
+    assert words.format(difference) in one_line(README.read_text())
+
+
 @pytest.mark.parametrize("size", ["", "@9m", "@larger"])
 def test_one_sided_closes_that_share_of_the_gap_with_fewer_bytes_unless_recomputed(size: str) -> None:
     saved = json.loads((results.FIGURES / "study_small_scale.json").read_text())
