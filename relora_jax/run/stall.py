@@ -48,16 +48,16 @@ class Stalls:
 
     def _watch(self) -> None:
         completed, cause, reported = self._clock.completed, self._clock.cause, False
-        completed_at = since = time.monotonic()
+        completed_at = began = since = time.monotonic()
         while not self._ended.wait(EVERY_S):
-            now, count = time.monotonic(), self._clock.completed
-            if self._clock.cause != cause or count != completed:
+            now, count, current = time.monotonic(), self._clock.completed, self._clock.cause
+            if count != completed:
+                self._seconds.append((now - completed_at) / (count - completed))
+                completed, completed_at, since, reported = count, now, now, False
+            if current != cause:
                 if cause not in (UPDATES, "data"):
-                    self._longest[cause] = max(self._longest.get(cause, 0.0), now - since)
-                if count != completed:
-                    self._seconds.append((now - completed_at) / (count - completed))
-                    completed, completed_at = count, now
-                cause, since, reported = self._clock.cause, now, False
+                    self._longest[cause] = max(self._longest.get(cause, 0.0), now - began)
+                cause, began, since, reported = current, now, now, False
             elif not reported and now - since > self._limit_s(cause):
                 reported = True
                 self._report(now - completed_at, cause)

@@ -60,6 +60,21 @@ def test_evaluation_is_measured_by_the_longest_one_before(
         assert "(save)" in capsys.readouterr().err
 
 
+def test_update_that_ends_during_an_evaluation_does_not_end_it(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Slow(Done):
+        def block_until_ready(self) -> None:
+            time.sleep(0.05)
+
+    with Stalls(Writer(tmp_path), clock):
+        updates(clock)
+        clock.computing(Slow())
+        with clock.spending("evaluation"):
+            time.sleep(0.8)
+    assert not capsys.readouterr().err
+
+
 def test_first_updates_have_a_limit_of_their_own(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
