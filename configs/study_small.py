@@ -97,12 +97,14 @@ def controls() -> dict[str, Arm]:
     shared = ("full", "lora_warm", "relora", "one_sided", "one_sided_rank32")
     return {name: main()[name] for name in shared} | {
         "one_sided_never": of(ONE_SIDED, "lora_warm"),
+        "one_sided_rank32_never": of(ONE_SIDED_WIDE, "lora_warm"),
         "one_sided_zero": of(ONE_SIDED | {"relora.prune": zero()}),
         "one_sided_b2": of(ONE_SIDED | b2),
         "one_sided_15": of(ONE_SIDED | cycle(15)),
         "one_sided_50": of(ONE_SIDED | cycle(50)),
         "one_sided_rank2": of(ONE_SIDED | of_rank(RANK)),
         "one_sided_rank8": of(ONE_SIDED | of_rank(8)),
+        "one_sided_rank12": of(ONE_SIDED | of_rank(12)),
         "one_sided_ratio": of(ONE_SIDED | BOTH),
         "one_sided_orthonormal": of(ONE_SIDED | {"relora.restart": "one_sided_orthonormal"}),
         "relora_b2": of(BOTH | b2),
@@ -117,7 +119,7 @@ def scale() -> dict[str, Arm]:
     """Full rank and the warm-started low-rank arms at two more sizes, with three rates."""
     names = ("full", "lora_warm", "relora", "one_sided_rank32", "one_sided")
     sizes = {"9m": (128, 352, 4), "larger": (160, 432, 5)}
-    arms = {name: main()[name] for name in names}
+    arms = {name: main()[name] for name in names} | {"one_sided_rank12": controls()["one_sided_rank12"]}
     larger = {}
     for size, (hidden, mlp, layers) in sizes.items():
         shape = {"hidden": hidden, "mlp": mlp, "layers": layers, "heads": layers, "kv_heads": layers}
@@ -129,5 +131,5 @@ def scale() -> dict[str, Arm]:
                 settings={**arm.settings, **settings},
                 reference=f"full@{size}",
             )
-    del larger["one_sided@larger"]  # of rank 4: behind relora at two sizes
+    del larger["one_sided@larger"], larger["one_sided_rank12@larger"]  # two sizes judge them
     return arms | larger

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from configs import quickstart, study_quickstart, study_small
+from configs import quickstart, quickstart_one_sided, study_quickstart, study_small
 from relora_jax import cli, shapes
 from relora_jax.config import LOW_RANK_ARMS, flatten, to_json
 from relora_jax.errors import UserError
@@ -68,7 +68,7 @@ def test_page_has_the_perplexity_and_difference_of_every_arm(file: Path) -> None
         (
             "study_quickstart",
             "3,400",
-            ["full", "", "", "", "lora", "lora_warm", "relora", "relora_cold", ""],
+            ["full", "", "", "", "lora", "lora_warm", "relora", "relora_cold", "one_sided_rank32"],
         ),
     ],
 )
@@ -106,11 +106,15 @@ def test_studies_had_the_settings_of_their_configs(study: grid.Study) -> None:
     assert base == own
 
 
-@pytest.mark.parametrize("arm", ["full", "lora", "lora_warm", "relora"])
+QUICKSTARTS = {arm: quickstart.get_config(arm) for arm in ("full", "lora", "lora_warm", "relora")}
+QUICKSTARTS["one_sided_rank32"] = quickstart_one_sided.get_config()
+
+
+@pytest.mark.parametrize("arm", QUICKSTARTS)
 def test_quickstart_trains_what_its_study_found_best(arm: str) -> None:
     run = grid.Run(arm, study("study_quickstart")[arm]["best_rate"], 0)
     best = {key: value for key, value, _ in flatten(grid.config(study_quickstart.get_config(), run, Path()))}
-    own = {key: value for key, value, _ in flatten(quickstart.get_config(arm))}
+    own = {key: value for key, value, _ in flatten(QUICKSTARTS[arm])}
     differing = {key for key in own if own[key] != best[key]}
     assert differing <= {"name", "train.keep_last", "train.init_from"}
 
@@ -131,6 +135,8 @@ QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_quickstart", "lora", "relora"),
     ("study_quickstart", "lora", "relora_cold"),
     ("study_quickstart", "relora", "full"),
+    ("study_quickstart", "relora", "one_sided_rank32"),
+    ("study_quickstart", "one_sided_rank32_never", "one_sided_rank32"),
     ("study_quickstart", "lora", "restarts"),
     ("study_quickstart", "restarts", "restarts_reset"),
     ("study_quickstart", "restarts_reset", "relora_cold"),
@@ -151,6 +157,7 @@ QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_small", "one_sided_rank32", "scale"),
     ("study_small", "one_sided_rank32", "one_sided_rank32_cold"),
     ("study_small_controls", "one_sided_never", "one_sided"),
+    ("study_small_controls", "one_sided_rank32_never", "one_sided_rank32"),
     ("study_small_controls", "one_sided_zero", "one_sided"),
     ("study_small_controls", "one_sided_15", "one_sided"),
     ("study_small_controls", "relora_15", "relora"),
@@ -165,6 +172,8 @@ QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_small_controls", "relora", "relora_rank4"),
     ("study_small_controls", "relora", "relora_rank16"),
     ("study_small_controls", "relora", "one_sided_rank8"),
+    ("study_small_controls", "relora", "one_sided_rank12"),
+    ("study_small_controls", "relora_rank4", "one_sided_rank12"),
     ("study_small_controls", "one_sided_ratio", "one_sided"),
     ("study_small_controls", "one_sided", "one_sided_orthonormal"),
     ("study_small_scale", "relora@9m", "full@9m"),
@@ -172,6 +181,7 @@ QUOTED = (  # (study, the arm that is behind, the arm that is ahead)
     ("study_small_scale", "one_sided@9m", "relora@9m"),
     ("study_small_scale", "relora", "one_sided_rank32"),
     ("study_small_scale", "relora@9m", "one_sided_rank32@9m"),
+    ("study_small_scale", "relora@9m", "one_sided_rank12@9m"),
     ("study_small_scale", "relora@larger", "full@larger"),
     ("study_small_scale", "lora_warm@larger", "relora@larger"),
     ("study_small_scale", "relora@larger", "one_sided_rank32@larger"),
@@ -200,8 +210,9 @@ def test_text_quotes_the_differences_of_the_studies_and_no_others() -> None:
         ("study_quickstart", "lora_warm", "relora", "{} nats below LoRA with a warm start"),
         ("study_quickstart", "lora", "relora", "{} below LoRA ("),
         ("study_quickstart", "relora", "full", "{} above full rank"),
-        ("study_small", "relora", "one_sided_rank32", "({} at this one)"),
-        ("study_small", "relora", "scale", "SCALE, as lean here, is {} ahead"),
+        ("study_quickstart", "relora", "one_sided_rank32", "close 58% of that gap ({})"),
+        ("study_quickstart", "one_sided_rank32_never", "one_sided_rank32", "restarts give them {}"),
+        ("study_small", "relora", "scale", "SCALE, as lean, is then {} ahead of ReLoRA"),
     ],
 )
 def test_readme_says_what_each_of_its_differences_is(name: str, behind: str, ahead: str, words: str) -> None:
@@ -209,28 +220,44 @@ def test_readme_says_what_each_of_its_differences_is(name: str, behind: str, ahe
     assert words.format(difference) in one_line(README.read_text())
 
 
-@pytest.mark.parametrize("size", ["", "@9m", "@larger"])
-def test_one_sided_closes_that_share_of_the_gap_with_fewer_bytes_unless_recomputed(size: str) -> None:
-    saved = json.loads((results.FIGURES / "study_small_scale.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("study_quickstart", ""), *(("study_small_scale", size) for size in ("", "@9m", "@larger"))],
+)
+def test_one_sided_closes_that_share_of_the_gap_with_fewer_bytes_unless_recomputed(
+    name: str, size: str
+) -> None:
+    saved = json.loads((results.FIGURES / f"{name}.json").read_text())
     full, relora, one_sided = (f"{arm}{size}" for arm in ("full", "relora", "one_sided_rank32"))
     gap = difference_of(saved["arms"], relora, full).mean
     closed = difference_of(saved["arms"], relora, one_sided)
     assert closed.mean - closed.half_width > gap / 4
     share = f"{closed.mean / gap:.0%}"
-    assert f"`{one_sided}`, {share}" in prose() and share in README.read_text()
+    assert re.search(f"`{one_sided}`, (which is )?{share}", prose()) and share in README.read_text()
     kept, recomputed = totals(saved, "bytes"), totals(saved, "bytes_recomputed")
     assert kept[one_sided] < kept[relora] and recomputed[one_sided] > recomputed[relora]
 
 
-def test_rank_8_is_the_largest_tried_that_relora_s_bytes_afford_if_recomputed() -> None:
-    saved = json.loads((results.FIGURES / "study_small_controls.json").read_text())
+@pytest.mark.parametrize(("size", "here"), [("", "here"), ("@9m", "at 9m")])
+def test_rank_12_closes_that_share_with_so_many_more_bytes_recomputed(size: str, here: str) -> None:
+    saved = json.loads((results.FIGURES / "study_small_scale.json").read_text())
+    full, relora, one_sided = (f"{arm}{size}" for arm in ("full", "relora", "one_sided_rank12"))
+    gap = difference_of(saved["arms"], relora, full).mean
+    closed = difference_of(saved["arms"], relora, one_sided)
+    assert closed.mean > gap / 4 and closed.half_width < closed.mean
     recomputed = totals(saved, "bytes_recomputed")
-    ranks = {
-        settings["relora.rank"]: recomputed[arm]
-        for arm, settings in saved["settings"].items()
-        if settings.get("relora.restart") == "one_sided"
-    }
-    assert max(rank for rank, total in ranks.items() if total < recomputed["relora"]) == 8
+    more, share = f"{recomputed[one_sided] / recomputed[relora] - 1:.1%}", f"{closed.mean / gap:.0%}"
+    for text in (one_line(prose()), one_line(README.read_text())):
+        assert more in text and share in text
+    assert re.search(f"{more}( more)? {here}", one_line(prose()))
+
+
+def test_rank_8_needs_less_than_relora_if_recomputed_and_rank_32_as_much_as_relora_s_16() -> None:
+    recomputed = totals(
+        json.loads((results.FIGURES / "study_small_controls.json").read_text()), "bytes_recomputed"
+    )
+    assert recomputed["one_sided_rank8"] < recomputed["relora"] < recomputed["one_sided_rank12"]
+    assert recomputed["one_sided_rank12"] < recomputed["relora_rank4"]
     assert recomputed["relora_rank16"] == pytest.approx(recomputed["one_sided_rank32"], rel=0.01)
 
 
