@@ -92,19 +92,22 @@ class _Devices:
 class Clock:
     """Charges the time of this start to updates and causes; begins with `start`.
 
-    `earlier` is what earlier starts took (see `cut`), `cause` what the time is charged to now.
+    `earlier` is what earlier starts took (see `cut`), `cause` what the time is charged to now, `longest` the
+    seconds that each cause took at most until it ended.
     """
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = dict.fromkeys((UPDATES, *CAUSES), 0.0)  # seconds of this start
-        self.cause, self.earlier = "start", Times()
-        self._since, self._compiled = _now(), _compilations().seconds()
+        self.cause, self.earlier, self.longest = "start", Times(), dict[str, float]()
+        self._began = self._since = _now()
+        self._compiled = _compilations().seconds()
         self._devices = _Devices()
 
     def begin(self, cause: str) -> None:
         """Charges the time from now on to updates, or to a cause."""
         self._charge()
-        self.cause = cause
+        self.longest[self.cause] = max(self.longest.get(self.cause, 0.0), self._since - self._began)
+        self.cause, self._began = cause, self._since
 
     @contextlib.contextmanager
     def spending(self, cause: str) -> Iterator[None]:

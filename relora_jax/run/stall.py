@@ -32,7 +32,6 @@ class Stalls:
     def __init__(self, writer: Writer, clock: Clock) -> None:
         self._writer, self._clock = writer, clock
         self._seconds = deque[float](maxlen=_LAST)  # of an update
-        self._longest = dict[str, float]()  # of each cause that has ended
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stalls", daemon=True)
 
@@ -48,16 +47,14 @@ class Stalls:
 
     def _watch(self) -> None:
         completed, cause, reported = self._clock.completed, self._clock.cause, False
-        completed_at = began = since = time.monotonic()
+        completed_at = since = time.monotonic()
         while not self._ended.wait(EVERY_S):
             now, count, current = time.monotonic(), self._clock.completed, self._clock.cause
-            if count != completed:
-                self._seconds.append((now - completed_at) / (count - completed))
-                completed, completed_at, since, reported = count, now, now, False
-            if current != cause:
-                if cause not in (UPDATES, "data"):
-                    self._longest[cause] = max(self._longest.get(cause, 0.0), now - began)
-                cause, began, since, reported = current, now, now, False
+            if current != cause or count != completed:
+                if count != completed:
+                    self._seconds.append((now - completed_at) / (count - completed))
+                    completed, completed_at = count, now
+                cause, since, reported = current, now, False
             elif not reported and now - since > self._limit_s(cause):
                 reported = True
                 self._report(now - completed_at, cause)
@@ -66,7 +63,7 @@ class Stalls:
         if cause in (UPDATES, "data"):
             usual_s = statistics.median(self._seconds) if len(self._seconds) >= _FIRST else None
         else:
-            usual_s = self._longest.get(cause)
+            usual_s = self._clock.longest.get(cause)
         return FIRST_S if usual_s is None else max(LEAST_S, TIMES_LONGER * usual_s)
 
     def _report(self, waited_s: float, cause: str) -> None:

@@ -53,6 +53,19 @@ def test_time_is_charged_to_the_outer_cause(now: Now) -> None:
     assert str(Times()) == "-"
 
 
+def test_longest_time_of_a_cause_is_from_its_begin_to_its_end(now: Now) -> None:
+    clock = Clock()
+    now.now += 3
+    clock.begin(goodput.UPDATES)
+    for seconds in (2, 7, 5):
+        now.now += 1
+        with clock.spending("evaluation"):
+            now.now += seconds
+            clock.times()  # charges what has passed
+            now.now += 1
+    assert clock.longest == {"start": 3, goodput.UPDATES: 1, "evaluation": 8}
+
+
 def test_compilation_is_charged_to_itself_wherever_it_is(now: Now, monkeypatch: pytest.MonkeyPatch) -> None:
     compilations = goodput._Compilations()
     monkeypatch.setattr(goodput, "_compilations", lambda: compilations)

@@ -50,19 +50,21 @@ def test_evaluation_is_measured_by_the_longest_one_before(
 ) -> None:
     with Stalls(Writer(tmp_path), clock):
         updates(clock)
-        for _ in range(2):
+        for seconds in (0.4, 1.2):  # the second is longer than anything may take at first
             with clock.spending("evaluation"):
-                time.sleep(0.4)
+                time.sleep(seconds)
             updates(clock)
         assert not capsys.readouterr().err
         with clock.spending("save"):
-            time.sleep(1.2)  # longer than anything may take at first
+            time.sleep(1.2)
         assert "(save)" in capsys.readouterr().err
 
 
 def test_update_that_ends_during_an_evaluation_does_not_end_it(
-    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(stall, "FIRST_S", 5.0)
+
     class Slow(Done):
         def block_until_ready(self) -> None:
             time.sleep(0.05)
