@@ -3,9 +3,9 @@
     python -m relora_jax.train --config=configs/quickstart_one_sided.py
 
 The frozen side of the factors saves activations, which pays for the rank, unless the backward pass computes
-the blocks again (docs/results.md, the gap to full rank by size). The rates are the best that
-configs/study_quickstart.py tried. Seed 0 ends at perplexity 17.8 after about three minutes, where the
-quickstart's relora ends at 20.4.
+the blocks again (docs/results.md, the gap to full rank by size). Of its settings, only
+relora.peak_lr was tuned for it (configs/study_quickstart.py). Seed 0 ends at perplexity 17.8 after about
+three minutes, where the quickstart's relora ends at 20.4.
 """
 
 from configs import quickstart

@@ -14,8 +14,8 @@ from relora_jax.studies.grid import Arm, Study
 def get_config() -> Study:
     """The arms of the quickstart and the paper's ablation (arXiv 2307.05695), and a published code's mistake.
 
-    The ablation's rows between lora and relora_cold, and relora_late, whose A is 0 until the first merge,
-    have three rates, around relora_cold's best.
+    Also one-sided factors, with restarts and without. The ablation's rows between lora and relora_cold, and
+    relora_late, whose A is 0 until the first merge, have three rates, around relora_cold's best.
     """
     keep, smooth = {"relora.prune": none()}, {"relora.jagged": False}
     late = {"relora.restart": "merge_and_reinit_late"}

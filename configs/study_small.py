@@ -131,5 +131,5 @@ def scale() -> dict[str, Arm]:
                 settings={**arm.settings, **settings},
                 reference=f"full@{size}",
             )
-    del larger["one_sided@larger"], larger["one_sided_rank12@larger"]  # two sizes judge them
+    del larger["one_sided@larger"]  # of rank 4: behind relora at two sizes
     return arms | larger
