@@ -212,7 +212,7 @@ def test_text_quotes_the_differences_of_the_studies_and_no_others() -> None:
         ("study_quickstart", "lora_warm", "relora", "{} nats below LoRA with a warm start"),
         ("study_quickstart", "lora", "relora", "{} below LoRA ("),
         ("study_quickstart", "relora", "full", "{} above full rank"),
-        ("study_quickstart", "one_sided_rank32_never", "one_sided_rank32", "restarts give them {}"),
+        ("study_quickstart", "one_sided_rank32_never", "one_sided_rank32", "{} of it by restarts"),
         ("study_small", "relora", "scale", "SCALE, as lean, is {} ahead of ReLoRA"),
     ],
 )
@@ -251,8 +251,8 @@ def test_shares_of_the_gap_that_one_sided_closes() -> None:
     rank_12 = [closed("study_small_scale", "one_sided_rank12", size) for size in SIZES]
     shares, more = zip(*rank_12, strict=True)
     readme, text = one_line(README.read_text()), one_line(prose())
-    assert f"close {share} of that gap" in readme
-    assert "close {}, {} and {} at three sizes".format(*wide) in readme
+    assert f"close {share} of the gap to full rank" in readme
+    assert "(after 1,500, {}, {} and {} at three sizes)".format(*wide) in readme
     assert "rank 12 closes {}, {} and {} for {} to {} more memory".format(*shares, more[0], more[2]) in readme
     assert "Rank 12 needs {}, {} and {} more".format(*more) in text
     for size, part in zip(SIZES, shares, strict=True):
